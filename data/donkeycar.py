@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT-0
+"""Make a folder of clips from a DonkeyCar recording (a tub: catalog_*.catalog files and an images folder).
+
+    python data/donkeycar.py mycar/data data/drive --test-from 0.8
+    python train_tiny.py --data data/drive
+
+Every clip is 16 frames, 0.1 s apart, on one sheet, together with its mirror image. Its label is what the driver did:
+left, right, straight, right-then-left or left-then-right, from the mean steering of its two halves.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+FRAMES, STRIDE, SIZE, STEP_MS = 16, 8, 64, 100
+
+
+def read_tub(tub: Path) -> list:
+    """The records of a tub in order of time: [(milliseconds, image path, steering in [-1, 1])]."""
+    records = []
+    for catalog in sorted(tub.glob('catalog_*.catalog')):
+        for number, line in enumerate(catalog.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                record = row['_timestamp_ms'], tub / 'images' / row['cam/image_array'], float(row['user/angle'])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{catalog}, line {number}: not a record ({error!r})') from None
+            if record[1].exists():                                # deleted frames stay in the catalog
+                records.append(record)
+    return sorted(records)
+
+
+def cut_clips(records: list) -> list:
+    """Lists of FRAMES records that are STEP_MS apart (no gap above twice that), one every STRIDE records."""
+    run, clips = [], []
+    for record in records:
+        gap = record[0] - run[-1][0] if run else STEP_MS
+        if gap > 2 * STEP_MS:
+            run = []
+        if gap >= 0.9 * STEP_MS:                                  # thin a faster recording out
+            run.append(record)
+            if len(run) >= FRAMES and (len(run) - FRAMES) % STRIDE == 0:
+                clips.append(run[-FRAMES:])
+    return clips
+
+
+def describe(angles: list, threshold: float) -> dict:
+    """Label, caption and questions of a clip whose halves have these mean angles."""
+    turns = ['left' if angle < 0 else 'right' for angle in angles if abs(angle) >= threshold]
+    turns = list(dict.fromkeys(turns)) or ['straight']
+    way, caption = ' then '.join(turns), 'the car turns ' + ' and then '.join(turns)
+    return {'label': way.replace(' ', '-'), 'caption': 'the car drives straight on' if way == 'straight' else caption,
+            'qa': [['which way does the car turn ?', way], ['which way does it turn first ?', turns[0]],
+                   ['which way does it turn last ?', turns[-1]]]}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('tub', type=Path, help='folder of the recording')
+    parser.add_argument('out', type=Path, help='folder to make')
+    parser.add_argument('--threshold', type=float, default=0.15, help='steering below this is straight [0.15]')
+    parser.add_argument('--test-from', type=float, default=0.8, help='from this share on it is for test [0.8]')
+    args = parser.parse_args(argv)
+    rows, half = [], FRAMES // 2
+    try:
+        if args.out.exists():
+            raise ValueError(f'{args.out} exists; name a folder that does not')
+        clips = cut_clips(read_tub(args.tub))
+        if not clips:
+            raise ValueError(f'{args.tub}: no catalog_*.catalog with a run of {FRAMES} frames without a gap')
+        args.out.mkdir(parents=True)
+        for i, clip in enumerate(clips):
+            images = [ImageOps.fit(Image.open(image).convert('RGB'), (SIZE, SIZE)) for _, image, _ in clip]
+            angles = [sum(angle for *_, angle in part) / half for part in (clip[:half], clip[half:])]
+            split = 'train' if i < args.test_from * len(clips) else 'test'
+            for name in (f'{i:04}.webp', f'{i:04}m.webp'):        # the clip, then its mirror image
+                sheet = Image.new('RGB', (4 * SIZE, 4 * SIZE))
+                for j, image in enumerate(images):
+                    sheet.paste(image, (j % 4 * SIZE, j // 4 * SIZE))
+                sheet.save(args.out / name, quality=80)
+                rows.append({'file': name, 'split': split, **describe(angles, args.threshold)})
+                images, angles = [ImageOps.mirror(image) for image in images], [-angle for angle in angles]
+        (args.out / 'clips.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+    except (ValueError, OSError) as error:
+        print(f'donkeycar: {error}', file=sys.stderr)
+        return 2
+    print(f'{len(rows)} clips in {args.out}, {sum(r["split"] == "test" for r in rows)} of them for test')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,1032 @@
+# SPDX-License-Identifier: MIT-0
+"""Tests of everything. Run: pytest -q test_modvideo.py
+
+Each docstring names the bug that the test would catch. Sizes are tiny: a minute on two cores.
+"""
+import ast
+import csv
+import json
+import math
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import modvideo as mv
+import train_tiny
+from data import clips, donkeycar, shapes
+
+ROOT = Path(__file__).parent
+VOCAB = ['<pad>', '<eos>', *'abcdefgh']
+SMALL = dict(vocab=VOCAB, frames=4, frame_size=16, patch_size=4, encoder_layers=1, encoder_dim=32,
+             encoder_heads=2, n_layer=4, dim=32, n_head=2)                     # P = 16
+
+
+def make(placement='all', seed=0, **changes):
+    torch.manual_seed(seed)
+    return mv.ModVideo(mv.ModVideoConfig(**{**SMALL, 'placement': placement, **changes}))
+
+
+def sample(B=2, T=4, Q=2, L=5, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(B, T, 3, 16, 16, generator=g),
+            torch.randint(2, len(VOCAB), (B, Q, L), generator=g))
+
+
+def close(a, b, tol=1e-5):
+    assert a.shape == b.shape, f'{tuple(a.shape)} against {tuple(b.shape)}'
+    assert (a - b).abs().max() <= tol, f'differ by {(a - b).abs().max():.2e}'
+
+
+def vision_states(model, video):
+    """What the decoder makes of the vision tokens alone: (B, N, C)."""
+    vision, position = model.encode_video(video)
+    return model.decode(vision, position, video.size(1), vision.size(1))[0]
+
+
+# ---- bricks --------------------------------------------------------------------------------------
+
+def test_rotary_is_a_rotation_of_complex_pairs_and_relative():
+    """Catches pairing the wrong channels, and rotations that depend on absolute position."""
+    x, position = (torch.randn(1, 2, 7, 8, dtype=torch.double),
+                   torch.tensor([0, 1, 2, 9, 40, 41, 100]))
+    pairs = torch.complex(x[..., :4], x[..., 4:])
+    turn = torch.polar(torch.ones(7, 4).double(),
+                       position[:, None] * 10000.0 ** (-torch.arange(4) / 4).double())
+    wanted = torch.cat([(pairs * turn).real, (pairs * turn).imag], -1)
+    close(mv.rotary(x, position), wanted, 1e-5)
+    q, k = torch.randn(2, 1, 1, 1, 8)
+    score = lambda i, j: (mv.rotary(q, torch.tensor([i])) * mv.rotary(k, torch.tensor([j]))).sum()
+    close(score(3, 8), score(103, 108), 1e-4)
+
+
+def test_attention_equals_torchs_own_layer():
+    """Catches a wrong split of qkv into heads, a wrong scale, a missing causal mask."""
+    for causal in (False, True):
+        mine, theirs = (mv.Attention(32, 4, causal),
+                        nn.MultiheadAttention(32, 4, bias=False, batch_first=True))
+        with torch.no_grad():
+            theirs.in_proj_weight.copy_(mine.qkv.weight)
+            theirs.out_proj.weight.copy_(mine.out.weight)
+        x = torch.randn(2, 9, 32)
+        mask = torch.ones(9, 9).triu(1).bool() if causal else None
+        close(mine(x), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def test_question_mask_against_its_definition():
+    """Catches a question that sees another one, or vision tokens that see text."""
+    n, Q, L = 3, 2, 2
+    mask = mv.question_mask(n, Q, L)
+    for i in range(n + Q * L):
+        for j in range(n + Q * L):
+            same = j < n or (i >= n and (i - n) // L == (j - n) // L)
+            assert mask[i, j] == (j <= i and same), (i, j)
+
+
+# ---- the model: who may see whom -----------------------------------------------------------------
+
+@pytest.mark.parametrize('placement', ['none', 'interleaved', 'all', 'all-deep'])
+@pytest.mark.parametrize('training', [True, False])
+def test_later_frames_and_words_never_change_the_past(placement, training):
+    """Catches top-k over the whole sequence, a mask that leaks, a normalization over time."""
+    model = make(placement).train(training)
+    video, text = sample()
+    changed = video.clone()
+    changed[:, 2:] = 1 - changed[:, 2:]
+    past = 2 * model.config.patches
+    before, after = vision_states(model, video), vision_states(model, changed)
+    close(before[:, :past], after[:, :past], 0)
+    assert (before[:, past:] - after[:, past:]).abs().max() > 1e-3  # it does reach its own frames
+    words = text.clone()
+    words[:, :, 3:] = 2 + (words[:, :, 3:] - 1) % 8
+    a, b = model(video, text)[0], model(video, words)[0]
+    close(a[:, :, :3], b[:, :, :3], 1e-6)
+    assert (a[:, :, 3:] - b[:, :, 3:]).abs().max() > 1e-3
+
+
+def test_questions_do_not_see_each_other_and_start_alike():
+    """Catches answers that depend on the other questions, or on a question's place in the list."""
+    model = make()
+    video, text = sample(Q=3)
+    together = model(video, text)[0]
+    for q in range(3):
+        close(together[:, q], model(video, text[:, q:q + 1])[0][:, 0])
+    close(together.flip(1), model(video, text.flip(1))[0])
+
+
+def test_padding_behind_a_question_changes_nothing():
+    """Catches padding that is attended to."""
+    model = make()
+    video, text = sample()
+    close(model(video, text)[0], model(video, F.pad(text, (0, 3)))[0][:, :, :5])
+
+
+def test_batch_of_one_equals_batch_of_many():
+    """Catches selection from the first sample only, and gathers that mix samples."""
+    model = make()
+    video, text = sample(B=4)
+    many, _, aux = model(video, text)
+    for b in range(4):
+        one, _, aux_one = model(video[b:b + 1], text[b:b + 1])
+        close(many[b:b + 1], one)
+        for i, route in aux['routes'].items():
+            assert torch.equal(route.index[b:b + 1], aux_one['routes'][i].index)
+
+
+@pytest.mark.parametrize('placement', ['none', 'interleaved', 'all'])
+@pytest.mark.parametrize('B', [1, 4])
+def test_frame_by_frame_with_a_cache_equals_the_whole(placement, B):
+    """Catches positions from a cache's length, caches that expect every token in every layer."""
+    model = make(placement)
+    video, _ = sample(B=B)
+    whole = vision_states(model, video)
+    tokens, position = model.encode_video(video)
+    caches, P, parts = [mv.KVCache() for _ in model.blocks], model.config.patches, []
+    for t in range(4):
+        now = slice(t * P, (t + 1) * P)
+        parts.append(model.decode(tokens[:, now], position[now], 1, P, caches=caches)[0])
+    close(torch.cat(parts, 1), whole)
+    held = [4 * mv.capacity(0.2, P) if i in model.mod_layers else 4 * P for i in range(4)]
+    assert [c.k.size(2) for c in caches] == held
+
+
+@pytest.mark.parametrize('placement', ['none', 'all'])
+def test_generate_equals_greedy_decoding_without_a_cache(placement):
+    """Catches wrong positions of new words, seen padding of shorter questions, rows that mix."""
+    model = make(placement)
+    video, text = sample(B=2, Q=3)
+    text[0, 1, 3:] = 0                                              # questions of different lengths
+    text[1, 2, 2:] = 0
+    made = model.generate(video, text, max_new_tokens=4)
+    for b in range(2):
+        for q in range(3):
+            ids = text[b, q][text[b, q] != 0]
+            for step in range(4):
+                word = model(video[b:b + 1], ids[None, None])[0][0, 0, -1].argmax()
+                assert made[b, q, step] == word
+                if word in (mv.PAD, mv.EOS):
+                    break
+                ids = torch.cat([ids, word[None]])
+            assert (made[b, q, step + 1:] == 0).all()
+
+
+def test_generate_stops_at_the_end_mark():
+    """Catches answers that run on behind '<eos>'."""
+    model = make()
+    with torch.no_grad():
+        model.head.weight.zero_()                               # every logit equal: word 0 is taken
+        model.norm.weight.fill_(1)
+        model.head.weight[mv.EOS] = 1e-3
+    video, text = sample()
+    made = model.generate(video, text, max_new_tokens=5)
+    assert (made.shape == (2, 2, 5) and ((made == mv.EOS).sum(-1) <= 1).all()
+            and (made[..., 1:] == 0).all())
+
+
+# ---- Mixture-of-Depths ---------------------------------------------------------------------------
+
+def run_block(x, route, position=None):
+    torch.manual_seed(3)
+    block = mv.MoDBlock(mv.Block(x.size(-1), 2).to(x.dtype))
+    return block, block(x, route, torch.arange(x.size(1)) if position is None else position)
+
+
+def test_mod_block_is_raposos_equation():
+    """Catches the residual counted twice or gated, k - 1 tokens, a skipped token that is a key."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 14, 16, dtype=torch.double)                     # 12 vision tokens, 2 of text
+    router = mv.Router(16)
+    route = router(x[:, :12], 3, 0.5)                                        # 2 of 4 tokens a frame
+    block, y = run_block(x, route._replace(gate=route.gate.double()))
+    for b in range(2):
+        scores = [float(x[b, i].float() @ router.weight.detach()) for i in range(12)]
+        chosen = [i for t in range(3)
+                  for i in sorted(range(4 * t, 4 * t + 4), key=lambda i: -scores[i])[:2]]
+        chosen = sorted(chosen) + [12, 13]
+        f = block.block(x[b:b + 1, chosen], torch.tensor(chosen))[0]
+        wanted = x[b].clone()
+        for row, i in enumerate(chosen):
+            wanted[i] += (scores[i] if i < 12 else 1) * f[row]                 # text is ungated
+        close(y[b], wanted, 1e-6)
+
+
+def test_capacity_one_with_gate_one_is_the_dense_block():
+    """Catches anything the routed path does to a token beside the block itself."""
+    x = torch.randn(2, 10, 32)
+    route = mv.Router(32)(x[:, :8], 2, 1.0)
+    block, y = run_block(x, route._replace(gate=torch.ones_like(route.gate)))
+    assert torch.equal(y, x + block.block(x, torch.arange(10)))
+
+
+def test_exactly_k_tokens_a_frame_even_with_ties_and_nan_free():
+    """Catches '>' a threshold (k - 1 tokens, or more with ties), tokens of the first frame only."""
+    for ratio, n, k in ((0.2, 10, 2), (0.07, 100, 7), (0.2, 16, 4), (0.01, 16, 1), (1.0, 16, 16)):
+        assert mv.capacity(ratio, n) == k
+        for x in (torch.randn(3, 4 * n, 8), torch.zeros(3, 4 * n, 8)):
+            route = mv.Router(8)(x, 4, ratio)
+            assert route.index.shape == (3, 4 * k)
+            assert ((route.index // n).view(3, 4, k) == torch.arange(4)[:, None]).all()
+            assert (route.index.diff(dim=1) > 0).all()
+    # Of equal scores the earlier token wins.
+    assert (mv.Router(8)(torch.zeros(1, 8, 8), 2, 0.5).index == torch.tensor([0, 1, 4, 5])).all()
+
+
+def test_skipped_tokens_are_bit_identical_and_not_seen():
+    """Catches 'computed and then masked', and skipped tokens that serve as keys."""
+    x = torch.randn(2, 20, 32)
+    route = mv.Router(32)(x[:, :16], 2, 0.25)
+    block, y = run_block(x, route)
+    skipped = torch.ones(2, 20, dtype=torch.bool).scatter(1, route.index, False)
+    skipped[:, 16:] = False
+    assert torch.equal(y[skipped], x[skipped]) and skipped.sum() == 24
+    other = x.clone()
+    other[skipped] = 100.0
+    assert torch.equal(block(other, route, torch.arange(20))[~skipped], y[~skipped])
+
+
+def test_the_block_gets_only_the_selected_tokens_at_their_own_positions():
+    """Catches positions renumbered to 0..k-1, and a full-length call that is not skipped at all."""
+    seen = {}
+
+    class Recorder(nn.Module):
+        def forward(self, x, position, mask, cache):
+            seen.update(x=x, position=position)
+            return torch.zeros_like(x)
+
+    x = torch.randn(1, 12, 8)
+    route = mv.Route(torch.tensor([[1, 5, 9]]), torch.ones(1, 3), torch.zeros(1, 10))
+    y = mv.MoDBlock(Recorder())(x, route, torch.arange(100, 112))
+    assert seen['position'].tolist() == [[101, 105, 109, 110, 111]]
+    assert torch.equal(seen['x'], x[:, [1, 5, 9, 10, 11]]) and torch.equal(y, x)
+
+
+def test_gradient_reaches_every_router_and_is_right():
+    """Catches a router that only selects (gradient None), one behind the last layer (near zero)."""
+    model = make('all').double()
+    assert model.mod_layers == [0, 1, 2] and len(model.routers) == 3    # the last layer stays dense
+    video, text = sample()
+    video = video.double()
+    loss = lambda: model(video, text, text.roll(-1, -1))[1]
+    loss().backward()
+    for router in model.routers.values():
+        assert router.weight.grad.norm() > 1e-4, 'a router gets no gradient'
+    router, eps = model.routers['1'], 1e-3                              # the loss itself is float32
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        values = []
+        for sign in (1, -1):
+            router.weight.add_(sign * eps * direction)
+            values.append(loss())
+            router.weight.sub_(sign * eps * direction)
+    numeric = (values[0] - values[1]) / (2 * eps)
+    assert abs(numeric - router.weight.grad @ direction) < 0.03 * abs(numeric)
+
+
+def test_router_scores_are_float32_under_autocast():
+    """Catches selection by bfloat16 scores, which differ between batch sizes and machines."""
+    x = torch.randn(2, 32, 64)
+    router = mv.Router(64)
+    with torch.autocast('cpu', torch.bfloat16):
+        route = router(x, 2, 0.25)
+    assert (route.logits.dtype == torch.float32
+            and torch.equal(route.index, router(x, 2, 0.25).index))
+
+
+def test_layer_lists_by_name():
+    """Catches odd depths that lose a layer and placements that start elsewhere than the paper's."""
+    assert (mv.mod_layers('interleaved', 5) == [1, 3]
+            and mv.mod_layers('interleaved', 6) == [1, 3, 5])
+    assert (mv.mod_layers('interleaved-deep', 6) == [3, 5]
+            and mv.mod_layers('all-deep', 5) == [2, 3, 4])
+    assert mv.mod_layers('all', 3) == [0, 1, 2] and mv.mod_layers('none', 3) == []
+    assert (make('interleaved', n_layer=5).mod_layers == [1, 3]
+            and make('interleaved').mod_layers == [1])
+
+
+# ---- token reduction -----------------------------------------------------------------------------
+
+def random_clusters(B=3, N=20, K=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, K, (B, N), generator=g), torch.randn(B, N, 5, generator=g)
+
+
+def test_from_clusters_and_reduce_against_plain_loops():
+    """Catches wrong shares, slots out of order, dropped tokens counted, NaN of empty clusters."""
+    assign, x = random_clusters()
+    assign[0, assign[0] == 2] = 3                                    # sample 0 has an empty cluster
+    reduction = mv.from_clusters(assign, 6)
+    y = mv.reduce_tokens(x, reduction)
+    for b in range(3):
+        members = [[i for i in range(20) if assign[b, i] == k] for k in range(6)]
+        members = sorted(m for m in members if m)                              # by first member
+        for slot in range(6):
+            if slot < len(members):
+                close(y[b, slot], x[b, members[slot]].mean(0), 1e-6)
+                assert reduction.position[b, slot] == members[slot][0] and reduction.mask[b, slot]
+                assert mv.slot_sizes(reduction)[b, slot] == len(members[slot])
+            else:
+                assert (reduction.position[b, slot] == 20 and not reduction.mask[b, slot]
+                        and (y[b, slot] == 0).all())
+    assert mv.from_clusters(
+        assign, 6, torch.arange(6).flip(0).expand(3, 6)).position[1].diff().min() > 0
+
+
+def test_expand_copies_each_slot_back_and_zero_to_the_dropped():
+    """Catches an off-by-one between slots and rows; reduce after expand must give slots back."""
+    assign, x = random_clusters()
+    reduction = mv.from_clusters(assign, 6)
+    y = mv.reduce_tokens(x, reduction)
+    back = mv.expand(y, reduction)
+    for b in range(3):
+        for i in range(20):
+            slot = reduction.assign[b, i]
+            close(back[b, i], y[b, slot] if slot >= 0 else torch.zeros(5), 0)
+    close(mv.reduce_tokens(back, reduction), y, 1e-6)
+
+
+def test_compose_equals_one_after_the_other():
+    """Catches weights that do not multiply and dropped tokens that come back."""
+    assign, x = random_clusters(K=8)
+    first = mv.from_clusters(assign, 8)
+    second = mv.from_clusters(torch.where(first.mask, torch.arange(8) % 3, -1), 3)
+    both = mv.compose(first, second)
+    close(mv.reduce_tokens(x, both), mv.reduce_tokens(mv.reduce_tokens(x, first), second), 1e-6)
+    sizes = mv.slot_sizes(second, mv.slot_sizes(first))
+    assert torch.equal(mv.slot_sizes(both), sizes) and sizes.sum() == (assign >= 0).sum()
+    for b in range(3):
+        for slot in range(int(both.mask[b].sum())):
+            assert (both.assign[b] == slot).nonzero()[0] == both.position[b, slot]
+
+
+def test_pack_keeps_in_order_and_pads_behind():
+    """Catches ragged batches whose shorter samples are filled with real tokens."""
+    keep = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
+    reduction = mv.pack(keep)
+    assert reduction.position.tolist() == [[0, 2, 3], [4, 5, 5], [5, 5, 5]]
+    x = torch.randn(3, 5, 2)
+    y = mv.reduce_tokens(x, reduction)
+    assert (torch.equal(y[0], x[0, [0, 2, 3]]) and torch.equal(y[1, 0], x[1, 4])
+            and (y[1:, 1:] == 0).all())
+
+
+def test_reduction_sums_in_float32_and_is_differentiable():
+    """Catches bfloat16 sums (256 + 1 = 256), and a gradient other than each token's share."""
+    x = torch.ones(1, 1000, 1, dtype=torch.bfloat16)
+    reduction = mv.from_clusters(torch.zeros(1, 1000, dtype=torch.long), 1)
+    assert (abs(mv.reduce_tokens(x, reduction).item() - 1) < 1e-2
+            and mv.slot_sizes(reduction).item() == 1000)
+    x = torch.randn(1, 6, 2, requires_grad=True)
+    reduction = mv.from_clusters(torch.tensor([[0, 0, 1, -1, 0, 1]]), 2)
+    mv.reduce_tokens(x, reduction).sum().backward()
+    close(x.grad[0, :, 0], torch.tensor([1 / 3, 1 / 3, 1 / 2, 0, 1 / 3, 1 / 2]), 1e-6)
+
+
+# ---- accounting, checkpoints, pictures -----------------------------------------------------------
+
+@pytest.mark.parametrize('preset,placement', [
+    ('tiny', 'all'), ('cpu', 'none'), ('cpu', 'all'), ('cpu', 'interleaved')])
+def test_flops_equal_what_torch_counts(preset, placement):
+    """Catches a cost formula that drifted from the model."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    model = mv.ModVideo(mv.ModVideoConfig(**mv.PRESETS[preset], vocab=VOCAB, placement=placement))
+    c = model.config
+    video, text = torch.rand(2, c.frames, 3, 32, 32), torch.randint(2, 8, (2, 3, 5))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        aux = model(video, text)[2]
+    mine = mv.count_flops(model, video.shape, 5, questions=3)
+    assert (mine['total'] == counter.get_total_flops()
+            == mv.count_flops(model, video.shape, 5, 3, aux)['total'])
+    assert mine['total'] == sum(v for k, v in mine.items() if k != 'total')
+
+
+def test_orthogonalize_against_singular_values():
+    """Catches a Newton-Schulz step with swapped coefficients or a forgotten transpose."""
+    for shape in ((4, 32, 32), (2, 96, 32), (3, 32, 96)):
+        x = torch.randn(shape)
+        y = mv.orthogonalize(x)
+        u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        inner = (u.mT @ y.double() @ vh.mT).diagonal(dim1=-2, dim2=-1)  # near 1, same directions
+        assert ((inner > 0.3) | (s < 1e-1 * s.amax(-1, keepdim=True))).all() and (inner < 1.3).all()
+
+
+def test_every_parameter_is_optimized_once_and_moves():
+    """Catches routers (or anything else) that no optimizer holds, or two hold."""
+    model = make()
+    optimizers = mv.configure_optimizer(model, 0.02)
+    held = [p for o in optimizers for group in o.param_groups for p in group['params']]
+    assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    video, text = sample()
+    model(video, text, text)[1].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name]), f'{name} did not move'
+    assert mv.num_params(model) == sum(p.numel() for p in held)
+
+
+def test_checkpoint_round_trip_is_exact_and_atomic(tmp_path):
+    """Catches lost configuration, and a crash while saving that destroys the checkpoint before."""
+    model, path = make(), tmp_path / 'm.pt'
+    mv.save_checkpoint(path, model, step=7)
+    other, extra = mv.load_checkpoint(path)
+    video, text = sample()
+    assert torch.equal(model(video, text)[0], other(video, text)[0]) and extra == {'step': 7}
+    assert other.config == model.config
+    with pytest.raises(Exception):
+        mv.save_checkpoint(path, model, bad=lambda: 0)                         # cannot be written
+    assert mv.load_checkpoint(path)[1] == {'step': 7}
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    """Catches loading with pickle, and unclear errors for files that are no checkpoint."""
+    class Evil:
+        def __reduce__(self):
+            return (Path(tmp_path / 'ran').touch, ())
+    torch.save({'config': {}, 'model': Evil()}, tmp_path / 'evil.pt')
+    (tmp_path / 'text.pt').write_text('hello')
+    mv.save_checkpoint(tmp_path / 'cut.pt', make())
+    (tmp_path / 'cut.pt').write_bytes((tmp_path / 'cut.pt').read_bytes()[:5000])
+    torch.save({'a': 1}, tmp_path / 'other.pt')
+    torch.save({'config': {**SMALL, 'heads': 3}, 'model': {}}, tmp_path / 'config.pt')
+    for name in ('evil', 'text', 'cut', 'other', 'config'):
+        with pytest.raises(ValueError, match='is not a checkpoint of this model'):
+            mv.load_checkpoint(tmp_path / f'{name}.pt')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_pictures_show_what_was_processed():
+    """Catches bright patches that are not the routed ones, merged ones of different colours."""
+    video = torch.full((2, 3, 16, 16), 0.8)
+    logits = torch.zeros(1, 2 * 16)
+    picture = mv.draw_tokens(
+        video, mv.Route(torch.tensor([[0, 21]]), torch.ones(1, 2), logits), scale=2)
+    assert picture.size == (2 * 34 - 2, 32)
+    value = lambda image, t, patch: image.getpixel((t * 34 + patch % 4 * 8 + 4, patch // 4 * 8 + 4))
+    bright = [(t, p) for t in range(2) for p in range(16) if sum(value(picture, t, p)) > 450]
+    assert bright == [(0, 0), (1, 5)]
+    assign = torch.full((1, 32), -1)
+    assign[0, [3, 19, 7]] = torch.tensor([0, 0, 1])
+    picture = mv.draw_tokens(video, mv.from_clusters(assign, 2), scale=2)
+    assert value(picture, 0, 3) == value(picture, 1, 3) != value(picture, 0, 7) == (204, 204, 204)
+    with pytest.raises(ValueError, match='square grid'):
+        mv.draw_tokens(video, mv.pack(torch.ones(1, 30, dtype=torch.bool)))
+
+
+def test_wrong_shapes_and_configurations_are_named():
+    """Catches errors that come from deep inside torch, or not at all."""
+    model = make()
+    video, text = sample()
+    for call, words in (
+            (lambda: model(video[:, :, :, :8], text), r'video must be \(B, T, 3, 16, 16\), got'),
+            (lambda: model(video, text[0]), r'text must be \(B, Q, L\), got'),
+            (lambda: make('every'), 'placement must be one of'),
+            (lambda: make(keep_ratio=0.0), 'keep_ratio must be above 0'),
+            (lambda: make(patch_size=5), 'patch_size must be a multiple of 4'),
+            (lambda: make(dim=30, n_head=4), 'channels per head'),
+            (lambda: make(vocab=['a', 'b']), 'the vocabulary starts with'),
+            (lambda: mv.Router(4)(torch.randn(1, 7, 4), 2, 0.5), '7 tokens do not divide')):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_the_self_check_prints_and_draws(tmp_path, monkeypatch, capsys):
+    """Catches a broken first impression."""
+    monkeypatch.chdir(tmp_path)
+    mv.main()
+    out = capsys.readouterr().out
+    assert ('vision tokens' in out and 'MoD' in out
+            and Image.open(tmp_path / 'out/modvideo.png').width > 100)
+
+
+# ---- the synthetic world -------------------------------------------------------------------------
+
+def test_world_is_seeded_and_splits_share_nothing():
+    """Catches unseeded draws, batches that repeat, test clips that were trained on."""
+    world = shapes.ShapeWorld(size=16)
+    a, b = world.batch('train', 3, 4), world.batch('train', 3, 4)
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert not torch.equal(a.video, world.batch('train', 4, 4).video)
+    assert not torch.equal(a.video, shapes.ShapeWorld(size=16, seed=1).batch('train', 3, 4).video)
+    numbers = {}
+    for split in shapes.SPLITS:
+        scenes = [world.sample(split, 500, torch.Generator().manual_seed(i)) for i in range(4)]
+        numbers[split] = {int(n) for scene in scenes for n in scene.texture.flatten()}
+    assert not numbers['train'] & numbers['test'] and not numbers['train'] & numbers['val']
+    assert not numbers['val'] & numbers['test']
+
+
+def expected_answer(scene, b, kind, name):
+    """The answer, from the scene alone, in plain Python. name: the word asked about, or None."""
+    T = scene.colour.size(2)
+    objects = [dict(shape=shapes.SHAPES[scene.shape[b, o]],
+                    colours=[shapes.COLOURS[c] for c in scene.colour[b, o]],
+                    way=(shapes.DIRECTIONS + ['still'])[scene.direction[b, o]],
+                    frames=[t for t in range(T) if scene.start[b, o] <= t < scene.stop[b, o]])
+               for o in range(3) if scene.present[b, o]]
+    events = [shapes.EVENTS[e] for e in scene.event[b]]
+    flash = shapes.COLOURS[scene.flash[b]]
+    if kind == 'count':
+        return shapes.COUNTS[len(objects) - 1]
+    if kind == 'order':
+        return events[0]
+    if kind == 'moment':
+        assert 'flash' in events
+        return flash
+    if kind == 'summary':
+        clauses = []
+        for event, subject, time in zip(events, scene.subject[b], scene.time[b]):
+            o = None if event in ('flash', 'cut') else next(
+                o for o in objects if o['shape'] == shapes.SHAPES[scene.shape[b, subject]])
+            if event == 'appears':
+                assert o['frames'][0] == time
+                clauses.append(f'{o["colours"][o["frames"][0]]} {o["shape"]} appears')
+            if event == 'vanishes':
+                assert o['frames'][-1] == time - 1
+                clauses.append(f'{o["colours"][o["frames"][-1]]} {o["shape"]} vanishes')
+            if event == 'flash':
+                clauses.append(f'{flash} flash')
+            if event == 'cut':
+                clauses.append('cut')
+        return ' then '.join(clauses)
+    if kind == 'shape':
+        found = [o for o in objects if name in [o['colours'][t] for t in o['frames']]]
+        assert len(found) == 1, 'the colour must name one shape'
+        return found[0]['shape']
+    o = next(o for o in objects if o['shape'] == name)
+    if kind == 'colour':
+        assert len(set(o['colours'])) == 1
+        return o['colours'][0]
+    if kind == 'direction':
+        assert len(o['frames']) > 1
+        return o['way']
+    assert kind == 'forecast' and o['frames'][-1] == T - 1
+    return shapes.COLOURS[(shapes.COLOURS.index(o['colours'][-1]) + 1) % 6]
+
+
+@pytest.mark.parametrize('frames', [4, 8, 16])
+def test_every_answer_follows_from_the_scene(frames):
+    """Catches wrong or ambiguous answers, and targets that are off by one."""
+    world = shapes.ShapeWorld(frames=frames, size=8)
+    generator = torch.Generator().manual_seed(5)
+    scene = world.sample('train', 200, generator)
+    text, targets, kind = world.ask(scene, generator)
+    seen = set()
+    for b in range(200):
+        for q in range(8):
+            asked, told = train_tiny.split_question(text[b, q], targets[b, q])
+            asked, told = [' '.join(shapes.VOCAB[i] for i in ids) for ids in (asked, told)]
+            name = shapes.KINDS[kind[b, q]]
+            assert re.fullmatch(shapes.QUESTIONS[name].replace('_', r'\w+'), asked), asked
+            assert told == expected_answer(scene, b, name, asked.split()[-1]), (asked, told)
+            wanted = targets[b, q][targets[b, q] >= 0]
+            assert wanted[-1] == shapes.EOS and (wanted[:-1] > shapes.EOS).all()
+            start = int((targets[b, q] >= 0).nonzero()[0])       # the answer is also the next input
+            assert torch.equal(text[b, q, start + 1:start + len(wanted)], wanted[:-1])
+            seen.add(name)
+    assert seen == set(shapes.KINDS)
+
+
+def test_pixels_show_the_scene():
+    """Catches shapes in a wrong place, colour or frame, a flash that lasts, a cut mistimed."""
+    world = shapes.ShapeWorld(frames=8, size=64, noise=0.0)
+    scene = world.sample('test', 60, torch.Generator().manual_seed(2))
+    video = world.draw(scene)
+    assert video.shape == (60, 8, 3, 64, 64) and video.min() >= 0 and video.max() <= 1
+    for b in range(60):
+        when = {shapes.EVENTS[e]: int(t) for e, t in zip(scene.event[b], scene.time[b])}
+        for t in range(8):
+            cells = scene.cell[b, int(t >= when.get('cut', 99))]
+            way = shapes.STEPS[scene.direction[b]] * world.travel * (t / 7 - 0.5)  # (O, 2)
+            centre = (0.25 + 0.5 * torch.stack([cells[:3] % 2, cells[:3] // 2], 1)
+                      + scene.jitter[b, :3] + way)
+            for o in range(3):
+                others = [centre[o] - centre[p] for p in range(3) if p != o]
+                if min(d.norm() for d in others) < 1.2 * world.radius:     # one may cover the other
+                    continue
+                x, y = 64 * centre[o]
+                pixel = video[b, t, :, int(y), int(x)]
+                there = (pixel - shapes.PALETTE[scene.colour[b, o, t]]).abs().max() < 0.01
+                assert there == (scene.start[b, o] <= t < scene.stop[b, o]), (b, t, o)
+        still = (video[b, 1:] - video[b, :-1]).abs().amax((1, 2, 3))           # (T - 1,)
+        corner = (video[b, 1:, :, :2, :2] - video[b, :-1, :, :2, :2]).abs().amax((1, 2, 3)) > 0.01
+        assert (not corner[[t - 1 for t in range(1, 8) if t != when.get('cut')]].any()
+                and still.max() > 0.1)
+
+
+def test_answers_are_balanced():
+    """Catches a world in which the most frequent answer is right far more often than chance."""
+    world = shapes.ShapeWorld()
+    generator = torch.Generator().manual_seed(0)
+    _, targets, kind = world.ask(world.sample('train', 4000, generator), generator)
+    for name, answers in (('colour', 6), ('shape', 4), ('direction', 4), ('count', 3), ('order', 4),
+                          ('moment', 6), ('forecast', 6)):
+        words = targets[kind == shapes.KINDS.index(name)].amax(-1)
+        share = words.bincount().max() / len(words)
+        assert len(words) > 1500 and share < 1 / answers + 0.05, (name, float(share))
+
+
+def test_the_contact_sheet(tmp_path, monkeypatch, capsys):
+    """Catches a generator script that does not run."""
+    monkeypatch.chdir(tmp_path)
+    shapes.main()
+    assert 'forecast' in capsys.readouterr().out and Image.open('out/shapes.png').height > 300
+
+
+# ---- clip folders --------------------------------------------------------------------------------
+
+def noise_frames(n=16, size=8, seed=0):
+    return np.random.RandomState(seed).randint(0, 255, (n, size, size, 3), dtype=np.uint8)
+
+
+def write_sheet(path, frames):
+    n, side = len(frames), math.isqrt(len(frames))
+    rows = [np.concatenate(frames[r * side:(r + 1) * side], 1) for r in range(n // side)]
+    Image.fromarray(np.concatenate(rows, 0)).save(
+        path, **(dict(lossless=True) if path.suffix == '.webp' else {}))
+
+
+def write_folder(folder, n=20, **row):
+    folder.mkdir()
+    lines = []
+    for i in range(n):
+        write_sheet(folder / f'{i}.png', noise_frames(seed=i))
+        lines.append(json.dumps(
+            {'file': f'{i}.png', 'qa': [['Which way ?', ['left', 'right'][i % 2]]], **row}))
+    (folder / 'clips.jsonl').write_text('\n'.join(lines))
+    return folder
+
+
+def test_every_format_of_a_clip_gives_the_same_frames(tmp_path):
+    """Catches frames out of order, a sheet read by columns, an animation read as one picture."""
+    frames = noise_frames()
+    images = [Image.fromarray(f) for f in frames]
+    write_sheet(tmp_path / 'sheet.png', frames)
+    images[0].save(tmp_path / 'clip.webp', save_all=True, append_images=images[1:],
+                   lossless=True, duration=50)
+    flat = [Image.fromarray(np.full((8, 8, 3), 12 * i, np.uint8)) for i in range(16)]
+    flat[0].save(tmp_path / 'clip.gif', save_all=True, append_images=flat[1:], duration=50)
+    (tmp_path / 'folder').mkdir()
+    for i, image in enumerate(images):
+        image.save(tmp_path / 'folder' / f'{i:03}.png')
+    for name in ('sheet.png', 'clip.webp', 'folder'):
+        assert np.array_equal(clips.read_clip(tmp_path / name).permute(0, 2, 3, 1), frames), name
+    gif = clips.read_clip(tmp_path / 'clip.gif')
+    assert (gif.shape == (16, 3, 8, 8)
+            and (gif.float().mean((1, 2, 3)) - 12 * torch.arange(16)).abs().max() < 4)
+    small = clips.resample(
+        torch.from_numpy(noise_frames(10, 12)).permute(0, 3, 1, 2)[:, :, :, 2:10], 5, 4)
+    assert small.shape == (5, 3, 4, 4) and small.dtype == torch.uint8
+
+
+def test_clip_folder_batches(tmp_path, capsys):
+    """Catches validation clips of the test split, augmented test clips, another clip's answers."""
+    data = clips.ClipFolder(write_folder(tmp_path / 'a'), frames=4, size=16)
+    assert 'resampled to 4 frames of 16x16' in capsys.readouterr().out
+    sets = [set(data.members(s).tolist()) for s in ('train', 'val', 'test')]
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+    assert sets[2] == {18, 19} and sets[1] == {17} and data.kinds == ['which way']
+    batch = data.batch('test', 0, 8)
+    assert len(batch.video) == 2 and torch.equal(batch.video, data.video[18:].float() / 255)
+    assert len(data.batch('test', 1, 8).text) == 0
+    for i, target in zip((18, 19), batch.targets):
+        assert [data.vocab[w] for w in target[0] if w >= 0] == [['left', 'right'][i % 2], '<eos>']
+    a, b = data.batch('train', 5, 8), data.batch('train', 5, 8)
+    assert torch.equal(a.video, b.video) and a.video.min() >= 0 and a.video.max() <= 1
+
+
+def test_shipped_clips_can_be_read():
+    """Catches a clip that is missing from data/natural, or has no credit."""
+    rows = clips.read_rows(ROOT / 'data/natural')
+    credits = (ROOT / 'data/natural/CREDITS.md').read_text()
+    for row in rows:
+        assert clips.read_clip(ROOT / 'data/natural' / row['file']).shape == (16, 3, 64, 64)
+        assert row['file'] in credits
+
+
+def test_donkeycar_import(tmp_path, capsys):
+    """Catches mirrored clips with the original's label, clips across a gap, unsorted catalogs."""
+    tub = tmp_path / 'tub'
+    (tub / 'images').mkdir(parents=True)
+    angle = [0.0] * 16 + [-0.5] * 16 + [0.6] * 8 + [-0.6] * 8
+    lines = []
+    for i, a in enumerate(angle):
+        Image.new('RGB', (16, 12), (i, 0, 0)).save(tub / 'images' / f'{i}.jpg')
+        gap = 60000 * (i // 16)                                            # a pause every 16 frames
+        lines.append(json.dumps({'_timestamp_ms': 50 * 2 * i + gap,
+                                 'cam/image_array': f'{i}.jpg', 'user/angle': a}))
+    (tub / 'catalog_0.catalog').write_text('\n'.join(lines[30:]))
+    (tub / 'catalog_1.catalog').write_text('\n'.join(lines[:30]))
+    assert donkeycar.main([str(tub), str(tmp_path / 'out'), '--test-from', '0.6']) == 0
+    rows = clips.read_rows(tmp_path / 'out')
+    assert [r['label'] for r in rows] == [
+        'straight', 'straight', 'left', 'right', 'right-then-left', 'left-then-right']
+    assert [r['split'] for r in rows] == ['train'] * 4 + ['test'] * 2
+    first = clips.read_clip(tmp_path / 'out' / rows[4]['file'])
+    assert first.shape == (16, 3, 64, 64) and first[:, 0].float().mean((1, 2)).diff().gt(-2).all()
+    assert donkeycar.main([str(tub), str(tmp_path / 'out')]) == 2    # never over an existing folder
+    assert (donkeycar.main([str(tmp_path), str(tmp_path / 'new')]) == 2
+            and not (tmp_path / 'new').exists())
+    (tub / 'catalog_1.catalog').write_text('{"user/angle": 1}')
+    assert donkeycar.main([str(tub), str(tmp_path / 'new')]) == 2
+    assert 'line 1' in capsys.readouterr().err
+
+
+# ---- the training script -------------------------------------------------------------------------
+
+TINY = ['--preset', 'tiny', '--batch', '4', '--device', 'cpu', '--placement', 'all']
+
+
+@pytest.fixture(autouse=True)
+def few_clips(monkeypatch):
+    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 16)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """One run of twelve steps that several tests look at."""
+    run = tmp_path_factory.mktemp('runs') / 'whole'
+    assert train_tiny.main([*TINY, '--steps', '12', '--out', str(run)]) == 0
+    return run
+
+
+def test_a_run_writes_everything(trained):
+    """Catches a missing file or key, percentages where shares are wanted."""
+    assert {p.name for p in trained.iterdir()} == {
+        'config.json', 'log.csv', 'ckpt.pt', 'result.json',
+        'tokens.png', 'tokens.gif', 'clip.webp', 'curve.png'}
+    result = json.loads((trained / 'result.json').read_text())
+    for key in ('recipe seed device torch preset steps seconds accuracy accuracy_by_type '
+                'blind_accuracy chance vision_tokens gflops step_ms peak_memory_mb').split():
+        assert key in result, key
+    assert result['vision_tokens'] == 64 and result['steps'] == 12
+    assert set(result['accuracy_by_type']) == set(shapes.KINDS)
+    for value in (result['accuracy'], result['blind_accuracy'], result['chance'],
+                  *result['accuracy_by_type'].values()):
+        assert 0 <= value <= 1
+    assert Image.open(trained / 'tokens.gif').n_frames == 4
+    assert clips.read_clip(trained / 'clip.webp').shape == (4, 3, 32, 32)
+    rows = list(csv.DictReader(open(trained / 'log.csv')))
+    assert [int(r['step']) for r in rows] == list(range(1, 13)) and rows[-1]['val_accuracy'] != ''
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch, capsys):
+    """Catches Ctrl-C that loses work, a resume without optimizer state or with other clips."""
+    real = train_tiny.ShapeWorld.batch
+
+    def press_ctrl_c(self, split, step, *rest):
+        if split == 'train' and step == 7:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, split, step, *rest)
+
+    run = tmp_path / 'cut'
+    monkeypatch.setattr(train_tiny.ShapeWorld, 'batch', press_ctrl_c)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny.main([*TINY, '--steps', '12', '--out', str(run)])
+    assert stop.value.code == 130 and f'--resume {run}' in capsys.readouterr().out
+    monkeypatch.setattr(train_tiny.ShapeWorld, 'batch', real)
+    assert train_tiny.main(['--resume', str(run)]) == 0
+    whole, resumed = (mv.load_checkpoint(r / 'ckpt.pt')[0].state_dict() for r in (trained, run))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    a, b = (json.loads((r / 'result.json').read_text()) for r in (trained, run))
+    assert all(a[k] == b[k] for k in ('accuracy', 'blind_accuracy', 'accuracy_by_type', 'steps'))
+    logs = [[r['loss'] for r in csv.DictReader(open(p / 'log.csv'))] for p in (trained, run)]
+    assert logs[0] == logs[1]
+
+
+def test_learning_happens(tmp_path):
+    """Catches targets that do not match the logits, a frozen model, a learning rate at zero."""
+    torch.manual_seed(0)
+    world = shapes.ShapeWorld(frames=4, questions=4)
+    model = mv.ModVideo(
+        mv.ModVideoConfig(**mv.PRESETS['tiny'], vocab=shapes.VOCAB, placement='all'))
+    batch = world.batch('train', 0, 8)
+    optimizers = mv.configure_optimizer(model, 0.02)
+    for _ in range(60):
+        logits, loss, _ = model(batch.video, batch.text, batch.targets)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert train_tiny.is_right(logits, batch.targets).float().mean() > 0.9, (
+        'one batch must be learned by heart')
+
+
+def test_is_right_wants_the_whole_answer():
+    """Catches accuracy counted by word, or with padding and questions in it."""
+    targets = torch.tensor([[[-1, 3, 1, -1], [-1, 3, 1, -1]]])
+    logits = F.one_hot(torch.tensor([[[0, 3, 1, 2], [0, 3, 2, 2]]]), 5).float()
+    assert train_tiny.is_right(logits, targets).tolist() == [[True, False]]
+
+
+def test_ask_answers_in_words(trained, capsys):
+    """Catches an answer without its probability, or asked of another checkpoint."""
+    args = ['--out', str(trained), '--ask', str(ROOT / 'data/natural/cockatoo.webp'),
+            'What shape is red?']
+    assert train_tiny.main(args) == 0
+    out = capsys.readouterr().out
+    assert re.search(r'What shape is red\? .*\d\.\d%', out) and 'ask-cockatoo.png' in out
+    assert (trained / 'ask-cockatoo.png').exists() and (trained / 'ask-cockatoo.gif').exists()
+    for name in ('png', 'gif'):
+        (trained / f'ask-cockatoo.{name}').unlink()
+
+
+def test_bench_prints_ratios(capsys, monkeypatch):
+    """Catches a bench that does not compare, or that routes as slowly as dense by its own count."""
+    assert train_tiny.main([*TINY, '--bench']) == 0
+    out = capsys.readouterr().out
+    assert re.search(r'dense +0 of 2 .* 1\.00 +1\.00', out) and 'all-deep' in out
+
+
+def bad_folders(tmp_path):
+    """(arguments, what the one sentence must say) for inputs that are wrong."""
+    good = json.dumps({'file': '0.png', 'qa': [['which way', 'left']]})
+    cases = [('missing', None, None, 'no such folder'), ('empty', '', None, 'no clip is listed'),
+             ('notjson', good + '\n{oops', 'image', 'line 2: not JSON'),
+             ('nofile', '{"qa": []}', None, 'line 1: wanted an object with "file"'),
+             ('noqa', '{"file": "0.png"}', 'image', 'line 1: wanted "qa"'),
+             ('split', '{"file": "0.png", "split": "tset", "caption": "a"}', 'image', "got 'tset'"),
+             ('gone', good, None, '0.png: no such file'),
+             ('text', good, 'text', '0.png: not a readable image'),
+             ('cut', good, 'cut', '0.png: not a readable image'),
+             ('zero', good, 'zero', 'the file is empty'),
+             ('grid', good, 'odd', 'does not divide into 4x4 frames'),
+             ('one', good, 'image', 'no clip for the')]
+    for name, lines, image, words in cases:
+        folder = tmp_path / name
+        if lines is not None:
+            folder.mkdir()
+            (folder / 'clips.jsonl').write_text(lines)
+        file = folder / '0.png'
+        if image in ('image', 'cut'):
+            write_sheet(file, noise_frames())
+        if image == 'cut':
+            file.write_bytes(file.read_bytes()[:200])
+        if image == 'odd':
+            Image.new('RGB', (30, 31)).save(file)
+        if image in ('text', 'zero'):
+            file.write_text('hello' if image == 'text' else '')
+        yield ['--data', str(folder)], words
+    (tmp_path / 'bare').mkdir()
+    yield ['--data', str(tmp_path / 'bare')], 'holds no clips.jsonl'
+
+
+def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
+    """Catches tracebacks, silence, and run folders left behind by a run that could not start."""
+    from PIL import Image
+    (tmp_path / 'frames').mkdir()
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full/notes.txt').write_text('mine')
+    (tmp_path / 'broken').mkdir()
+    (tmp_path / 'broken/ckpt.pt').write_text('hello')
+    Image.new('RGB', (32, 32)).save(tmp_path / 'still.png')
+    ask = lambda clip, question: ['--out', str(trained), '--ask', str(clip), question]
+    natural = ROOT / 'data/natural/cockatoo.webp'
+    cases = [*bad_folders(tmp_path),
+             (['--recipe', 'best'], "invalid choice: 'best'"),
+             (['--stepz', '3'], 'unrecognized arguments: --stepz 3'),
+             (['--steps', 'many'], "invalid int value: 'many'"),
+             (['--steps', '-1'], '--steps must be at least 0'),
+             (['--keep-ratio', '0'], 'keep_ratio must be above 0'),
+             (['--grid', '4'], '--grid wants COLUMNSxROWS'),
+             (['--placement', 'interleaved'], 'routes no layer'), (['--lr', 'nan'], '--lr must be'),
+             (['--device', 'cuda'], 'this machine has none'),
+             (['--resume', str(tmp_path / 'no')], 'does not exist'),
+             (['--out', str(tmp_path / 'full')], 'exists; name another folder'),
+             (ask(natural, 'what shpe is red'), "'shpe' (nearest known: shape"),
+             (ask(natural, '?'), 'has no words'),
+             (ask(tmp_path / 'frames', 'what shape is red'), 'the folder holds no image'),
+             (ask(tmp_path / 'none.gif', 'what shape is red'), 'no such file'),
+             (['--grid', '3x3', *ask(tmp_path / 'still.png', 'what shape is red')],
+              'does not divide into 3x3'),
+             (['--out', str(tmp_path / 'broken'), '--ask', str(natural), 'red'],
+              'is not a checkpoint of this model'),
+             (['--out', str(tmp_path / 'nowhere'), '--ask', str(natural), 'red'], 'does not exist')]
+    if torch.cuda.is_available():
+        cases = [c for c in cases if 'cuda' not in c[0]]
+    for args, words in cases:
+        if '--out' not in args:
+            args = ['--out', str(tmp_path / 'never'), *args]
+        if '--ask' not in args and '--resume' not in args:
+            args = [*TINY, *args]
+        try:
+            code = train_tiny.main(args)
+        except SystemExit as error:
+            code = error.code
+        message = capsys.readouterr().err.strip()
+        assert code == 2 and words in message, (args, code, message)
+        assert len(message.splitlines()) == 1 and 'Traceback' not in message, message
+        assert not (tmp_path / 'never').exists(), args
+    assert (tmp_path / 'full/notes.txt').read_text() == 'mine'
+
+
+def test_resuming_with_another_configuration_is_refused(trained, capsys):
+    """Catches weights loaded into a model of another shape or routing."""
+    assert train_tiny.main(['--resume', str(trained), '--keep-ratio', '0.5', '--steps', '14']) == 2
+    assert 'was trained with another configuration' in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_names_its_step(tmp_path, monkeypatch, capsys):
+    """Catches a run that goes on with NaN, or that saves it."""
+    real = train_tiny.ShapeWorld.batch
+
+    def poison(self, split, step, *rest):
+        batch = real(self, split, step, *rest)
+        return (batch._replace(video=batch.video * float('nan'))
+                if split == 'train' and step == 4 else batch)
+
+    monkeypatch.setattr(train_tiny.ShapeWorld, 'batch', poison)
+    assert train_tiny.main([*TINY, '--steps', '30', '--out', str(tmp_path / 'r')]) == 2
+    assert 'the loss is not finite at step 5' in capsys.readouterr().err
+    monkeypatch.setattr(train_tiny.ShapeWorld, 'batch', real)
+    assert not (tmp_path / 'r/ckpt.pt').exists() or all(
+        v.isfinite().all()
+        for v in mv.load_checkpoint(tmp_path / 'r/ckpt.pt')[0].state_dict().values())
+
+
+def test_default_run_folders_are_never_shared(tmp_path, monkeypatch):
+    """Catches a second run that writes over the first."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train_tiny.main([*TINY, '--steps', '1']) == 0
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
+        'mod-shapes-tiny-seed0', 'mod-shapes-tiny-seed0-2']
+
+
+def test_dense_recipe_and_clip_folders_train(tmp_path):
+    """Catches recipes and datasets that only the default path was tried on."""
+    folder = write_folder(tmp_path / 'clips', label='x')
+    assert train_tiny.main([*TINY, '--steps', '2', '--recipe', 'dense', '--data', str(folder),
+                            '--deterministic', '--out', str(tmp_path / 'r')]) == 0
+    torch.use_deterministic_algorithms(False)
+    result = json.loads((tmp_path / 'r/result.json').read_text())
+    assert list(result['accuracy_by_type']) == ['which way'] and result['placement'] == 'none'
+
+
+# ---- the README keeps its word -------------------------------------------------------------------
+
+README = ROOT / 'README.md'
+
+
+def test_readme_python_blocks_run(tmp_path, monkeypatch):
+    """Catches examples that drifted from the code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    blocks = re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, 'README', 'exec'), {'__name__': 'readme'})
+
+
+def test_the_headers_usage_runs(tmp_path, monkeypatch):
+    """Catches a header whose example no longer works."""
+    monkeypatch.chdir(tmp_path)
+    usage = mv.__doc__.split('Usage:')[1].split('Left out')[0]
+    exec('\n'.join(line[4:] for line in usage.splitlines()), {**vars(mv), '__name__': 'usage'})
+    assert (tmp_path / 'tokens.png').exists()
+
+
+def test_readme_names_files_that_exist_with_their_lengths():
+    """Catches file maps and line counts that drifted."""
+    text = README.read_text()
+    for name in re.findall(r'`((?:data/|\.github/)?[\w/]+\.(?:py|md|jsonl|png|gif))`', text):
+        made = ('tokens.png', 'tokens.gif', 'curve.png', 'shapes.png', 'modvideo.png',
+                'clips.jsonl')
+        assert (ROOT / name).exists() or name.split('/')[-1] in made, name
+    for name in re.findall(r'\]\(([^)#:]+)\)', text):
+        assert (ROOT / name).exists(), name
+    counts = re.findall(r'`([\w/]+\.py)` \| (\d+) ', text)
+    assert len(counts) >= 6
+    for name, said in counts:
+        lines = len((ROOT / name).read_text().splitlines())
+        assert abs(lines - int(said)) <= 0.1 * lines, f'{name}: README says {said}, it has {lines}'
+
+
+@pytest.mark.parametrize('main', [train_tiny.main, donkeycar.main])
+def test_help_lists_every_flag(main, capsys):
+    """Catches a flag without help, and a crash on a percent sign in it."""
+    with pytest.raises(SystemExit) as stop:
+        main(['--help'])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    if main is train_tiny.main:
+        for flag in re.findall(r'`(--[a-z-]+)', README.read_text()):
+            assert flag in out or flag in ('--help', '--test-from', '--threshold'), flag
+
+
+def test_house_style():
+    """Catches lines over 120 columns, functions over 60 lines, files without a licence line."""
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('data/*.py')]:
+        text = path.read_text()
+        assert text.startswith('# SPDX-License-Identifier: MIT-0'), path
+        assert max(map(len, text.splitlines())) <= 120, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f'{path}: {node.name}'

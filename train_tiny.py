@@ -1,0 +1,700 @@
+# SPDX-License-Identifier: MIT-0
+"""Train a small video-language model in minutes, see the patches it processed, ask it about a clip.
+
+    python train_tiny.py                                 the main job: MoD on the synthetic world
+    python train_tiny.py --recipe dense                  the same model without routing
+    python train_tiny.py --data FOLDER                   your own clips (see data/clips.py)
+    python train_tiny.py --ask CLIP "what shape is red"  ask the newest trained model about a clip
+    python train_tiny.py --resume out/RUN                go on with an interrupted run
+    python train_tiny.py --bench                         time and memory of placements against dense
+
+Everything a run makes goes into its folder, out/RUN: config.json, log.csv, ckpt.pt, result.json,
+tokens.png, tokens.gif, clip.webp (the clip in these pictures), curve.png.
+"""
+import argparse
+import csv
+import difflib
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+BEGAN = time.time()     # importing torch takes seconds, and they count
+
+import torch
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data.clips import ClipFolder, read_clip, read_rows, resample, words
+from data.shapes import ShapeWorld
+from modvideo import (EOS, IGNORE, PAD, PRESETS, Block, MoDBlock, ModVideo, ModVideoConfig, Router,
+                      configure_optimizer, count_flops, draw_tokens, load_checkpoint, num_params,
+                      pack, save_checkpoint)
+
+# What a preset trains with: clips a step, steps, questions a clip.
+RUNS = {'tiny': dict(batch=8, steps=100, questions=4),
+        'cpu': dict(batch=8, steps=1800, questions=8),
+        'gpu': dict(batch=64, steps=2500, questions=8),
+        'deep': dict(batch=32, steps=2500, questions=8),
+        'long': dict(batch=8, steps=2500, questions=8)}
+PLACEMENTS = ['interleaved', 'interleaved-deep', 'all', 'all-deep']
+EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. Flags: one dataclass, turned into a command line
+# --------------------------------------------------------------------------------------------------
+
+def flag(default, group: str, text: str, choices=None):
+    """A field that is a command-line flag."""
+    return field(default=default, metadata=dict(group=group, text=text, choices=choices))
+
+
+@dataclass
+class Settings:
+    """Every flag with its default. 0, '' and 'auto': as preset, recipe or machine say."""
+    recipe: str = flag('mod', 'what to train',
+                       'mod routes vision tokens past layers, dense does not', ['mod', 'dense'])
+    data: str = flag('shapes', 'what to train',
+                     "'shapes', the synthetic world, or a folder with clips.jsonl")
+    preset: str = flag('auto', 'what to train', 'size of model and video', ['auto', *PRESETS])
+    keep_ratio: float = flag(0.2, 'what to train',
+                             "share of each frame's vision tokens that a routed layer processes")
+    placement: str = flag('all', 'what to train', 'which layers route', PLACEMENTS)
+    frames: int = flag(0, 'what to train', "frames of a clip, 0 = the preset's; of a folder: "
+                       "its clips' own, at most twice as many")
+    grid: str = flag('4x4', 'what to train', 'columns x rows of a clip that is a sheet of frames')
+    steps: int = flag(0, 'how to train', 'optimizer steps, 0 = the preset\'s')
+    batch: int = flag(0, 'how to train', 'clips a step, 0 = the preset\'s')
+    lr: float = flag(0.01, 'how to train',
+                     'learning rate of the matrices; the rest learns at 3 %% of it')
+    seed: int = flag(0, 'how to train', 'decides the weights, the clips and their order')
+    device: str = flag('auto', 'where', 'auto takes CUDA, else MPS, else the CPU',
+                       ['auto', 'cuda', 'mps', 'cpu'])
+    dtype: str = flag('auto', 'where', 'of the matrix products', ['auto', 'float32', 'bfloat16'])
+    compile: bool = flag(False, 'where', 'torch.compile the model (a minute of waiting first)')
+    deterministic: bool = flag(False, 'where',
+                               'the same numbers on every run, on CUDA too (slower)')
+    out: str = flag('', 'files', 'run folder, to write or to read the model from')
+    resume: str = flag('', 'files', 'run folder to go on with, under its own settings')
+    bench: bool = flag(False, 'instead of training',
+                       'time and memory of each placement against dense')
+    ask: list = flag((), 'instead of training',
+                     'a clip (GIF, WebP, sheet, folder of images) and a question')
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message):
+        self.exit(2, f'train_tiny: {message} (--help lists the flags)\n')
+
+
+def parse(argv) -> Settings:
+    """Command line -> Settings. With --resume, the run's own settings are the defaults."""
+    parser = Parser(prog='train_tiny.py', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    for f in fields(Settings):
+        group = groups.setdefault(f.metadata['group'],
+                                  parser.add_argument_group(f.metadata['group']))
+        how = dict(type=f.type, choices=f.metadata['choices'])
+        if f.type is bool:
+            how = dict(action='store_true')
+        if f.type is list:
+            how = dict(nargs=2, metavar=('CLIP', 'QUESTION'))
+        shown = '' if f.type in (bool, list) else f' [{f.default}]' if f.default != '' else ''
+        group.add_argument('--' + f.name.replace('_', '-'), default=f.default,
+                           help=f.metadata['text'] + shown, **how)
+    args = parser.parse_args(argv)
+    if args.resume:
+        saved = json.loads(existing(Path(args.resume) / 'config.json').read_text())['settings']
+        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ('resume', 'out')})
+        args = parser.parse_args(argv)
+    settings = Settings(**vars(args))
+    for name, low in (('steps', 0), ('batch', 0), ('seed', 0), ('frames', 0)):
+        if getattr(settings, name) < low:
+            raise ValueError(f'--{name} must be at least {low}, got {getattr(settings, name)}')
+    if not 0 < settings.lr < math.inf:
+        raise ValueError(f'--lr must be a number above 0, got {settings.lr}')
+    if settings.resume and settings.out:
+        raise ValueError(f'--resume goes on in its own folder, {settings.resume}; leave --out away')
+    parse_grid(settings.grid)
+    return settings
+
+
+def existing(path: Path) -> Path:
+    """The path, or one clear sentence."""
+    if not path.exists():
+        raise ValueError(f'{path} does not exist')
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Setting up: machine, data, model
+# --------------------------------------------------------------------------------------------------
+
+def pick_machine(s: Settings):
+    """Fill in device, dtype, preset, steps, batch, say so -> autocast context of forward passes."""
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(),
+                 'cpu': True}
+    if s.device == 'auto':
+        s.device = next(d for d in available if available[d])
+    elif not available[s.device]:
+        raise ValueError(f'--device {s.device}: this machine has none, '
+                         'or this torch was built without it')
+    s.dtype = ('bfloat16' if s.device == 'cuda' else 'float32') if s.dtype == 'auto' else s.dtype
+    s.preset = ('gpu' if s.device == 'cuda' else 'cpu') if s.preset == 'auto' else s.preset
+    s.steps, s.batch = s.steps or RUNS[s.preset]['steps'], s.batch or RUNS[s.preset]['batch']
+    if s.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward is not deterministic
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_float32_matmul_precision('high')
+    name = {'cuda': lambda: torch.cuda.get_device_name(),
+            'cpu': lambda: f'{torch.get_num_threads()} threads'}
+    print(f'{s.device} ({name.get(s.device, lambda: "Apple GPU")()}), {s.dtype}, '
+          f'torch {torch.__version__}, preset {s.preset}, recipe {s.recipe}, seed {s.seed}')
+    return lambda: (torch.autocast(s.device, torch.bfloat16) if s.dtype == 'bfloat16'
+                    else nullcontext())
+
+
+def load_data(s: Settings):
+    """The dataset that --data names, at the preset's frame size. Fills in the number of frames."""
+    preset, grid = PRESETS[s.preset], parse_grid(s.grid)
+    shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['questions'], seed=s.seed)
+    if s.data == 'shapes':
+        s.frames = s.frames or preset['frames']
+        return ShapeWorld(frames=s.frames, **shape)
+    if not s.frames:                                         # real motion is fast: keep every frame
+        first = read_rows(Path(s.data))[0]['file']
+        s.frames = min(len(read_clip(Path(s.data) / first, grid)), 2 * preset['frames'])
+    return ClipFolder(s.data, frames=s.frames, grid=grid, **shape)
+
+
+def parse_grid(text: str):
+    try:
+        columns, rows = (int(n) for n in text.lower().split('x'))
+        if columns > 0 and rows > 0:
+            return columns, rows
+    except ValueError:
+        pass
+    raise ValueError(f'--grid wants COLUMNSxROWS, such as 4x4, got {text!r}')
+
+
+def build_model(s: Settings, vocab: list, placement: str = None) -> ModVideo:
+    """The model of the recipe, its weights a function of the seed."""
+    torch.manual_seed(s.seed)
+    placement = placement or (s.placement if s.recipe == 'mod' else 'none')
+    size = {**PRESETS[s.preset], 'frames': s.frames}
+    config = ModVideoConfig(vocab=list(vocab), **size, placement=placement, keep_ratio=s.keep_ratio)
+    model = ModVideo(config).to(s.device)
+    if placement != 'none' and not model.mod_layers and not s.bench:
+        raise ValueError(f'--placement {placement} routes no layer of {config.n_layer} '
+                         '(the last one stays dense); try --placement all')
+    return model
+
+
+def open_run(s: Settings) -> Path:
+    """The run's folder, new unless it is resumed. An existing one is never written over."""
+    if s.resume:
+        return existing(Path(s.resume) / 'ckpt.pt').parent
+    if s.out:
+        run = Path(s.out)
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ValueError(f'--out {run} exists; name another folder, '
+                             f'or go on with it: --resume {run}')
+    else:
+        name = f'{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
+        names = (name + (f'-{i}' if i > 1 else '') for i in itertools.count(1))
+        run = next(Path('out', n) for n in names if not Path('out', n).exists())
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Training
+# --------------------------------------------------------------------------------------------------
+
+def is_right(logits, targets):
+    """(B, Q) bool: every word of the answer and its end are the most probable: greedy decoding."""
+    return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Learning-rate factor: up over 50 steps, level, then down to zero over the last half."""
+    return min(1, (step + 1) / 50, (steps - step) / (0.5 * steps))
+
+
+def save_run(run: Path, model, optimizers: list, log: list, step: int, seconds: float):
+    """Checkpoint and log.csv: all that a resumed run needs."""
+    save_checkpoint(run / 'ckpt.pt', model, optimizers=[o.state_dict() for o in optimizers],
+                    step=step, log=log, seconds=seconds)
+    with open(run / 'log.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(log[0]))
+        writer.writeheader()
+        writer.writerows(log)
+
+
+def resume_run(run: Path, model, optimizers: list, device: str):
+    """Load what save_run wrote into the model and its optimizers -> log, steps done, seconds."""
+    saved, extra = load_checkpoint(run / 'ckpt.pt', device)
+    if saved.config != model.config:
+        raise ValueError(f'{run / "ckpt.pt"} was trained with another configuration '
+                         'than these flags give')
+    model.load_state_dict(saved.state_dict())
+    for optimizer, state in zip(optimizers, extra['optimizers']):
+        optimizer.load_state_dict(state)
+    return extra['log'], extra['step'], extra['seconds']
+
+
+def train_step(forward, model, optimizers: list, batch, autocast) -> torch.Tensor:
+    """One step: (2,) loss and accuracy of the batch, still on the device."""
+    with autocast():
+        logits, loss, _ = forward(batch.video, batch.text, batch.targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss.detach(), is_right(logits, batch.targets).float().mean()])
+
+
+def read(recent: list, done: int, lr: float):
+    """Mean loss and accuracy of the last steps. ValueError names the first that is not finite."""
+    values = torch.stack(recent).cpu()                                     # (steps, 2)
+    if not values.isfinite().all():
+        bad = done - len(recent) + 1 + int((~values.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f'the loss is not finite at step {bad}; nothing was saved since the last '
+                         f'checkpoint; try a lower --lr than {lr}')
+    return values.mean(0).tolist()
+
+
+def train(s: Settings, model, data, run: Path, autocast) -> dict:
+    """Train until s.steps, or until Ctrl-C, which saves and exits. Returns the log and the cost."""
+    optimizers = configure_optimizer(model, s.lr)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['initial_lr'] = group['lr']                              # kept in the checkpoint
+    forward = torch.compile(model) if s.compile else model
+    log, first, before = [], 0, 0.0
+    if s.resume:
+        log, first, before = resume_run(run, model, optimizers, s.device)
+    stop = []                                                              # filled by Ctrl-C
+    previous = signal.signal(
+        signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
+    every = max(1, s.steps // 100)                                         # a row of the log
+    start, recent, times = time.time(), [], []
+    bar = tqdm(range(first, s.steps), initial=first, total=s.steps, desc=s.recipe, mininterval=1,
+               dynamic_ncols=True)
+    tick = time.time()
+    for step in bar:
+        done = step + 1
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = group['initial_lr'] * schedule(step, s.steps)
+        batch = data.batch('train', step, s.batch, s.device)
+        recent.append(train_step(forward, model, optimizers, batch, autocast))
+        if done % every and done < s.steps and not stop:              # reading waits for the device
+            continue
+        loss, accuracy = read(recent, done, s.lr)
+        times.append((time.time() - tick) / len(recent))
+        recent, val = [], ''
+        if done % (10 * every) == 0 or done == s.steps:
+            val = round(evaluate(model, data, 'val', s, autocast, clips=128)['accuracy'], 4)
+            bar.write(f'step {done:5}  loss {loss:.3f}  accuracy {accuracy:6.1%}  '
+                      f'held-out {val:6.1%}')
+        seconds = round(before + time.time() - start, 1)
+        log.append(dict(step=done, loss=round(loss, 4), accuracy=round(accuracy, 4),
+                        val_accuracy=val, lr=optimizers[0].param_groups[0]['lr'], seconds=seconds))
+        bar.set_postfix(loss=f'{loss:.3f}', acc=f'{accuracy:.1%}', refresh=False)
+        if val != '' or stop:
+            save_run(run, model, optimizers, log, done, seconds)
+        if stop and done < s.steps:
+            bar.close()
+            print(f'stopped after step {done}, saved; '
+                  f'go on with: python train_tiny.py --resume {run}')
+            raise SystemExit(130)
+        tick = time.time()
+    signal.signal(signal.SIGINT, previous)
+    step_ms = 1000 * statistics.median(times) if times else 0.0
+    return dict(log=log, seconds_before=before, steps=s.steps, step_ms=round(step_ms, 2))
+
+
+@torch.no_grad()
+def evaluate(model, data, split, s: Settings, autocast, clips: int = EVAL_CLIPS) -> dict:
+    """Accuracy on held-out clips: overall, by type, balanced over a type's answers, blind, chance.
+
+    A question is right if its whole answer is. Blind: the same questions with another clip's video.
+    Chance: always the most frequent answer of the type.
+    """
+    model.eval()
+    right, blind, kind, answers = [], [], [], []
+    for step in range(math.ceil(clips / 64)):
+        batch = data.batch(split, step, min(64, clips), s.device)
+        if not len(batch.text):
+            break
+        other = batch.video.roll(max(1, len(batch.video) // 2), 0)
+        with autocast():
+            right.append(is_right(model(batch.video, batch.text)[0], batch.targets).flatten())
+            blind.append(is_right(model(other, batch.text)[0], batch.targets).flatten())
+        kind.append(batch.kind.flatten())
+        answers += [tuple(a[a != IGNORE].tolist()) for a in batch.targets.flatten(0, 1).cpu()]
+    model.train()
+    right, blind, kind = (torch.cat(a).cpu() for a in (right, blind, kind))
+    by_type, balanced, chance = {}, {}, {}
+    for i, name in enumerate(data.kinds):
+        rows = (kind == i).nonzero()[:, 0].tolist()
+        if not rows:
+            continue
+        groups = {}
+        for r in rows:
+            groups.setdefault(answers[r], []).append(float(right[r]))
+        by_type[name] = float(right[rows].float().mean())
+        balanced[name] = statistics.mean(statistics.mean(g) for g in groups.values())
+        chance[name] = max(len(g) for g in groups.values()) / len(rows)
+    share = {name: float((kind == i).float().mean()) for i, name in enumerate(data.kinds)}
+    return dict(accuracy=float(right.float().mean()), blind_accuracy=float(blind.float().mean()),
+                accuracy_by_type=by_type, balanced_accuracy_by_type=balanced, chance_by_type=chance,
+                blind_by_type={name: float(blind[kind == data.kinds.index(name)].float().mean())
+                               for name in chance},
+                chance=sum(share[name] * chance[name] for name in chance), questions=len(right))
+
+
+def peak_memory_mb(device: str) -> float:
+    """Most memory taken so far: of the GPU's allocator, or of this process."""
+    if device == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:         # Windows
+        return float('nan')
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Showing: the table, answers in words, pictures
+# --------------------------------------------------------------------------------------------------
+
+def print_table(result: dict):
+    print(f'\n{"type":34} {"accuracy":>8} {"balanced":>8} {"blind":>7} {"chance":>7}')
+    for name, accuracy in result['accuracy_by_type'].items():
+        print(f'{name[:34]:34} {accuracy:8.1%} {result["balanced_accuracy_by_type"][name]:8.1%} '
+              f'{result["blind_by_type"][name]:7.1%} {result["chance_by_type"][name]:7.1%}')
+    print(f'{"all":34} {result["accuracy"]:8.1%} {"":8} {result["blind_accuracy"]:7.1%} '
+          f'{result["chance"]:7.1%}   {result["questions"]} questions about held-out clips')
+
+
+def split_question(text, targets):
+    """Ids of one question (L,) and of its answer, without the end mark."""
+    asked = text[:int((targets != IGNORE).nonzero()[0]) + 1]
+    return asked, targets[(targets != IGNORE) & (targets != EOS)]
+
+
+@torch.no_grad()
+def show_answers(model, data, s: Settings, count: int = 5):
+    """Print answers in words, a mistake among them if there is one."""
+    batch = data.batch('test', 0, 64, s.device)
+    say = lambda ids: ' '.join(
+        data.vocab[i] for i in ids.tolist() if i not in (PAD, EOS)) or '(nothing)'
+    lines = []
+    for b in range(len(batch.text)):
+        pairs = [split_question(t, w) for t, w in zip(batch.text[b], batch.targets[b])]
+        asked = torch.nn.utils.rnn.pad_sequence(
+            [q for q, _ in pairs], batch_first=True, padding_value=PAD)[None]
+        longest = max(len(a) for _, a in pairs) + 1
+        for (q, a), said in zip(pairs, model.generate(batch.video[b:b + 1], asked, longest)[0]):
+            lines.append((say(said) == say(a), f'  {say(q)}? {say(said)}', say(a)))
+    wrong = [line for line in lines if not line[0]][:1]
+    right = [line for line in lines if line[0]]
+    right = right[::max(1, len(right) // count)][:count - len(wrong)]
+    print()
+    for ok, line, truth in right + wrong:
+        print(line + ('' if ok else f'   <- wrong, it is: {truth}'))
+
+
+def label(image: Image.Image, text: str) -> Image.Image:
+    """The image with a line of text above it."""
+    out = Image.new('RGB', (max(image.width, 8 * len(text)), image.height + 16), 'white')
+    out.paste(image, (0, 16))
+    ImageDraw.Draw(out).text((2, 2), text, fill='black')
+    return out
+
+
+def stack(images: list) -> Image.Image:
+    """Images one below the other."""
+    out = Image.new('RGB', (max(i.width for i in images), sum(i.height for i in images)), 'white')
+    for n, image in enumerate(images):
+        out.paste(image, (0, sum(i.height for i in images[:n])))
+    return out
+
+
+@torch.no_grad()
+def draw_clip(model, video, text, path: Path, title: str):
+    """The patches each routed layer processed: path.png has all frames, path.gif one at a time."""
+    _, _, aux = model(video[None], text[None])
+    T, scale = len(video), max(1, 128 // video.size(-1))
+    everything = pack(torch.ones(1, T * model.config.patches, dtype=torch.bool))
+    frames = draw_tokens(video, everything, scale=scale)
+    rows = [label(frames, title)]
+    for layer, route in aux['routes'].items():
+        rows.append(label(draw_tokens(video, route, scale=scale),
+                          f'layer {layer}: {route.index.size(1)} of {route.logits.size(1)} '
+                          'vision tokens processed'))
+    stack(rows).save(path.with_suffix('.png'))
+    width = frames.width // T + 2
+    film = [stack([label(row.crop((t * width, 16, t * width + width - 2, row.height)), name)
+                   for row, name in zip(rows, ['clip', *(f'layer {i}' for i in aux['routes'])])])
+            for t in range(T)]
+    film[0].save(path.with_suffix('.gif'), save_all=True, append_images=film[1:],
+                 duration=300, loop=0)
+
+
+def save_clip(video, path: Path):
+    """Write (T, 3, height, width) in [0, 1] as an animated WebP, without loss."""
+    frames = [Image.fromarray(f)
+              for f in (video.permute(0, 2, 3, 1).cpu() * 255).round().byte().numpy()]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=200, lossless=True)
+
+
+def draw_curve(log: list, path: Path, width: int = 640, height: int = 240):
+    """Loss (grey, own scale), accuracy in training (blue), held out (red dots) over the steps."""
+    image = Image.new('RGB', (width, height + 20), 'white')
+    draw = ImageDraw.Draw(image)
+    last, top = log[-1]['step'], max(row['loss'] for row in log)
+    place = lambda row, y: (10 + (width - 20) * row['step'] / last, 10 + (height - 20) * (1 - y))
+    for y in (0, 0.25, 0.5, 0.75, 1):
+        draw.line([(10, place(log[0], y)[1]), (width - 10, place(log[0], y)[1])], fill='#dddddd')
+        draw.text((12, place(log[0], y)[1] + 1), f'{y:.0%}', fill='#999999')
+    draw.line([place(row, row['loss'] / top) for row in log], fill='#888888', width=2)
+    draw.line([place(row, row['accuracy']) for row in log], fill='#2060d0', width=2)
+    for x, y in (place(row, row['val_accuracy']) for row in log if row['val_accuracy'] != ''):
+        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill='#d03020')
+    text = f'{last} steps. blue: accuracy in training, red: held out, grey: loss (top = {top:.2f})'
+    draw.text((10, height + 2), text, fill='black')
+    image.save(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. The four things the script does: train, ask, bench (and resume, which is train)
+# --------------------------------------------------------------------------------------------------
+
+def run_training(s: Settings, began: float):
+    """Train, evaluate on the test split, show, fill the run folder. began: the command's start."""
+    autocast = pick_machine(s)
+    data = load_data(s)
+    model = build_model(s, data.vocab)
+    run = open_run(s)
+    batch = data.batch('train', 0, 1)
+    _, Q, L = batch.text.shape
+    flops = count_flops(model, batch.video.shape, L, Q)['total'] / 1e9
+    N, layers = batch.video.size(1) * model.config.patches, model.mod_layers
+    routed = (f'layers {layers} process {s.keep_ratio:.0%} of them' if layers
+              else 'all layers process all')
+    print(f'{num_params(model):,} parameters, {N} vision tokens, {routed}, {flops:.2f} GFLOPs '
+          f'a clip; {s.steps} steps of {s.batch} clips with {Q} questions -> {run}')
+    if not s.resume:
+        (run / 'config.json').write_text(
+            json.dumps(dict(settings=asdict(s), model=asdict(model.config)), indent=1))
+    trained = train(s, model, data, run, autocast)
+    log, before = trained.pop('log'), trained.pop('seconds_before')
+    scores = evaluate(model, data, 'test', s, autocast,
+                      clips=EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
+    result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__,
+                  dtype=s.dtype, preset=s.preset, data=s.data,
+                  placement=s.placement if s.recipe == 'mod' else 'none', **trained, **scores,
+                  vision_tokens=N, gflops=round(flops, 4), parameters=num_params(model),
+                  peak_memory_mb=round(peak_memory_mb(s.device), 1))
+    print_table(result)
+    model.eval()
+    show_answers(model, data, s)
+    test = data.batch('test', 0, 64, s.device)
+    change = (test.video[:, 1:] - test.video[:, :-1]).abs().mean((2, 3, 4))    # (B, T - 1)
+    b = change.median(1).values.argmax()                        # moves most, cuts and flashes aside
+    asked, told = split_question(test.text[b, 0], test.targets[b, 0])
+    words_of = lambda ids: ' '.join(data.vocab[i] for i in ids.tolist())
+    draw_clip(model, test.video[b], test.text[b], run / 'tokens',
+              f'{words_of(asked)}? {words_of(told)}')
+    save_clip(test.video[b], run / 'clip.webp')
+    draw_curve(log, run / 'curve.png')
+    result['seconds'] = round(before + time.time() - began, 1)
+    (run / 'result.json').write_text(json.dumps(result, indent=1))
+    print(f'\n{result["seconds"]:.0f} s, {trained["step_ms"]:.0f} ms a step. In {run}: tokens.png '
+          'and tokens.gif (what was processed), curve.png, result.json, log.csv, ckpt.pt')
+    print(f'ask it: python train_tiny.py --out {run} --ask {run}/clip.webp "{words_of(asked)}"')
+
+
+def encode_question(question: str, vocab: list) -> list:
+    """Words -> ids; unknown ones are named together with the nearest known ones."""
+    known = {word: i for i, word in enumerate(vocab)}
+    asked = words(question)
+    unknown = [w for w in asked if w not in known]
+    if unknown or not asked:
+        near = [f'{w!r} (nearest known: '
+                f'{", ".join(difflib.get_close_matches(w, vocab[2:], 3, 0.3) or vocab[2:5])})'
+                for w in unknown]
+        raise ValueError('the question has no words' if not asked
+                         else f'the model never saw {", ".join(near)}')
+    return [known[w] for w in asked]
+
+
+@torch.no_grad()
+def run_ask(s: Settings):
+    """Answer one question about one clip: answer, probability, runners-up, what was looked at."""
+    if s.out:
+        checkpoint = existing(Path(s.out) / 'ckpt.pt')
+    else:
+        found = sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise ValueError('--ask found no trained model under out/; '
+                             'train one first: python train_tiny.py')
+        checkpoint = found[-1]
+    model, _ = load_checkpoint(checkpoint)
+    model.eval()
+    c = model.config
+    clip, question = s.ask
+    frames = read_clip(clip, parse_grid(s.grid))
+    video = resample(frames, c.frames, c.frame_size).float()[None] / 255     # (1, T, 3, size, size)
+    ids = torch.tensor(encode_question(question, c.vocab))[None, None]         # (1, 1, L)
+    print(f'{checkpoint.parent}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}'
+          f', seen as {c.frames} of {c.frame_size}x{c.frame_size}')
+    answer = model.generate(video, ids, max_new_tokens=16)[0, 0]
+    answer = answer[answer != PAD]
+    whole = torch.cat([ids[0, 0], answer])[None, None]
+    chances = F.softmax(model(video, whole)[0][0, 0, ids.size(2) - 1:], -1)    # (answer + 1, V)
+    chance = chances[:-1].gather(1, answer[:, None]).prod().item()
+    said = [c.vocab[i] for i in answer.tolist() if i != EOS]
+    print(f'{question.rstrip("?")}? {" ".join(said) or "(nothing)"}   {chance:.1%}')
+    best = chances[0].topk(min(4, len(c.vocab)))
+    others = [f'{c.vocab[i]} {p:.1%}'
+              for p, i in zip(best.values.tolist(), best.indices.tolist()) if i != answer[0]]
+    print(f'{"instead of" if len(said) < 2 else "beginning otherwise than with"} '
+          f'{said[0] if said else "nothing"}: ' + ', '.join(others[:3]))
+    path = checkpoint.parent / f'ask-{Path(clip).stem}'
+    draw_clip(model, video[0], ids[0], path,
+              f'{question.rstrip("?")}? {" ".join(said)}   {chance:.1%}')
+    print(f'what was looked at: {path}.png, {path}.gif')
+
+
+def run_bench(s: Settings, rounds: int = 7):
+    """Step time, memory, FLOPs of each placement against dense: models in turn, medians, ratios."""
+    autocast = pick_machine(s)
+    data = load_data(s)
+    batch = data.batch('train', 0, s.batch, s.device)
+    start = time.time()
+    for step in range(3):
+        data.batch('train', step, s.batch, s.device)
+    sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(
+        s.device, lambda: None)
+    sync()
+    making = (time.time() - start) / 3
+    models = {name: build_model(s, data.vocab, name) for name in ('none', *PLACEMENTS)}
+    optimizers = {name: configure_optimizer(model, s.lr) for name, model in models.items()}
+    times, memory = {name: [] for name in models}, {}
+
+    def step(name):
+        train_step(models[name], models[name], optimizers[name], batch, autocast)
+
+    for i in tqdm(range(rounds + 2), desc='bench', dynamic_ncols=True):      # two rounds of warm-up
+        for name in models:
+            sync()
+            start = time.time()
+            step(name)
+            sync()
+            if i > 1:
+                times[name].append(time.time() - start)
+    for name in models:
+        memory[name] = step_memory_mb(s.device, lambda: step(name))
+    Q, L = batch.text.shape[1:]
+    flops = {name: count_flops(model, batch.video.shape, L, Q)['total']
+             for name, model in models.items()}
+    kind = ('peak memory' if s.device == 'cuda' else 'kept for backward') + ' MB'
+    print(f'\n{"placement":18} {"routed":>7} {"ms a step":>10} {"time":>6} {"FLOPs":>6} '
+          f'{kind:>20} {"memory":>7}')
+    for name, model in models.items():
+        ratio = statistics.median(t / d for t, d in zip(times[name], times['none']))
+        print(f'{"dense" if name == "none" else name:18} '
+              f'{len(model.mod_layers):3} of {model.config.n_layer} '
+              f'{1000 * statistics.median(times[name]):9.1f} {ratio:6.2f} '
+              f'{flops[name] / flops["none"]:6.2f} '
+              f'{memory[name]:20.1f} {memory[name] / memory["none"]:7.2f}')
+    print(f'time, FLOPs, memory: as a share of dense. {s.batch} clips a step, '
+          f'keep ratio {s.keep_ratio}; making them takes {1000 * making:.1f} ms')
+    for what, ratio in routing_overhead(s.device, sync).items():
+        print('one MoD block, 512 channels, 208 of 1,040 tokens, against the block on those alone: '
+              f'{ratio:.2f} {what}')
+
+
+def routing_overhead(device: str, sync, rounds: int = 25) -> dict:
+    """Time with scoring, gathering, scattering, as ratio to the block on the kept tokens alone."""
+    block, router = MoDBlock(Block(512, 8)).to(device), Router(512).to(device)
+    x, position = torch.randn(2, 16 * 65, 512, device=device), torch.arange(16 * 65, device=device)
+    kept = x[:, :208].contiguous()                                # 13 of the 65 tokens of 16 frames
+
+    def seconds(run, x, backward):
+        x = x.detach().requires_grad_(backward)
+        sync()
+        start = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            y = run(x)
+        if backward:
+            y.sum().backward()
+        sync()
+        return time.perf_counter() - start
+
+    def ratio(backward):
+        pairs = [(seconds(lambda x: block(x, router(x, 16, 0.2), position), x, backward),
+                  seconds(lambda x: x + block.block(x, position[:208]), kept, backward))
+                 for _ in range(rounds)]
+        return statistics.median(a / b for a, b in pairs[3:])              # the first ones warm up
+
+    return {'forward': ratio(False), 'forward and backward': ratio(True)}
+
+
+def step_memory_mb(device: str, step) -> float:
+    """Memory of a training step: allocator's peak on CUDA, else bytes kept for the backward."""
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(kept.values()) / 2 ** 20
+
+
+def main(argv=None, began: float = None) -> int:
+    """Returns the exit status: 0, or 2 after one sentence about what was wrong."""
+    began = began or time.time()
+    try:
+        s = parse(argv)
+        if s.ask:
+            run_ask(s)
+        elif s.bench:
+            run_bench(s)
+        else:
+            run_training(s, began)
+    except (ValueError, OSError) as error:
+        print(f'train_tiny: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(began=BEGAN))

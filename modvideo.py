@@ -69,7 +69,7 @@ PAD, EOS, IGNORE = 0, 1, -1  # '<pad>', '<eos>' in every vocabulary; the target 
 
 PRESETS = {
     'tiny': dict(frames=4, frame_size=32, encoder_layers=1, encoder_dim=64, encoder_heads=2,
-                 n_layer=2, dim=64, n_head=2),                                # tests and smoke runs
+                 n_layer=3, dim=64, n_head=2),                                # tests and smoke runs
     'cpu': dict(frames=8, frame_size=32, encoder_layers=1, encoder_dim=96, encoder_heads=3,
                 n_layer=4, dim=96, n_head=3),                                   # 128 vision tokens
     'gpu': dict(frames=16, frame_size=64, encoder_layers=2, encoder_dim=256, encoder_heads=4,

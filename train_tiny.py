@@ -68,7 +68,7 @@ class Settings:
     preset: str = flag('auto', 'what to train', 'size of model and video', ['auto', *PRESETS])
     keep_ratio: float = flag(0.2, 'what to train',
                              "share of each frame's vision tokens that a routed layer processes")
-    placement: str = flag('all', 'what to train', 'which layers route', PLACEMENTS)
+    placement: str = flag('interleaved', 'what to train', 'which layers route', PLACEMENTS)
     frames: int = flag(0, 'what to train', "frames of a clip, 0 = the preset's; of a folder: "
                        "its clips' own, at most twice as many")
     grid: str = flag('4x4', 'what to train', 'columns x rows of a clip that is a sheet of frames')

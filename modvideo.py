@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT-0
-"""modvideo: a small video-language model that spends less on video. One file, torch alone.
+"""modvideo: a small video-language model that spends less on video. One file; the model needs torch
+alone, the pictures numpy and Pillow.
 
     - a per-frame vision transformer with a convolutional stem, fed frames and frame differences
     - a GPT-style decoder: pre-norm, RMSNorm, rotary positions, scaled dot-product attention,
@@ -99,7 +100,7 @@ class ModVideoConfig:
     n_head: int = 3                   # H
     # Mixture-of-Depths
     placement: str = 'none'           # which layers route: 'none' or a name that mod_layers knows
-    keep_ratio: float = 0.2      # share of each frame's vision tokens that a routed layer processes
+    keep_ratio: float = 0.2      # share of a frame's tokens that a routed layer processes, rounded up
 
     def __post_init__(self):
         if list(self.vocab[:2]) != ['<pad>', '<eos>']:

@@ -31,13 +31,14 @@ BEGAN = time.time()     # importing torch takes seconds, and they count
 import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.clips import ClipFolder, read_clip, read_rows, resample, words
 from data.shapes import ShapeWorld
 from modvideo import (EOS, IGNORE, PAD, PRESETS, Block, MoDBlock, ModVideo, ModVideoConfig, Router,
-                      configure_optimizer, count_flops, draw_tokens, load_checkpoint, num_params,
-                      pack, save_checkpoint)
+                      capacity, configure_optimizer, count_flops, draw_tokens, load_checkpoint, mod_layers,
+                      num_params, pack, save_checkpoint)
 
 # What a preset trains with: clips a step, steps, questions a clip.
 RUNS = {'tiny': dict(batch=8, steps=100, questions=4),
@@ -88,7 +89,7 @@ class Settings:
     bench: bool = flag(False, 'instead of training',
                        'time and memory of each placement against dense')
     ask: list = flag((), 'instead of training',
-                     'a clip (GIF, WebP, sheet, folder of images) and a question')
+                     'a clip (GIF, WebP, sheet, folder of images) and a question; answered on the CPU')
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,8 +117,9 @@ def parse(argv) -> Settings:
                            help=f.metadata['text'] + shown, **how)
     args = parser.parse_args(argv)
     if args.resume:
-        saved = json.loads(existing(Path(args.resume) / 'config.json').read_text())['settings']
-        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ('resume', 'out')})
+        saved = read_config(Path(args.resume))['settings']
+        parser.set_defaults(**{f.name: saved[f.name] for f in fields(Settings)
+                               if f.name in saved and f.name not in ('resume', 'out')})
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
     for name, low in (('steps', 0), ('batch', 0), ('seed', 0), ('frames', 0)):
@@ -127,8 +129,26 @@ def parse(argv) -> Settings:
         raise ValueError(f'--lr must be a number above 0, got {settings.lr}')
     if settings.resume and settings.out:
         raise ValueError(f'--resume goes on in its own folder, {settings.resume}; leave --out away')
+    if settings.compile and settings.bench:
+        raise ValueError('--bench times the model as it is; leave --compile away')
     parse_grid(settings.grid)
     return settings
+
+
+def read_config(run: Path) -> dict:
+    """What a run's config.json says: 'settings' and 'model'."""
+    path = existing(run / 'config.json')
+    try:
+        config = json.loads(path.read_text())
+        return dict(settings=dict(config['settings']), model=dict(config['model']))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{path} is not the configuration of a run') from None
+
+
+def write_json(path: Path, value: dict):
+    """Write whole or not at all."""
+    Path(f'{path}.part').write_text(json.dumps(value, indent=1))
+    os.replace(f'{path}.part', path)
 
 
 def existing(path: Path) -> Path:
@@ -176,8 +196,11 @@ def load_data(s: Settings):
         s.frames = s.frames or preset['frames']
         return ShapeWorld(frames=s.frames, **shape)
     if not s.frames:                                         # real motion is fast: keep every frame
-        first = read_rows(Path(s.data))[0]['file']
-        s.frames = min(len(read_clip(Path(s.data) / first, grid)), 2 * preset['frames'])
+        first = read_rows(Path(s.data))[0]
+        clip = read_clip(Path(s.data) / first['file'], first.get('grid', grid))
+        s.frames = min(len(clip), 2 * preset['frames'])
+    if s.frames < 2:
+        raise ValueError(f'a clip needs at least 2 frames, got {s.frames}; see --frames and --grid')
     return ClipFolder(s.data, frames=s.frames, grid=grid, **shape)
 
 
@@ -204,15 +227,18 @@ def build_model(s: Settings, vocab: list, placement: str = None) -> ModVideo:
     return model
 
 
-def open_run(s: Settings) -> Path:
+def open_run(s: Settings, model: ModVideo) -> Path:
     """The run's folder, new unless it is resumed. An existing one is never written over."""
     if s.resume:
-        return existing(Path(s.resume) / 'ckpt.pt').parent
+        run = existing(Path(s.resume) / 'ckpt.pt').parent
+        if read_config(run)['model'] != asdict(model.config):
+            raise ValueError(f'{run} was trained with another configuration than these flags give')
+        return run
     if s.out:
         run = Path(s.out)
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise ValueError(f'--out {run} exists; name another folder, '
-                             f'or go on with it: --resume {run}')
+            hint = f', or go on with it: --resume {run}' if (run / 'ckpt.pt').exists() else ''
+            raise ValueError(f'--out {run} exists; name another folder{hint}')
     else:
         name = f'{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
         names = (name + (f'-{i}' if i > 1 else '') for i in itertools.count(1))
@@ -245,12 +271,9 @@ def save_run(run: Path, model, optimizers: list, log: list, step: int, seconds: 
         writer.writerows(log)
 
 
-def resume_run(run: Path, model, optimizers: list, device: str):
+def resume_run(run: Path, model, optimizers: list):
     """Load what save_run wrote into the model and its optimizers -> log, steps done, seconds."""
-    saved, extra = load_checkpoint(run / 'ckpt.pt', device)
-    if saved.config != model.config:
-        raise ValueError(f'{run / "ckpt.pt"} was trained with another configuration '
-                         'than these flags give')
+    saved, extra = load_checkpoint(run / 'ckpt.pt')
     model.load_state_dict(saved.state_dict())
     for optimizer, state in zip(optimizers, extra['optimizers']):
         optimizer.load_state_dict(state)
@@ -282,13 +305,13 @@ def read(recent: list, done: int, lr: float):
 def train(s: Settings, model, data, run: Path, autocast) -> dict:
     """Train until s.steps, or until Ctrl-C, which saves and exits. Returns the log and the cost."""
     optimizers = configure_optimizer(model, s.lr)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['initial_lr'] = group['lr']                              # kept in the checkpoint
+    rates = [[group['lr'] for group in o.param_groups] for o in optimizers]
     forward = torch.compile(model) if s.compile else model
     log, first, before = [], 0, 0.0
     if s.resume:
-        log, first, before = resume_run(run, model, optimizers, s.device)
+        log, first, before = resume_run(run, model, optimizers)
+        if first >= s.steps:
+            raise ValueError(f'{run} already has {first} steps; ask for more of them with --steps')
     stop = []                                                              # filled by Ctrl-C
     previous = signal.signal(
         signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
@@ -299,9 +322,9 @@ def train(s: Settings, model, data, run: Path, autocast) -> dict:
     tick = time.time()
     for step in bar:
         done = step + 1
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = group['initial_lr'] * schedule(step, s.steps)
+        for optimizer, lrs in zip(optimizers, rates):
+            for group, lr in zip(optimizer.param_groups, lrs):
+                group['lr'] = lr * schedule(step, s.steps)
         batch = data.batch('train', step, s.batch, s.device)
         recent.append(train_step(forward, model, optimizers, batch, autocast))
         if done % every and done < s.steps and not stop:              # reading waits for the device
@@ -344,13 +367,17 @@ def evaluate(model, data, split, s: Settings, autocast, clips: int = EVAL_CLIPS)
         if not len(batch.text):
             break
         other = batch.video.roll(max(1, len(batch.video) // 2), 0)
-        with autocast():
-            right.append(is_right(model(batch.video, batch.text)[0], batch.targets).flatten())
-            blind.append(is_right(model(other, batch.text)[0], batch.targets).flatten())
+        for videos, scores in ((batch.video, right), (other, blind)):
+            for part in zip(videos.split(s.batch), batch.text.split(s.batch),
+                            batch.targets.split(s.batch)):                 # as many as training fits
+                with autocast():
+                    scores.append(is_right(model(*part[:2])[0], part[2]).flatten())
+        if len(batch.video) == 1:                                          # no other clip to show
+            blind[-1] = torch.full_like(blind[-1], float('nan'), dtype=torch.float)
         kind.append(batch.kind.flatten())
         answers += [tuple(a[a != IGNORE].tolist()) for a in batch.targets.flatten(0, 1).cpu()]
     model.train()
-    right, blind, kind = (torch.cat(a).cpu() for a in (right, blind, kind))
+    right, blind, kind = (torch.cat([x.float() for x in a]).cpu() for a in (right, blind, kind))
     by_type, balanced, chance = {}, {}, {}
     for i, name in enumerate(data.kinds):
         rows = (kind == i).nonzero()[:, 0].tolist()
@@ -363,9 +390,9 @@ def evaluate(model, data, split, s: Settings, autocast, clips: int = EVAL_CLIPS)
         balanced[name] = statistics.mean(statistics.mean(g) for g in groups.values())
         chance[name] = max(len(g) for g in groups.values()) / len(rows)
     share = {name: float((kind == i).float().mean()) for i, name in enumerate(data.kinds)}
-    return dict(accuracy=float(right.float().mean()), blind_accuracy=float(blind.float().mean()),
+    return dict(accuracy=float(right.float().mean()), blind_accuracy=float(blind.nanmean()),
                 accuracy_by_type=by_type, balanced_accuracy_by_type=balanced, chance_by_type=chance,
-                blind_by_type={name: float(blind[kind == data.kinds.index(name)].float().mean())
+                blind_by_type={name: float(blind[kind == data.kinds.index(name)].nanmean())
                                for name in chance},
                 chance=sum(share[name] * chance[name] for name in chance), questions=len(right))
 
@@ -451,12 +478,12 @@ def draw_clip(model, video, text, path: Path, title: str):
         rows.append(label(draw_tokens(video, route, scale=scale),
                           f'layer {layer}: {route.index.size(1)} of {route.logits.size(1)} '
                           'vision tokens processed'))
-    stack(rows).save(path.with_suffix('.png'))
+    stack(rows).save(f'{path}.png')
     width = frames.width // T + 2
     film = [stack([label(row.crop((t * width, 16, t * width + width - 2, row.height)), name)
                    for row, name in zip(rows, ['clip', *(f'layer {i}' for i in aux['routes'])])])
             for t in range(T)]
-    film[0].save(path.with_suffix('.gif'), save_all=True, append_images=film[1:],
+    film[0].save(f'{path}.gif', save_all=True, append_images=film[1:],
                  duration=300, loop=0)
 
 
@@ -494,18 +521,16 @@ def run_training(s: Settings, began: float):
     autocast = pick_machine(s)
     data = load_data(s)
     model = build_model(s, data.vocab)
-    run = open_run(s)
+    run = open_run(s, model)
     batch = data.batch('train', 0, 1)
     _, Q, L = batch.text.shape
     flops = count_flops(model, batch.video.shape, L, Q)['total'] / 1e9
     N, layers = batch.video.size(1) * model.config.patches, model.mod_layers
-    routed = (f'layers {layers} process {s.keep_ratio:.0%} of them' if layers
-              else 'all layers process all')
+    share = capacity(s.keep_ratio, model.config.patches) / model.config.patches
+    routed = f'layers {layers} process {share:.0%} of them' if layers else 'all layers process all'
     print(f'{num_params(model):,} parameters, {N} vision tokens, {routed}, {flops:.2f} GFLOPs '
           f'a clip; {s.steps} steps of {s.batch} clips with {Q} questions -> {run}')
-    if not s.resume:
-        (run / 'config.json').write_text(
-            json.dumps(dict(settings=asdict(s), model=asdict(model.config)), indent=1))
+    write_json(run / 'config.json', dict(settings=asdict(s), model=asdict(model.config)))
     trained = train(s, model, data, run, autocast)
     log, before = trained.pop('log'), trained.pop('seconds_before')
     scores = evaluate(model, data, 'test', s, autocast,
@@ -519,7 +544,7 @@ def run_training(s: Settings, began: float):
     model.eval()
     show_answers(model, data, s)
     test = data.batch('test', 0, 64, s.device)
-    change = (test.video[:, 1:] - test.video[:, :-1]).abs().mean((2, 3, 4))    # (B, T - 1)
+    change = (test.video[:, 1:] - test.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
     b = change.median(1).values.argmax()                        # moves most, cuts and flashes aside
     asked, told = split_question(test.text[b, 0], test.targets[b, 0])
     words_of = lambda ids: ' '.join(data.vocab[i] for i in ids.tolist())
@@ -528,7 +553,7 @@ def run_training(s: Settings, began: float):
     save_clip(test.video[b], run / 'clip.webp')
     draw_curve(log, run / 'curve.png')
     result['seconds'] = round(before + time.time() - began, 1)
-    (run / 'result.json').write_text(json.dumps(result, indent=1))
+    write_json(run / 'result.json', result)
     print(f'\n{result["seconds"]:.0f} s, {trained["step_ms"]:.0f} ms a step. In {run}: tokens.png '
           'and tokens.gif (what was processed), curve.png, result.json, log.csv, ckpt.pt')
     print(f'ask it: python train_tiny.py --out {run} --ask {run}/clip.webp "{words_of(asked)}"')
@@ -569,11 +594,11 @@ def run_ask(s: Settings):
     print(f'{checkpoint.parent}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}'
           f', seen as {c.frames} of {c.frame_size}x{c.frame_size}')
     answer = model.generate(video, ids, max_new_tokens=16)[0, 0]
-    answer = answer[answer != PAD]
+    answer = answer[:max(1, int((answer != PAD).sum()))]
     whole = torch.cat([ids[0, 0], answer])[None, None]
     chances = F.softmax(model(video, whole)[0][0, 0, ids.size(2) - 1:], -1)    # (answer + 1, V)
     chance = chances[:-1].gather(1, answer[:, None]).prod().item()
-    said = [c.vocab[i] for i in answer.tolist() if i != EOS]
+    said = [c.vocab[i] for i in answer.tolist() if i not in (PAD, EOS)]
     print(f'{question.rstrip("?")}? {" ".join(said) or "(nothing)"}   {chance:.1%}')
     best = chances[0].topk(min(4, len(c.vocab)))
     others = [f'{c.vocab[i]} {p:.1%}'
@@ -590,49 +615,66 @@ def run_bench(s: Settings, rounds: int = 7):
     """Step time, memory, FLOPs of each placement against dense: models in turn, medians, ratios."""
     autocast = pick_machine(s)
     data = load_data(s)
-    batch = data.batch('train', 0, s.batch, s.device)
-    start = time.time()
-    for step in range(3):
-        data.batch('train', step, s.batch, s.device)
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(
         s.device, lambda: None)
-    sync()
-    making = (time.time() - start) / 3
-    models = {name: build_model(s, data.vocab, name) for name in ('none', *PLACEMENTS)}
-    optimizers = {name: configure_optimizer(model, s.lr) for name, model in models.items()}
-    times, memory = {name: [] for name in models}, {}
 
-    def step(name):
-        train_step(models[name], models[name], optimizers[name], batch, autocast)
+    def seconds(run) -> float:
+        sync()
+        start = time.perf_counter()
+        run()
+        sync()
+        return time.perf_counter() - start
 
-    for i in tqdm(range(rounds + 2), desc='bench', dynamic_ncols=True):      # two rounds of warm-up
-        for name in models:
-            sync()
-            start = time.time()
-            step(name)
-            sync()
-            if i > 1:
-                times[name].append(time.time() - start)
-    for name in models:
-        memory[name] = step_memory_mb(s.device, lambda: step(name))
-    Q, L = batch.text.shape[1:]
-    flops = {name: count_flops(model, batch.video.shape, L, Q)['total']
-             for name, model in models.items()}
+    making = statistics.median(
+        seconds(lambda: data.batch('train', i, s.batch, s.device)) for i in range(5))
+    batch = data.batch('train', 0, s.batch, s.device)
+    names = ['none', *PLACEMENTS]
+
+    def stepper(name):
+        model = build_model(s, data.vocab, name)
+        optimizers = configure_optimizer(model, s.lr)
+        return lambda: train_step(model, model, optimizers, batch, autocast)
+
+    steps, times = {name: stepper(name) for name in names}, {name: [] for name in names}
+    for i in tqdm(range(rounds + 2), desc='bench', dynamic_ncols=True):
+        for name in names:
+            times[name].append(seconds(steps[name]))
+    del steps                                                      # each alone for its memory
+    memory = {name: step_memory_mb(s.device, stepper(name)) for name in names}
+    forward, whole = {}, {}
+    for name in names:
+        model = build_model(s, data.vocab, name)
+        Q, L = batch.text.shape[1:]
+        forward[name] = count_flops(model, batch.video.shape, L, Q)['total']
+        whole[name] = 3 * forward[name] + optimizer_flops(model, s.lr)     # backward: twice forward
     kind = ('peak memory' if s.device == 'cuda' else 'kept for backward') + ' MB'
-    print(f'\n{"placement":18} {"routed":>7} {"ms a step":>10} {"time":>6} {"FLOPs":>6} '
-          f'{kind:>20} {"memory":>7}')
-    for name, model in models.items():
-        ratio = statistics.median(t / d for t, d in zip(times[name], times['none']))
-        print(f'{"dense" if name == "none" else name:18} '
-              f'{len(model.mod_layers):3} of {model.config.n_layer} '
-              f'{1000 * statistics.median(times[name]):9.1f} {ratio:6.2f} '
-              f'{flops[name] / flops["none"]:6.2f} '
-              f'{memory[name]:20.1f} {memory[name] / memory["none"]:7.2f}')
-    print(f'time, FLOPs, memory: as a share of dense. {s.batch} clips a step, '
-          f'keep ratio {s.keep_ratio}; making them takes {1000 * making:.1f} ms')
+    print(f'\n{"placement":17} {"routed":>8} {"step ms":>8} {"time":>5} {"FLOPs of a step":>16} '
+          f'{"of the model":>13} {kind:>20} {"memory":>7}')
+    for name in names:
+        skip = times[name][2:]                                     # two rounds of warm-up
+        time_ratio = statistics.median(a / b for a, b in zip(skip, times['none'][2:]))
+        routed = len(mod_layers(name, PRESETS[s.preset]['n_layer'] - 1))   # never the last one
+        print(f'{"dense" if name == "none" else name:17} {routed:3} of '
+              f'{PRESETS[s.preset]["n_layer"]:2} {1000 * statistics.median(skip):7.1f} '
+              f'{time_ratio:6.2f} {whole[name] / whole["none"]:16.2f} '
+              f'{forward[name] / forward["none"]:13.2f} {memory[name]:20.1f} '
+              f'{memory[name] / memory["none"]:7.2f}')
+    print(f'time, FLOPs, memory: as a share of dense. {s.batch} clips a step, keep ratio '
+          f'{s.keep_ratio}; making them takes {1000 * making:.1f} ms')
     for what, ratio in routing_overhead(s.device, sync).items():
         print('one MoD block, 512 channels, 208 of 1,040 tokens, against the block on those alone: '
               f'{ratio:.2f} {what}')
+
+
+def optimizer_flops(model: ModVideo, lr: float) -> int:
+    """FLOPs of the matrix products inside one step of the optimizers, counted by torch."""
+    optimizers = configure_optimizer(model, lr)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with FlopCounterMode(display=False) as counter:
+        for optimizer in optimizers:
+            optimizer.step()
+    return counter.get_total_flops()
 
 
 def routing_overhead(device: str, sync, rounds: int = 25) -> dict:
@@ -690,6 +732,9 @@ def main(argv=None, began: float = None) -> int:
             run_bench(s)
         else:
             run_training(s, began)
+    except torch.cuda.OutOfMemoryError:
+        print('train_tiny: the GPU is out of memory; try a smaller --batch or --preset', file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f'train_tiny: {error}', file=sys.stderr)
         return 2

@@ -2,7 +2,8 @@
 """Real clips: read one clip of any size and length, or a folder of them with their questions.
 
 A clip is an animated GIF or WebP, a folder of images (frames in the order of their names), or a sheet: one
-still image that holds its frames in a grid, row by row. A folder of clips has a `clips.jsonl`, one object a line:
+still image that holds its frames in a grid, row by row. Frames count as evenly spaced in time, whatever durations
+the file gives. A folder of clips has a `clips.jsonl`, one object a line:
 
     {"file": "0000.webp", "split": "train", "label": "left", "qa": [["which way does the car turn ?", "left"]]}
 
@@ -12,6 +13,7 @@ drawn in training. `grid`: [columns, rows] of this sheet. Words are lower-cased,
 """
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ IMAGES = {'.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp'}
 
 def words(text: str) -> list:
     """'Which way does it turn?' -> ['which', 'way', 'does', 'it', 'turn']."""
-    return re.findall(r"[\w'-]+", text.lower())
+    return re.findall(r"\w+(?:['-]\w+)*", text.lower())
 
 
 def read_clip(path, grid=(4, 4)) -> torch.Tensor:
@@ -38,7 +40,7 @@ def read_clip(path, grid=(4, 4)) -> torch.Tensor:
             raise ValueError(f'{path}: the folder holds no image, wanted one for each frame')
     else:
         frames = read_image(path)
-        if len(frames) == 1:                                      # a sheet
+        if len(frames) == 1 and path.suffix.lower() != '.gif':    # a sheet
             height, width, _ = frames[0].shape
             if width % columns or height % rows:
                 raise ValueError(f'{path}: a sheet of {width}x{height} pixels does not divide into {columns}x{rows} '
@@ -87,6 +89,9 @@ def read_rows(folder: Path) -> list:
             raise ValueError(f'{where}: wanted an object with "file", got {line[:60]}')
         if row.get('split', 'train') not in SPLITS:
             raise ValueError(f'{where}: split must be train, val or test, got {row["split"]!r}')
+        grid = row.get('grid', [4, 4])
+        if not isinstance(grid, list) or [type(n) for n in grid] != [int, int] or min(grid) < 1:
+            raise ValueError(f'{where}: grid must be [columns, rows], got {grid!r}')
         qa = row.setdefault('qa', [['describe', row.get('caption')]])
         pairs = isinstance(qa, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in qa)
         if not qa or not pairs or not all(isinstance(s, str) and words(s) for pair in qa for s in pair):
@@ -103,13 +108,14 @@ class ClipFolder:
     def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4), augment=True):
         folder, self.seed, self.augment = Path(folder), seed, augment
         rows = read_rows(folder)
-        clips = [read_clip(folder / row['file'], row.get('grid', grid)) for row in rows]
-        changed = sum(clip.shape != (frames, 3, size, size) for clip in clips)
+        clips, changed = [], 0
+        for row in rows:
+            clip = read_clip(folder / row['file'], row.get('grid', grid))
+            changed += clip.shape != (frames, 3, size, size)
+            clips.append(resample(clip, frames, size))
         if changed:
-            print(f'{folder}: {changed} of {len(clips)} clips resampled to {frames} frames of {size}x{size}')
-        self.video = torch.stack([resample(clip, frames, size) for clip in clips])  # (n, T, 3, size, size) uint8
-        labels = [row.get('label') for row in rows]
-        self.weight = torch.tensor([1 / labels.count(label) for label in labels])  # (n,) labels share alike
+            print(f'{folder}: {changed} of {len(rows)} clips resampled to {frames} frames of {size}x{size}')
+        self.video = torch.stack(clips)                           # (n, T, 3, size, size) uint8
         self.split = torch.tensor([SPLITS.index(row.get('split', 'train')) for row in rows])  # (n,)
         for i, name in enumerate(SPLITS):                         # what is missing is cut off the training clips
             train = self.members('train')
@@ -117,6 +123,10 @@ class ClipFolder:
                 self.split[train[-max(1, len(train) // 10):]] = i
             if not len(self.members(name)):
                 raise ValueError(f'{folder}: no clip for the {name} split, it holds {len(rows)} clips in all')
+
+        labels, train = [row.get('label') for row in rows], self.members('train').tolist()
+        count = Counter(labels[i] for i in train)
+        self.weight = torch.tensor([1 / max(1, count[label]) for label in labels])  # (n,) labels share alike
 
         asked, told = zip(*((words(q), words(a)) for row in rows for q, a in row['qa']))
         self.vocab = ['<pad>', '<eos>', *sorted({word for text in asked + told for word in text})]
@@ -128,7 +138,8 @@ class ClipFolder:
         self.kind = torch.tensor([self.kinds.index(n) if n in self.kinds else 0 for n in names])
         self.count = torch.tensor([len(row['qa']) for row in rows])       # (n,) questions of each clip
         self.first = self.count.cumsum(0) - self.count            # (n,) its first row of text
-        self.questions = min(questions, int(self.count.max()))
+        self.most = int(self.count.max())                         # questions of one clip
+        self.questions = min(questions, self.most)                # Q
 
     def members(self, split: str) -> torch.Tensor:
         """Indices of the clips of a split."""
@@ -139,22 +150,22 @@ class ClipFolder:
         generator, pick, order = seeded(self.seed, split, step), self.members(split), torch.arange(self.questions)
         if split == 'train':
             pick = pick[torch.multinomial(self.weight[pick], batch_size, True, generator=generator)]
-            order = torch.rand(batch_size, self.questions, generator=generator).argsort(-1)  # (B, Q)
+            order = torch.rand(batch_size, self.most, generator=generator).argsort(-1)[:, :self.questions]  # (B, Q)
         else:
             pick = pick[step * batch_size:(step + 1) * batch_size]        # (B,)
         row = self.first[pick, None] + order % self.count[pick, None]     # (B, Q) a short list is asked again
-        video = self.video[pick].to(device).float() / 255         # (B, T, 3, size, size)
+        video = self.video[pick].float() / 255                    # (B, T, 3, size, size)
         if split == 'train' and self.augment:
             video = shift_and_colour(video, generator)
-        return Batch(video, *(a[row].to(device) for a in (self.text, self.targets, self.kind)))
+        return Batch(video.to(device), *(a[row].to(device) for a in (self.text, self.targets, self.kind)))
 
 
 def shift_and_colour(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Move each clip by up to 8 % and change its brightness, contrast and tint, all frames alike."""
-    def rand(*shape): return torch.rand(len(video), *shape, generator=generator).to(video.device)
+    def rand(*shape): return torch.rand(len(video), *shape, generator=generator)
     shift = 0.16 * (2 * rand(2, 1) - 1)                           # (B, 2, 1) half the frame is 1
     gain, offset = 0.8 + 0.4 * rand(1, 3, 1, 1), 0.2 * rand(1, 1, 1, 1) - 0.1  # (B, 1, 3, 1, 1), (B, 1, 1, 1, 1)
-    theta = torch.cat([torch.eye(2).to(shift).expand(len(video), 2, 2), shift], -1)  # (B, 2, 3)
+    theta = torch.cat([torch.eye(2).expand(len(video), 2, 2), shift], -1)  # (B, 2, 3)
     flat = video.flatten(1, 2)                                    # (B, T * 3, size, size)
     grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (B, size, size, 2)
     flat = F.grid_sample(flat, grid, padding_mode='border', align_corners=False)

@@ -7,7 +7,8 @@
 A clip holds one to three shapes on a textured, still background. The first and the third move slowly in one
 direction, the second stands still and steps through the colour wheel. Two things happen, at different moments: a
 shape appears, a shape vanishes, a ring flashes for a single frame, or the scene cuts. Each question ends with the
-word that matters, so that the answer is one attention hop away. Batch 17 of seed 0 is the same on every machine.
+word that matters, so that the answer is one attention hop away. A batch is a function of (seed, split, step): the
+same scenes and questions everywhere, the same noise on the same kind of device.
 Legend: B clips, T frames, O = 3 shapes, Q questions a clip, K = 8 types of question, L text tokens.
 """
 import math

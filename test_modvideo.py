@@ -947,6 +947,9 @@ def test_resuming_with_another_configuration_is_refused(trained, capsys):
     """Catches weights loaded into a model of another shape or routing."""
     assert train_tiny.main(['--resume', str(trained), '--keep-ratio', '0.5', '--steps', '14']) == 2
     assert 'was trained with another configuration' in capsys.readouterr().err
+    before = (trained / 'config.json').read_text()
+    assert train_tiny.main(['--resume', str(trained), '--steps', '5']) == 2
+    assert (trained / 'config.json').read_text() == before          # a refused resume changes nothing
 
 
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -302,8 +302,20 @@ def read(recent: list, done: int, lr: float):
     return values.mean(0).tolist()
 
 
-def train(s: Settings, model, data, run: Path, autocast) -> dict:
-    """Train until s.steps, or until Ctrl-C, which saves and exits. Returns the log and the cost."""
+@contextmanager
+def catch_ctrl_c():
+    """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once."""
+    stop, previous = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT,
+                  lambda *_: (stop.append(True), signal.signal(signal.SIGINT, previous)))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def train(s: Settings, model, data, run: Path, autocast, stop: list) -> dict:
+    """Train until s.steps, or until stop is filled: then save and exit. Returns log and cost."""
     optimizers = configure_optimizer(model, s.lr)
     rates = [[group['lr'] for group in o.param_groups] for o in optimizers]
     forward = torch.compile(model) if s.compile else model
@@ -312,9 +324,7 @@ def train(s: Settings, model, data, run: Path, autocast) -> dict:
         log, first, before = resume_run(run, model, optimizers)
         if first >= s.steps:
             raise ValueError(f'{run} already has {first} steps; ask for more of them with --steps')
-    stop = []                                                              # filled by Ctrl-C
-    previous = signal.signal(
-        signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, previous)))
+    write_json(run / 'config.json', dict(settings=asdict(s), model=asdict(model.config)))
     every = max(1, s.steps // 100)                                         # a row of the log
     start, recent, times = time.time(), [], []
     bar = tqdm(range(first, s.steps), initial=first, total=s.steps, desc=s.recipe, mininterval=1,
@@ -348,7 +358,6 @@ def train(s: Settings, model, data, run: Path, autocast) -> dict:
                   f'go on with: python train_tiny.py --resume {run}')
             raise SystemExit(130)
         tick = time.time()
-    signal.signal(signal.SIGINT, previous)
     step_ms = 1000 * statistics.median(times) if times else 0.0
     return dict(log=log, seconds_before=before, steps=s.steps, step_ms=round(step_ms, 2))
 
@@ -530,8 +539,8 @@ def run_training(s: Settings, began: float):
     routed = f'layers {layers} process {share:.0%} of them' if layers else 'all layers process all'
     print(f'{num_params(model):,} parameters, {N} vision tokens, {routed}, {flops:.2f} GFLOPs '
           f'a clip; {s.steps} steps of {s.batch} clips with {Q} questions -> {run}')
-    write_json(run / 'config.json', dict(settings=asdict(s), model=asdict(model.config)))
-    trained = train(s, model, data, run, autocast)
+    with catch_ctrl_c() as stop:
+        trained = train(s, model, data, run, autocast, stop)
     log, before = trained.pop('log'), trained.pop('seconds_before')
     scores = evaluate(model, data, 'test', s, autocast,
                       clips=EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)

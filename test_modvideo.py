@@ -746,6 +746,10 @@ def test_donkeycar_import(tmp_path, capsys):
     assert donkeycar.main([str(tub), str(tmp_path / 'out')]) == 2    # never over an existing folder
     assert (donkeycar.main([str(tmp_path), str(tmp_path / 'new')]) == 2
             and not (tmp_path / 'new').exists())
+    (tmp_path / 'new.part').mkdir()                                # somebody else's
+    (tub / 'images/3.jpg').write_text('no picture')
+    assert donkeycar.main([str(tub), str(tmp_path / 'new')]) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {'tub', 'out', 'new.part'}  # nothing half-written
     (tub / 'catalog_1.catalog').write_text('{"user/angle": 1}')
     assert donkeycar.main([str(tub), str(tmp_path / 'new')]) == 2
     assert 'line 1' in capsys.readouterr().err

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from data.clips import ClipFolder, read_clip, read_rows, resample, words
 from data.shapes import ShapeWorld
 from modvideo import (EOS, IGNORE, PAD, PRESETS, Block, MoDBlock, ModVideo, ModVideoConfig, Router,
-                      capacity, configure_optimizer, count_flops, draw_tokens, load_checkpoint, mod_layers,
+                      capacity, configure_optimizer, count_flops, draw_tokens, load_checkpoint,
                       num_params, pack, save_checkpoint)
 
 # What a preset trains with: clips a step, steps, questions a clip.
@@ -650,10 +650,11 @@ def run_bench(s: Settings, rounds: int = 7):
             times[name].append(seconds(steps[name]))
     del steps                                                      # each alone for its memory
     memory = {name: step_memory_mb(s.device, stepper(name)) for name in names}
-    forward, whole = {}, {}
+    forward, whole, routed = {}, {}, {}
     for name in names:
         model = build_model(s, data.vocab, name)
         Q, L = batch.text.shape[1:]
+        routed[name] = len(model.mod_layers)
         forward[name] = count_flops(model, batch.video.shape, L, Q)['total']
         whole[name] = 3 * forward[name] + optimizer_flops(model, s.lr)     # backward: twice forward
     kind = ('peak memory' if s.device == 'cuda' else 'kept for backward') + ' MB'
@@ -662,8 +663,7 @@ def run_bench(s: Settings, rounds: int = 7):
     for name in names:
         skip = times[name][2:]                                     # two rounds of warm-up
         time_ratio = statistics.median(a / b for a, b in zip(skip, times['none'][2:]))
-        routed = len(mod_layers(name, PRESETS[s.preset]['n_layer'] - 1))   # never the last one
-        print(f'{"dense" if name == "none" else name:17} {routed:3} of '
+        print(f'{"dense" if name == "none" else name:17} {routed[name]:3} of '
               f'{PRESETS[s.preset]["n_layer"]:2} {1000 * statistics.median(skip):7.1f} '
               f'{time_ratio:6.2f} {whole[name] / whole["none"]:16.2f} '
               f'{forward[name] / forward["none"]:13.2f} {memory[name]:20.1f} '

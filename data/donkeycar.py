@@ -9,8 +9,8 @@ left, right, straight, right-then-left or left-then-right, from the mean steerin
 """
 import argparse
 import json
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -57,6 +57,28 @@ def describe(angles: list, threshold: float) -> dict:
                    ['which way does it turn last ?', turns[-1]]]}
 
 
+def write_clips(clips: list, out: Path, args) -> list:
+    """Write each clip and its mirror image as a sheet, and clips.jsonl; returns what stands in it."""
+    rows, half, seen = [], FRAMES // 2, set()
+    out.mkdir()
+    for i, clip in enumerate(clips):
+        split = 'train' if i < args.test_from * len(clips) else 'test'
+        if split == 'test' and seen.intersection(clip):           # shares frames with a training clip
+            continue
+        seen.update(clip if split == 'train' else ())
+        images = [ImageOps.fit(Image.open(image).convert('RGB'), (SIZE, SIZE)) for _, image, _ in clip]
+        angles = [sum(angle for *_, angle in part) / half for part in (clip[:half], clip[half:])]
+        for name in (f'{i:04}.webp', f'{i:04}m.webp'):            # the clip, then its mirror image
+            sheet = Image.new('RGB', (4 * SIZE, 4 * SIZE))
+            for j, image in enumerate(images):
+                sheet.paste(image, (j % 4 * SIZE, j // 4 * SIZE))
+            sheet.save(out / name, quality=80)
+            rows.append({'file': name, 'split': split, **describe(angles, args.threshold)})
+            images, angles = [ImageOps.mirror(image) for image in images], [-angle for angle in angles]
+    (out / 'clips.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+    return rows
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('tub', type=Path, help='folder of the recording')
@@ -64,32 +86,17 @@ def main(argv=None) -> int:
     parser.add_argument('--threshold', type=float, default=0.15, help='steering below this is straight [0.15]')
     parser.add_argument('--test-from', type=float, default=0.8, help='from this share on it is for test [0.8]')
     args = parser.parse_args(argv)
-    rows, half, seen, part = [], FRAMES // 2, set(), args.out.with_name(args.out.name + '.part')
     try:
         if args.out.exists():
             raise ValueError(f'{args.out} exists; name a folder that does not')
         clips = cut_clips(read_tub(args.tub))
         if not clips:
             raise ValueError(f'{args.tub}: no catalog_*.catalog with a run of {FRAMES} frames without a gap')
-        part.mkdir(parents=True)
-        for i, clip in enumerate(clips):
-            split = 'train' if i < args.test_from * len(clips) else 'test'
-            if split == 'test' and seen.intersection(clip):       # shares frames with a training clip
-                continue
-            seen.update(clip if split == 'train' else ())
-            images = [ImageOps.fit(Image.open(image).convert('RGB'), (SIZE, SIZE)) for _, image, _ in clip]
-            angles = [sum(angle for *_, angle in part) / half for part in (clip[:half], clip[half:])]
-            for name in (f'{i:04}.webp', f'{i:04}m.webp'):        # the clip, then its mirror image
-                sheet = Image.new('RGB', (4 * SIZE, 4 * SIZE))
-                for j, image in enumerate(images):
-                    sheet.paste(image, (j % 4 * SIZE, j // 4 * SIZE))
-                sheet.save(part / name, quality=80)
-                rows.append({'file': name, 'split': split, **describe(angles, args.threshold)})
-                images, angles = [ImageOps.mirror(image) for image in images], [-angle for angle in angles]
-        (part / 'clips.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
-        part.rename(args.out)                                     # all of it or nothing
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
+            rows = write_clips(clips, Path(folder, 'clips'), args)
+            Path(folder, 'clips').rename(args.out)                # all of it or nothing
     except (ValueError, OSError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         print(f'donkeycar: {error}', file=sys.stderr)
         return 2
     print(f'{len(rows)} clips in {args.out}, {sum(r["split"] == "test" for r in rows)} of them for test')

@@ -67,6 +67,8 @@ from torch.nn import functional as F
 # --------------------------------------------------------------------------------------------------
 
 PAD, EOS, IGNORE = 0, 1, -1  # '<pad>', '<eos>' in every vocabulary; the target that the loss skips
+ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
+GATES = ['raposo', 'gamma', 'zero', 'none']
 
 PRESETS = {
     'tiny': dict(frames=4, frame_size=32, encoder_layers=1, encoder_dim=64, encoder_heads=2,
@@ -99,8 +101,15 @@ class ModVideoConfig:
     dim: int = 96                     # C
     n_head: int = 3                   # H
     # Mixture-of-Depths
-    placement: str = 'none'           # which layers route: 'none' or a name that mod_layers knows
-    keep_ratio: float = 0.2      # share of a frame's tokens that a routed layer processes, rounded up
+    placement: str = 'none'           # which layers route: a name that mod_layers knows, or '1,3,4'
+    keep_ratio: float = 0.2   # share of the vision tokens that a routed layer processes, rounded up
+    routing: str = 'frame'            # one of ROUTINGS: who selects, among which tokens
+    gate: str = 'raposo'              # one of GATES: what the router's score does to an update
+    routing_loss: float = 0.01        # weight of the router's own loss; 'sequence' only
+    # streaming
+    streaming: bool = False  # text stands between frames, a frame's last token decides about speech
+    window: int = 0                   # frames that a token still sees besides the prompt, 0 = all
+    silence_weight: float = 1.0       # w of the streaming loss
 
     def __post_init__(self):
         if list(self.vocab[:2]) != ['<pad>', '<eos>']:
@@ -115,6 +124,19 @@ class ModVideoConfig:
                                  f'got {dim} channels and {heads} heads')
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f'keep_ratio must be above 0 and at most 1, got {self.keep_ratio}')
+        for name, known in (('routing', ROUTINGS), ('gate', GATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name} must be one of {", ".join(known)}, '
+                                 f'got {getattr(self, name)!r}')
+        if self.routing == 'frame' and self.gate == 'none':
+            raise ValueError("gate 'none' would leave the routers without a gradient; "
+                             "routing 'frame' wants another gate")
+        if self.routing == 'sequence' and self.streaming:
+            raise ValueError("routing 'sequence' looks at the whole clip, "
+                             'a stream does not have it yet')
+        if self.window < 0 or (self.window and not self.streaming):
+            raise ValueError('window is a number of frames for streaming models, '
+                             f'got {self.window}')
 
     @property
     def patches(self) -> int:
@@ -129,7 +151,7 @@ class ModVideoConfig:
 # stands alone
 # --------------------------------------------------------------------------------------------------
 
-NEVER = 2 ** 20     # position of padding: later than any query, so no query sees it
+NEVER = 2 ** 40     # position of padding: later than any query, so no query sees it
 
 
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
@@ -161,6 +183,17 @@ class KVCache:
         self.position = torch.cat([self.position, position], 1)
         return self.k, self.v, self.position[:, None, None, :] <= position[:, None, :, None]
 
+    def trim(self, keep):
+        """Forget what keep: position (B, S) -> (B, S) bool says no to, and padding.
+
+        By position, since the same index means another token in every layer.
+        """
+        if self.k is not None:
+            kept = keep(self.position) & (self.position < NEVER)               # (B, S)
+            column = kept.any(0).nonzero()[:, 0]              # held as long as one sample wants it
+            self.k, self.v = self.k.index_select(2, column), self.v.index_select(2, column)
+            self.position = self.position.masked_fill(~kept, NEVER).index_select(1, column)
+
     def repeat(self, times: int):
         """Each sample gets `times` rows in turn, for several questions: B becomes B * times."""
         if self.k is not None:
@@ -177,19 +210,32 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
+    def project(self, x: Tensor, position: Tensor = None):
+        """Queries, keys, values of x (B, S, C): (B, H, S, D) each."""
+        B, S, C = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        return (q, k, v) if position is None else (rotary(q, position), rotary(k, position), v)
+
+    def weights(self, x: Tensor, position: Tensor = None, mask: Tensor = None) -> Tensor:
+        """How much each token looks at each other: (B, H, S, S). For analysis; forward is faster."""
+        q, k, _ = self.project(x, position)
+        score = q @ k.mT / math.sqrt(q.size(-1))                               # (B, H, S, S)
+        if mask is None and self.causal:
+            mask = torch.ones(score.shape[2:], dtype=torch.bool, device=x.device).tril()
+        return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1)
+
     def forward(self, x: Tensor, position: Tensor = None, mask: Tensor = None,
                 cache: KVCache = None) -> Tensor:
-        """x (B, S, C), position (S,), (B, S) or None (no rotary), mask (S, S) bool -> (B, S, C)."""
-        B, S, C = x.shape
-        q, k, v = self.qkv(x).view(
-            B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, H, S, D) each
-        if position is not None:
-            q, k = rotary(q, position), rotary(k, position)
+        """x (B, S, C), position (S,), (B, S) or None (no rotary) -> (B, S, C).
+
+        mask: (S, S) or (B, 1, S, S) bool, True where a row sees a column; a cache makes its own.
+        """
+        q, k, v = self.project(x, position)
         if cache is not None:
             k, v, mask = cache.extend(k, v, position)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                            is_causal=self.causal and mask is None)
-        return self.out(y.transpose(1, 2).reshape(B, S, C))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -214,10 +260,11 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.RMSNorm(dim), MLP(dim)
 
     def forward(self, x: Tensor, position: Tensor = None, mask: Tensor = None,
-                cache: KVCache = None) -> Tensor:
-        """x (B, S, C) -> f(x) (B, S, C)."""
+                cache: KVCache = None, mlp_gate: Tensor = None) -> Tensor:
+        """x (B, S, C), mlp_gate (B, S, 1): a factor of the MLP's part -> f(x) (B, S, C)."""
         a = self.attention(self.norm1(x), position, mask, cache)
-        return a + self.mlp(self.norm2(x + a))
+        m = self.mlp(self.norm2(x + a))
+        return a + (m if mlp_gate is None else (m * mlp_gate).to(m.dtype))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,9 +388,13 @@ class PatchEmbed(nn.Module):
             nn.Conv2d(64, dim, 3, stride=patch_size // 4, padding=1))
         keep_scale(self.stem)
 
-    def forward(self, video: Tensor) -> Tensor:
-        """video (B, T, 3, height, width) -> (B*T, P, C). The change of the first frame is zero."""
-        change = torch.cat([torch.zeros_like(video[:, :1]), video[:, 1:] - video[:, :-1]], 1)
+    def forward(self, video: Tensor, previous: Tensor = None) -> Tensor:
+        """video (B, T, 3, height, width) -> (B*T, P, C).
+
+        previous (B, 1, 3, height, width): the frame before; None: the first did not change.
+        """
+        before = video[:, :1] if previous is None else previous
+        change = video - torch.cat([before, video[:, :-1]], 1)
         frames = torch.cat([video - 0.45, change], 2).flatten(0, 1) / 0.2  # (B*T, 6, height, width)
         return self.stem(frames).flatten(2).transpose(1, 2)                    # (B*T, P, C)
 
@@ -358,9 +409,9 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
         self.norm = nn.RMSNorm(dim)
 
-    def forward(self, video: Tensor) -> Tensor:
-        """video (B, T, 3, height, width) -> (B*T, P, C)."""
-        x = self.embed(video) + self.place
+    def forward(self, video: Tensor, previous: Tensor = None) -> Tensor:
+        """video (B, T, 3, height, width), the frame before it or None -> (B*T, P, C)."""
+        x = self.embed(video, previous) + self.place
         for block in self.blocks:
             x = x + block(x)
         return self.norm(x)
@@ -369,19 +420,31 @@ class VisionEncoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 5. Mixture-of-Depths
 # A routed layer processes the K vision tokens that its router scores highest and leaves the others
-# as they are (Raposo et al., equation 1: x + r f(x) for the selected, r = w·x). The choice is made
-# frame by frame (VideoLLM-MoD): it looks across one frame and never at a later one, so training,
-# prefill and streaming choose alike.
+# as they are (Raposo et al., equation 1: x + r f(x) for the selected, r = w·x). VideoLLM-MoD chooses
+# frame by frame: it looks across one frame and never at a later one, so training, prefill and
+# streaming choose alike. gamma-MoD chooses among a whole clip (offline use only), with one router
+# for all layers and for text, in the layers of a trained model whose attention has the lowest rank.
 # MoDBlock stands alone, around any block that returns its update
 # --------------------------------------------------------------------------------------------------
 
 def mod_layers(placement: str, depth: int) -> list:
-    """The layers that route, by the names of VideoLLM-MoD, table 2. ValueError: an unknown name."""
+    """The layers that route, by the names of VideoLLM-MoD, table 2, or as a list: '1,3,4'.
+
+    The baselines 'early-exit' and 'layer-skip' process no vision token at all in their layers.
+    ValueError: an unknown name, or a layer that does not exist.
+    """
     layers = {'none': [], 'interleaved': range(1, depth, 2), 'interleaved-deep': range(3, depth, 2),
-              'all': range(depth), 'all-deep': range(2, depth)}
-    if placement not in layers:
-        raise ValueError(f'placement must be one of {", ".join(layers)}, got {placement!r}')
-    return list(layers[placement])
+              'all': range(depth), 'all-deep': range(2, depth),
+              'early-exit': range(2, depth), 'layer-skip': range(1, depth, 2)}
+    if placement in layers:
+        return list(layers[placement])
+    if all(number.strip().isdecimal() for number in placement.split(',')):
+        chosen = sorted({int(number) for number in placement.split(',')})
+        if chosen[-1] < depth:
+            return chosen
+        raise ValueError(f'placement {placement!r}: there are {depth} layers, from 0 on')
+    raise ValueError(f'placement must be one of {", ".join(layers)}, or layers such as 1,3,4; '
+                     f'got {placement!r}')
 
 
 def capacity(ratio: float, n: int) -> int:
@@ -396,65 +459,148 @@ class Route(NamedTuple):
     logits: Tensor      # (B, N) float32: the score of every routable token
 
 
+def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> Tensor:
+    """The k best of each of `group` equal runs of tokens: score (B, N) -> (B, group * k) ascending.
+
+    forced (B, N) or (N,) bool: these take part of their run's k. Ties: the earlier token wins.
+    """
+    B, N = score.shape
+    if N % group:
+        raise ValueError(f'{N} tokens do not divide into {group} groups of equal size')
+    if forced is not None:
+        score = score.masked_fill(forced, math.inf)
+    rank = score.view(B, group, -1).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
+    start = torch.arange(0, N, N // group, device=score.device)            # (group,) first of each
+    return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)
+
+
 class Router(nn.Module):
-    """One linear score a token, r = w·x, computed in float32 whatever the compute dtype."""
+    """One linear score a token, r = w·x, computed in float32 whatever the compute dtype.
 
-    def __init__(self, dim: int):
+    gate: the factor of a selected token's update. 'raposo': r. 'gamma': sigmoid(r), meant for the
+    MLP alone; gamma-MoD's softmax over two scores is the sigmoid of their difference. 'zero':
+    1 + 0.2 tanh(r) from w = 0, so that a converted dense model starts as it was. 'none': 1.
+    """
+
+    def __init__(self, dim: int, gate: str = 'raposo'):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim).uniform_(-1, 1) / math.sqrt(dim))    # (C,)
+        self.gate = {'raposo': lambda r: r, 'gamma': torch.sigmoid, 'none': torch.ones_like,
+                     'zero': lambda r: 1 + 0.2 * r.tanh()}[gate]
+        width = 0 if gate == 'zero' else 1 / math.sqrt(dim)
+        self.weight = nn.Parameter(torch.empty(dim).uniform_(-width, width))   # (C,)
 
-    def forward(self, x: Tensor, group: int, ratio: float) -> Route:
-        """Select the best `capacity(ratio, n)` of each of `group` equal runs of n tokens.
+    def forward(self, x: Tensor, group: int, ratio: float, text: int = 0,
+                forced: Tensor = None) -> Route:
+        """Select the best `capacity(ratio, n)` of each of `group` equal runs of n vision tokens.
 
         x (B, N, C); group = T: the best of each frame; group = 1: the best of the whole sequence
-        (a later token can then push out an earlier one: offline use only). Ties: the earlier wins.
+        (a later token can then push out an earlier one: offline use only). text: so many tokens at
+        the end of x are words, selected always and besides. forced: see select_tokens.
         """
-        B, N, C = x.shape
-        if N % group:
-            raise ValueError(f'{N} tokens do not divide into {group} groups of equal size')
+        B, S, C = x.shape
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)  # (B, N)
-        k = capacity(ratio, N // group)
-        rank = logits.detach().view(B, group, -1).argsort(
-            dim=-1, descending=True, stable=True)                          # (B, group, n)
-        start = torch.arange(0, N, N // group, device=x.device)            # (group,) first of each
-        index = (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)  # (B, K), K = group * k
-        return Route(index, logits.gather(1, index), logits)
+            logits = F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)  # (B, S)
+        N = S - text
+        k = capacity(ratio, N // group) if N else 0
+        index = select_tokens(logits.detach()[:, :N], group, k, forced) if N else (
+            logits.new_zeros(B, 0, dtype=torch.long))                          # (B, group * k)
+        words = torch.arange(N, S, device=x.device).expand(B, text)            # (B, text)
+        index = torch.cat([index, words], 1)                                   # (B, K)
+        return Route(index, self.gate(logits.gather(1, index)), logits)
+
+
+def routing_loss(route: Route) -> Tensor:
+    """gamma-MoD's loss of a router: cross-entropy of its scores with what was selected."""
+    selected = torch.zeros_like(route.logits).scatter(1, route.index, 1.0)     # (B, N)
+    return F.binary_cross_entropy_with_logits(route.logits, selected)
+
+
+def fixed_route(kind: str, position: Tensor, group: int, k: int, forced: Tensor = None,
+                layer: int = 0) -> Route:
+    """Baselines without a router: position (B, N) -> k tokens of each of `group` runs, gate one.
+
+    'uniform': evenly spaced, the last one among them. 'random': by a hash of position and layer,
+    so that whole sequence and stream agree.
+    """
+    B, N = position.shape
+    if kind == 'uniform':
+        place = torch.arange(N, device=position.device) % (N // group)
+        score = ((place + 1) * k // (N // group) - place * k // (N // group)).expand(B, N)
+    else:
+        score = (position + 1) * 1000003 + layer * 7919
+        for _ in range(2):                     # mix the bits of 32-bit numbers; products fit 63 bits
+            score = ((score ^ (score >> 15)) * 1103515245 + 12345) % 2 ** 32
+    index = select_tokens(score.float(), group, k, forced)
+    return Route(index, torch.ones(index.shape, device=index.device), score.float())
 
 
 class MoDBlock(nn.Module):
-    """Runs a block on the selected tokens alone: x + gate * f(x) for them, x for the others."""
+    """Runs a block on the selected tokens alone: x + gate * f(x) for them, x for the others.
 
-    def __init__(self, block: nn.Module):
+    gates_mlp: the gate scales the block's MLP alone, x + attention + gate * MLP (gamma-MoD).
+    """
+
+    def __init__(self, block: nn.Module, gates_mlp: bool = False):
         super().__init__()
-        self.block = block
+        self.block, self.gates_mlp = block, gates_mlp
 
     def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None,
                 cache: KVCache = None) -> Tensor:
-        """x (B, S, C), position (S,) or (B, S) -> (B, S, C).
+        """x (B, S, C), position (S,) or (B, S), mask (S, S) or (B, 1, S, S) -> (B, S, C).
 
         The route speaks of the first N = route.logits.size(1) tokens. Those behind them (text)
-        always go through, ungated. mask and cache are the block's and speak of the K + S - N tokens
-        that it is given; they keep their original positions.
+        always go through, ungated. The block gets K + S - N tokens, at their original positions,
+        and their part of the mask; what the cache gets are these tokens, too.
         """
         (B, S, C), N = x.shape, route.logits.size(1)
         text = torch.arange(N, S, device=x.device).expand(B, S - N)
         index = torch.cat([route.index, text], 1)                              # (B, K + S - N)
-        row = (index + S * torch.arange(B, device=x.device)[:, None]).flatten()  # rows of `flat`
+        if index.size(1) == 0:                                          # a frame that skips a layer
+            return x
+        sample = torch.arange(B, device=x.device)[:, None]                     # (B, 1)
+        row = (index + S * sample).flatten()                           # rows of `flat`
         flat = x.reshape(B * S, C)
         chosen = flat.index_select(0, row).view(B, -1, C)                      # (B, K + S - N, C)
-        update = self.block(chosen, position.expand(B, S).gather(1, index), mask, cache)
-        gate = F.pad(route.gate, (0, S - N), value=1.0)                # (B, K + S - N) one for text
-        update = (update * gate[..., None]).to(x.dtype)
-        return flat.index_add(0, row, update.view(-1, C)).view(B, S, C)
+        place = position.expand(B, S).gather(1, index)                         # (B, K + S - N)
+        if mask is not None:                                    # rows and columns of the chosen
+            mask = mask.view(-1, S, S).expand(B, S, S)[
+                sample[..., None], index[..., None], index[:, None]][:, None]
+        gate = F.pad(route.gate, (0, S - N), value=1.0)[..., None]  # (B, K + S - N, 1) one for text
+        if self.gates_mlp:
+            update = self.block(chosen, place, mask, cache, gate)
+        else:
+            update = self.block(chosen, place, mask, cache) * gate
+        return flat.index_add(0, row, update.to(x.dtype).view(-1, C)).view(B, S, C)
+
+
+def attention_rank(attention: Tensor, rtol: float = None):
+    """gamma-MoD's ARank, and the effective rank: attention (B, H, S, S) -> two of (H,), mean over B.
+
+    ARank is the numerical rank of the map below its diagonal: the singular values above
+    rtol * the largest, in float32, rtol S * 2**-23 if None. Up to S - 1, which a *uniform* map has:
+    it measures how far attention sinks stretch the range of values, not redundancy. The effective
+    rank, exp(entropy of the normalized singular values), has no tolerance.
+    """
+    values = torch.linalg.svdvals(attention.float().tril(-1))                  # (B, H, S)
+    rtol = attention.size(-1) * torch.finfo(torch.float32).eps if rtol is None else rtol
+    rank = (values > rtol * values[..., :1]).sum(-1).float()                   # (B, H)
+    share = values / values.sum(-1, keepdim=True).clamp(min=1e-30)             # (B, H, S)
+    return rank.mean(0), torch.special.entr(share).sum(-1).exp().mean(0)
+
+
+def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
+    """Which layers to convert: ranks (layers,) -> all but the num_dense highest, lowest first."""
+    if not 0 <= num_dense < len(ranks):
+        raise ValueError(f'num_dense must be 0 to {len(ranks) - 1}, got {num_dense}')
+    return ranks.argsort(stable=True)[:len(ranks) - num_dense].tolist()
 
 
 # --------------------------------------------------------------------------------------------------
 # 6. The model
 # Vision tokens stand first, in order of time; the questions of a clip follow, all starting at
-# position N: they read the vision tokens and themselves, never each other. Positions decide
-# causality, so a skipped token leaves a gap, no shift.
+# position N: they read the vision tokens and themselves, never each other. In a stream words stand
+# between frames. Positions decide causality, so a skipped token leaves a gap, no shift.
 # needs sections 1, 2, 4, 5
 # --------------------------------------------------------------------------------------------------
 
@@ -466,7 +612,7 @@ def question_mask(n_vision: int, Q: int, L: int, device=None) -> Tensor:
 
 
 class ModVideo(nn.Module):
-    """Video and questions in, answers out."""
+    """Video and questions in, answers out; or a stream of frames in, and words when they matter."""
 
     def __init__(self, config: ModVideoConfig):
         super().__init__()
@@ -477,12 +623,18 @@ class ModVideo(nn.Module):
             nn.Linear(c.encoder_dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
         keep_scale(self.projector)
         self.embed = nn.Embedding(len(c.vocab), c.dim)
-        # The last layer stays dense: nothing behind it reads vision, a router would learn nothing.
-        self.mod_layers = [i for i in mod_layers(c.placement, c.n_layer) if i < c.n_layer - 1]
+        self.mod_layers = mod_layers(c.placement, c.n_layer)
+        self.skips_all = c.placement in ('early-exit', 'layer-skip')
+        if not c.streaming and not self.skips_all:
+            # Nothing behind the last layer reads vision, unless frames decide about speech: a
+            # router there would learn nothing, so the layer stays dense.
+            self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
         self.blocks = nn.ModuleList(Block(c.dim, c.n_head) for _ in range(c.n_layer))
         for i in self.mod_layers:
-            self.blocks[i] = MoDBlock(self.blocks[i])
-        self.routers = nn.ModuleDict({str(i): Router(c.dim) for i in self.mod_layers})
+            self.blocks[i] = MoDBlock(self.blocks[i], gates_mlp=c.gate == 'gamma')
+        names = [] if self.skips_all else {                     # a router a layer, one for all, none
+            'frame': map(str, self.mod_layers), 'sequence': ['shared']}.get(c.routing, [])
+        self.routers = nn.ModuleDict({name: Router(c.dim, c.gate) for name in names})
         self.norm = nn.RMSNorm(c.dim)
         self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
         # A layer adds two updates; this size keeps their sum over all layers below that of x.
@@ -490,57 +642,102 @@ class ModVideo(nn.Module):
             if name.endswith(('attention.out.weight', 'mlp.down.weight')):
                 nn.init.normal_(p, std=0.5 / math.sqrt(2 * c.n_layer * p.size(1)))
 
-    def encode_video(self, video: Tensor):
-        """video (B, T, 3, frame_size, frame_size) -> tokens (B, N, C), positions (N,) int64."""
+    def encode_video(self, video: Tensor, previous: Tensor = None):
+        """video (B, T, 3, frame_size, frame_size) -> tokens (B, N, C), positions (N,) int64.
+
+        previous (B, 1, 3, frame_size, frame_size): the frame before, None at the beginning.
+        """
         size = self.config.frame_size
         if video.dim() != 5 or video.shape[2:] != (3, size, size):
             raise ValueError(f'video must be (B, T, 3, {size}, {size}), got {tuple(video.shape)}')
-        x = self.projector(self.encoder(video))                                # (B*T, P, C)
+        x = self.projector(self.encoder(video, previous))                      # (B*T, P, C)
         # The dtype of the text tokens, whatever autocast says.
         x = x.view(video.size(0), -1, x.size(-1)).to(self.embed.weight.dtype)  # (B, N, C)
         return x, torch.arange(x.size(1), device=x.device)
 
-    def forward(self, video: Tensor, text: Tensor, targets: Tensor = None):
+    def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, after: Tensor = None,
+                decisions: Tensor = None):
         """Predict the next word at every place of every question.
 
         video (B, T, 3, height, width) float, text (B, Q, L) int64, targets (B, Q, L) int64 with -1
         where nothing is to be learned -> logits (B, Q, L, V), loss (mean cross-entropy over the
         targets, or None), aux: 'routes', a dict from routed layer to Route; 'tokens', the number of
-        tokens that each layer processed.
+        tokens that each layer processed; 'routing_loss'. after, decisions: see forward_stream.
         """
         if text.dim() != 3:
             raise ValueError(f'text must be (B, Q, L), got {tuple(text.shape)}')
+        if self.config.streaming:
+            return self.forward_stream(video, text, targets, after, decisions)
         B, Q, L = text.shape
         vision, position = self.encode_video(video)                            # (B, N, C), (N,)
         N = vision.size(1)
         x = torch.cat([vision, self.embed(text).flatten(1, 2)], 1)             # (B, N + Q*L, C)
         position = torch.cat([position, N + torch.arange(L, device=x.device).repeat(Q)])
-        x, aux = self.decode(x, position, video.size(1), N, (Q, L))
+        mask = question_mask(N, Q, L, x.device) if Q > 1 else None    # one question: plainly causal
+        x, aux = self.decode(x, position, video.size(1), N, mask)
         logits = self.head(self.norm(x[:, N:])).float().view(B, Q, L, -1)      # (B, Q, L, V)
         if targets is None:
             return logits, None, aux
-        return logits, F.cross_entropy(
-            logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE), aux
+        loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE)
+        return logits, loss + self.config.routing_loss * aux['routing_loss'], aux
 
-    def decode(self, x: Tensor, position: Tensor, T: int, N: int, questions=(1, 0), caches=None):
+    def route(self, i: int, x: Tensor, position: Tensor, T: int, N: int):
+        """The route of layer i for x (B, S, C), its first N tokens T frames; None: all tokens."""
+        c = self.config
+        if i not in self.mod_layers or not (N or c.routing == 'sequence'):
+            return None
+        if c.routing == 'sequence' and not self.skips_all:          # scores what the layer will see
+            return self.routers['shared'](
+                self.blocks[i].block.norm1(x), 1, c.keep_ratio, text=x.size(1) - N)
+        place = torch.arange(N, device=x.device) % (N // T)                    # (N,) in the frame
+        forced = place == N // T - 1 if c.streaming else None        # the token that decides, speech
+        if c.routing == 'frame' and not self.skips_all:
+            return self.routers[str(i)](x[:, :N], T, c.keep_ratio, forced=forced)
+        k = 0 if self.skips_all else capacity(c.keep_ratio, N // T)
+        return fixed_route(c.routing, position.expand(x.size(0), -1)[:, :N], T, k, forced, i)
+
+    def decode(self, x: Tensor, position: Tensor, T: int, N: int, mask: Tensor = None, caches=None):
         """All layers on x (B, S, C), its first N tokens T frames of vision -> x (B, S, C), aux."""
-        aux = {'routes': {}, 'tokens': []}
-        masks = {}                                            # one for each number of vision tokens
+        aux = {'routes': {}, 'tokens': [], 'routing_loss': 0.0}
+        text = x.size(1) - N
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
-            route = (self.routers[str(i)](x[:, :N], T, self.config.keep_ratio)
-                     if i in self.mod_layers and N else None)
-            n = N if route is None else route.index.size(1)
-            if questions[0] > 1 and n not in masks:                 # one question is plainly causal
-                masks[n] = question_mask(n, *questions, x.device)
+            route = self.route(i, x, position, T, N)
             if route is None:
                 block = block.block if isinstance(block, MoDBlock) else block
-                x = x + block(x, position, masks.get(n), cache)
-            else:
-                x = block(x, route, position, masks.get(n), cache)
-                aux['routes'][i] = route
-            aux['tokens'].append(n + x.size(1) - N)
+                x = x + block(x, position, mask, cache)
+                aux['tokens'].append(N + text)
+                continue
+            x = block(x, route, position, mask, cache)
+            if self.config.routing == 'sequence' and self.routers:
+                aux['routing_loss'] = aux['routing_loss'] + routing_loss(route)
+            K = route.index.size(1) - (route.logits.size(1) - N)              # of the vision tokens
+            aux['routes'][i] = Route(
+                route.index[:, :K], route.gate[:, :K], route.logits[:, :N])
+            aux['tokens'].append(K + text)
         return x, aux
+
+    def say(self, word: Tensor, position: Tensor, caches: list, max_new_tokens: int):
+        """Read words, then go on greedily until the end mark; the caches get all that was read.
+
+        word (B, L) int64, padded behind with 0, from `position` (B, 1) on; a sample without words
+        says nothing -> said (B, at most max_new_tokens), 0 after the end; the next position (B, 1).
+        """
+        said, ended = [], (word == PAD).all(1, keepdim=True)                   # (B, 1)
+        while True:
+            real = word != PAD
+            place = torch.arange(word.size(1), device=word.device)
+            x, _ = self.decode(self.embed(word), torch.where(real, position + place, NEVER), 0, 0,
+                               caches=caches)
+            count = real.sum(1, keepdim=True)                                  # (B, 1)
+            position = position + count
+            if len(said) == max_new_tokens or bool(ended.all()):
+                break
+            last = (count - 1).clamp(min=0)[..., None].expand(-1, 1, x.size(2))
+            word = self.head(self.norm(x.gather(1, last))).argmax(-1).masked_fill(ended, PAD)
+            said.append(word)
+            ended = (word == EOS) | (word == PAD)
+        return torch.cat(said, 1) if said else word[:, :0], position
 
     @torch.no_grad()
     def generate(self, video: Tensor, text: Tensor, max_new_tokens: int) -> Tensor:
@@ -549,32 +746,132 @@ class ModVideo(nn.Module):
         Questions are padded with 0 behind. The vision tokens are run once; their keys and values
         serve every question of the clip.
         """
-        (B, Q, L), T = text.shape, video.size(1)
+        B, Q, _ = text.shape
         vision, position = self.encode_video(video)
         N = vision.size(1)
         caches = [KVCache() for _ in self.blocks]
-        self.decode(vision, position, T, N, caches=caches)
+        self.decode(vision, position, video.size(1), N, caches=caches)
         for cache in caches:
             cache.repeat(Q)
-        word = text.flatten(0, 1)                                              # (B*Q, L)
-        length = (word != PAD).sum(1, keepdim=True)                            # (B*Q, 1)
-        place = torch.arange(L, device=word.device)
-        position = torch.where(place < length, N + place, NEVER)               # (B*Q, L)
-        last = (length - 1).clamp(min=0)                             # where the answer is predicted
-        answer = []
-        for step in range(max_new_tokens):
-            x, _ = self.decode(self.embed(word), position, T, 0, caches=caches)
-            x = x.gather(1, last[..., None].expand(-1, 1, x.size(2)))          # (B*Q, 1, C)
-            word = self.head(self.norm(x)).argmax(-1)                          # (B*Q, 1)
-            if answer:
-                ended = (answer[-1] == EOS) | (answer[-1] == PAD)
-                word = torch.where(ended, PAD, word)
-            answer.append(word)
-            position, last = N + length + step, torch.zeros_like(last)
-            if bool(((word == EOS) | (word == PAD)).all()):
-                break
-        answer = torch.cat(answer, 1)                                          # (B*Q, words so far)
+        start = torch.full((B * Q, 1), N, device=text.device)
+        answer, _ = self.say(text.flatten(0, 1), start, caches, max_new_tokens)
         return F.pad(answer, (0, max_new_tokens - answer.size(1)), value=PAD).view(B, Q, -1)
+
+    # Streaming (VideoLLM-MoD, from VideoLLM-online, Chen et al., arXiv 2406.11816). At the last
+    # vision token of a frame the model predicts what follows it: the first word of what it says
+    # now, or '<eos>', which is silence.
+
+    def forward_stream(self, video: Tensor, text: Tensor, targets: Tensor = None,
+                       after: Tensor = None, decisions: Tensor = None):
+        """The whole of a stream at once, to train and to score.
+
+        text (B, 1, L); after (B, L): the frame behind which each word stands, ascending, -1 before
+        the video (the prompt); None: all behind the last. targets (B, 1, L): the next word at each
+        word; decisions (B, T): what follows each frame; -1 where nothing is to be learned.
+        -> logits (B, T + L, V): T decisions, then the words; loss: the mean of -log P(word) over
+        words and of -w log P(silence) over frames to be silent at; aux, with 'position' (B, T + L).
+        """
+        (B, T), (Q, L), text = video.shape[:2], text.shape[1:], text[:, 0]
+        if Q != 1:
+            raise ValueError(f'a stream has one line of text, wanted (B, 1, L), got {Q} lines')
+        after = torch.full_like(text, T - 1) if after is None else after
+        vision, place = self.encode_video(video)                               # (B, N, C), (N,)
+        (N, C), P, device = vision.shape[1:], self.config.patches, text.device
+        frame = (place // P).expand(B, N)                                      # (B, N)
+        real = text != PAD
+        before = (real[:, None] & (after[:, None] < torch.arange(T, device=device)[:, None])).sum(-1)
+        word = torch.where(real, torch.arange(L, device=device) + P * (after + 1), NEVER)  # (B, L)
+        position = torch.cat([place + before.repeat_interleave(P, 1), word], 1)    # (B, N + L)
+        frame = torch.cat([frame, after], 1)                                       # (B, N + L)
+        mask = position[:, None, :] <= position[:, :, None]                    # (B, N + L, N + L)
+        if self.config.window:
+            gone = frame[:, None, :] <= frame[:, :, None] - self.config.window
+            mask = mask & ~(gone & (frame >= 0)[:, None, :])                   # the prompt stays
+        x = torch.cat([vision, self.embed(text)], 1)                           # (B, N + L, C)
+        x, aux = self.decode(x, position, T, N, mask[:, None])
+        pick = torch.cat([torch.arange(P - 1, N, P, device=device),
+                          torch.arange(N, N + L, device=device)])              # (T + L,)
+        aux['position'] = position[:, pick]
+        logits = self.head(self.norm(x[:, pick])).float()                      # (B, T + L, V)
+        if targets is None:
+            return logits, None, aux
+        wanted = torch.cat([decisions, targets[:, 0]], 1)                      # (B, T + L)
+        each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE,
+                               reduction='none').view_as(wanted)
+        silent = F.pad(decisions == EOS, (0, L))                               # (B, T + L)
+        each = torch.where(silent, self.config.silence_weight * each, each)
+        return logits, each.sum() / (wanted != IGNORE).sum().clamp(min=1), aux
+
+    @torch.no_grad()
+    def stream(self, frames, prompt: Tensor = None, theta: float = 0.5, max_new_tokens: int = 16):
+        """Watch frames as they come; speak, or stay silent while P(silence) is at least theta.
+
+        frames: any iterable of (frame (B, 3, height, width), question (B, L) int64 or None), a
+        question arriving behind its frame; prompt (B, L): read first. Words are padded behind with
+        0. Yields for each frame a dict: 'silence' (B,) the probability, 'said' and 'answer' (B, n)
+        ids, or None, 'held' the number of keys of each layer. With config.window = W all but the
+        prompt and the last W frames is forgotten, so a stream of any length runs in bounded memory.
+        """
+        if not self.config.streaming:
+            raise ValueError('this model was not made for streams; wanted config.streaming = True')
+        P, W, caches = self.config.patches, self.config.window, [KVCache() for _ in self.blocks]
+        previous, starts, first = None, [], None
+        for frame, question in frames:
+            if first is None:                           # (B, 1) next position, and where frames begin
+                position = torch.zeros(len(frame), 1, dtype=torch.long, device=frame.device)
+                if prompt is not None:
+                    _, position = self.say(prompt, position, caches, 0)
+                first = position
+            if W and len(starts) == W:                           # before the frame: W with this one
+                starts.pop(0)
+                since = starts[0] if starts else position
+                for cache in caches:
+                    cache.trim(lambda place: (place < first) | (place >= since))
+            starts.append(position)
+            vision, place = self.encode_video(frame[:, None], previous)
+            x, _ = self.decode(vision, position + place, 1, P, caches=caches)
+            previous, position = frame[:, None], position + P
+            logits = self.head(self.norm(x[:, -1])).float()                    # (B, V)
+            silence = logits.softmax(-1)[:, EOS]
+            logits[:, [PAD, EOS]] = -math.inf
+            word = torch.where(silence < theta, logits.argmax(-1), PAD)[:, None]   # (B, 1)
+            said = answer = None
+            if bool((word != PAD).any()):
+                said, position = self.say(word, position, caches, max_new_tokens - 1)
+                said = torch.cat([word, said], 1)
+            if question is not None:
+                answer, position = self.say(question, position, caches, max_new_tokens)
+            held = [0 if cache.k is None else cache.k.size(2) for cache in caches]
+            yield dict(silence=silence, said=said, answer=answer, held=held)
+
+
+@torch.no_grad()
+def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None) -> Tensor:
+    """ARank and effective rank of every decoder layer of a dense model: (2, layers)."""
+    rows = []
+
+    def look(attention, args):
+        rows.append(torch.stack(attention_rank(attention.weights(*args[:3]), rtol)).mean(1))
+
+    hooks = [block.attention.register_forward_pre_hook(look) for block in model.blocks]
+    try:
+        model(video, text)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(rows, 1)
+
+
+def init_from(model: ModVideo, dense: ModVideo):
+    """Copy the weights of `dense` into a model that differs in routing; its routers stay new."""
+    plain = {name.replace('.block.', '.'): p for name, p in dense.state_dict().items()}
+    own = {name: plain.get(name.replace('.block.', '.')) for name in model.state_dict()
+           if not name.startswith('routers.')}
+    odd = [name for name, p in own.items() if p is None or p.shape != model.state_dict()[name].shape]
+    if odd or dense.config.n_layer != model.config.n_layer:
+        raise ValueError('the other model has another shape, or another vocabulary: its '
+                         f'{odd[0] if odd else "number of layers"} differs')
+    model.load_state_dict(own, strict=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -610,15 +907,18 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
             size = tuple(-(-s // stride) for s in size)
             stem += 2 * size[0] * size[1] * conv.out_channels * conv.in_channels * kernel ** 2
     P = size[0] * size[1]
-    N, K = T * P, T * capacity(c.keep_ratio, P)
+    N = T * P
+    K = 0 if model.skips_all else (
+        capacity(c.keep_ratio, N) if c.routing == 'sequence' else T * capacity(c.keep_ratio, P))
     tokens = aux['tokens'] if aux else [
         (K if i in model.mod_layers else N) + text for i in range(c.n_layer)]
+    scored = {'frame': N, 'sequence': N + text}.get(c.routing, 0) if model.routers else 0
     flops = {
         'encoder': T * (stem + c.encoder_layers * block_flops(P, c.encoder_dim)),
         'projector': 2 * N * (c.encoder_dim * c.dim + c.dim * c.dim),
-        'routers': 2 * N * c.dim * len(model.mod_layers),
+        'routers': 2 * scored * c.dim * len(model.mod_layers),
         'decoder': sum(block_flops(S, c.dim) for S in tokens),
-        'head': 2 * text * c.dim * len(c.vocab)}
+        'head': 2 * (text + T * c.streaming) * c.dim * len(c.vocab)}
     flops = {part: B * n for part, n in flops.items()}
     return {**flops, 'total': sum(flops.values())}
 

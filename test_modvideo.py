@@ -5,6 +5,7 @@ Each docstring names the bug that the test would catch. Sizes are tiny: a minute
 """
 import ast
 import csv
+import itertools
 import json
 import math
 import re
@@ -303,15 +304,382 @@ def test_router_scores_are_float32_under_autocast():
             and torch.equal(route.index, router(x, 2, 0.25).index))
 
 
-def test_layer_lists_by_name():
+# ---- Mixture-of-Depths against the authors' code -------------------------------------------------
+
+GOLDEN = {key: torch.from_numpy(value) for key, value in np.load(ROOT / 'data/golden/mod.npz').items()
+          if value.dtype.kind != 'U'}
+
+
+class LlamaBlock(nn.Module):
+    """The block of the authors' code, as an update: RMSNorm, SwiGLU, rotary, no bias."""
+
+    def __init__(self, prefix, compact=False):
+        super().__init__()
+        self.w = {k[len(prefix):]: v for k, v in GOLDEN.items() if k.startswith(prefix)}
+        self.compact = compact                               # gamma-MoD numbers the selected 0..k-1
+
+    def norm1(self, x):
+        return F.rms_norm(x, (16,), self.w['input_layernorm.weight'], 1e-6)
+
+    def forward(self, x, position, mask=None, cache=None, mlp_gate=1.0):
+        B, S, C = x.shape
+        w, h = self.w, self.norm1(x)
+        if self.compact:
+            position = torch.arange(S).expand(B, S)
+        q, k, v = (F.linear(h, w[f'self_attn.{n}_proj.weight']).view(B, S, 2, 8).transpose(1, 2)
+                   for n in 'qkv')
+        q, k = mv.rotary(q, position), mv.rotary(k, position)
+        if cache is not None:
+            k, v, mask = cache.extend(k, v, position)
+            mask = cache.position[:, None, None, :] <= position[:, None, :, None]
+        a = F.scaled_dot_product_attention(q, k, v, mask).nan_to_num(0)   # nobody seen: zero
+        a = F.linear(a.transpose(1, 2).flatten(2), w['self_attn.o_proj.weight'])
+        h = F.rms_norm(x + a, (16,), w['post_attention_layernorm.weight'], 1e-6)
+        m = F.silu(F.linear(h, w['mlp.gate_proj.weight'])) * F.linear(h, w['mlp.up_proj.weight'])
+        return a + mlp_gate * F.linear(m, w['mlp.down_proj.weight'])
+
+
+def test_attention_rank_equals_gamma_mods_code():
+    """Catches a diagonal that counts, another tolerance, heads averaged before their ranks."""
+    for key in [k[:-5] for k in GOLDEN if k.startswith('arank/') and k.endswith('/attn')]:
+        rank, effective = mv.attention_rank(GOLDEN[key + '/attn'][None])
+        assert torch.equal(rank, GOLDEN[key + '/head_ranks'].float()), key
+        assert abs(rank.mean() - GOLDEN[key + '/avg']) < 1e-6 and effective.shape == rank.shape
+    both = torch.stack([GOLDEN['arank/zeros_S8/attn'], torch.ones(2, 8, 8)])
+    assert mv.attention_rank(both)[0].tolist() == [3.5, 3.5]                   # mean of 0 and S - 1
+    orthogonal = torch.eye(9)[None, None].roll(-1, -1)                         # 8 equal values
+    assert abs(mv.attention_rank(orthogonal)[1] - 8) < 1e-4
+    assert mv.attention_rank(torch.ones(1, 1, 9, 9), rtol=0.9)[0].item() == 1
+    assert mv.choose_mod_layers(torch.tensor([5.0, 2.0, 9.0, 2.0, 7.0]), 2) == [1, 3, 0]
+    with pytest.raises(ValueError, match='num_dense must be 0 to 2, got 3'):
+        mv.choose_mod_layers(torch.ones(3), 3)
+
+
+def test_gamma_mod_layer_equals_the_authors_code():
+    """Catches a gate on the attention, text that is not gated, a loss over the routable alone."""
+    g = lambda name: GOLDEN['gmod/' + name]
+    x, real = g('train/x').clone().requires_grad_(), g('train/attention_mask')
+    router = mv.Router(16, 'gamma')
+    with torch.no_grad():
+        router.weight.copy_(g('weights/router.weight')[1] - g('weights/router.weight')[0])
+    block = LlamaBlock('gmod/weights/', compact=True)
+    route = router(block.norm1(x), 1, 0.5, text=41)
+    close(route.logits.sigmoid(), g('train/route_prob'))
+    assert torch.equal(route.index, g('train/selected'))
+    mask = torch.ones(1100, 1100, dtype=torch.bool).tril() & real[:, None] & real[:, :, None]
+    y = mv.MoDBlock(block, gates_mlp=True)(x, route, torch.arange(1100), mask[:, None])
+    aux = mv.routing_loss(route)
+    close(y, g('train/y'), 2e-5)
+    assert abs(aux - g('train/aux')) < 1e-6
+    ((y ** 2).mean() + 0.01 * aux).backward()
+    close(torch.stack([-router.weight.grad, router.weight.grad]), g('train/grad_router'), 2e-5)
+    close(x.grad.sum((0, 1)), g('train/grad_x_sum'), 2e-5)
+
+
+def test_videollm_mod_equals_the_authors_code():
+    """Catches top-k over all frames, lost positions, a cache that holds skipped tokens."""
+    g = lambda name: GOLDEN['vmod/' + name]
+    vision = g('v_mask')[0].nonzero()[:, 0]
+    order = torch.cat([vision, (~g('v_mask')[0]).nonzero()[:, 0]])             # vision in front
+    x, position, caches = g('x')[:, order], order[None], [mv.KVCache() for _ in range(4)]
+    for i in range(4):
+        block, cache = LlamaBlock(f'vmod/weights/layers.{i}.'), caches[i]
+        if i % 2:
+            router = mv.Router(16)
+            router.weight.data.copy_(g(f'weights/layers.{i}.router.weight')[0])
+            route = router(x[:, :30], 3, 0.2)
+            chosen = torch.zeros(1, 42, dtype=torch.bool)
+            chosen[0, torch.cat([vision[route.index[0]], order[30:]])] = True
+            assert torch.equal(chosen, g(f'unweighted/selected_layer{i}'))
+            x = mv.MoDBlock(block)(
+                x, route._replace(gate=torch.ones_like(route.gate)), position, None, cache)
+        else:
+            x = x + block(x, position, None, cache)
+        hidden = x[:, order.argsort()]
+        close(hidden, g('unweighted/hidden')[i], 2e-5)
+    close(F.rms_norm(hidden, (16,), g('weights/norm.weight'), 1e-6), g('unweighted/y_final_norm'), 2e-5)
+    assert [c.k.size(2) for c in caches] == g('unweighted/kv_len').tolist()
+
+
+def test_layer_lists_equal_the_authors_and_keep_odd_depths():
     """Catches odd depths that lose a layer and placements that start elsewhere than the paper's."""
-    assert (mv.mod_layers('interleaved', 5) == [1, 3]
-            and mv.mod_layers('interleaved', 6) == [1, 3, 5])
-    assert (mv.mod_layers('interleaved-deep', 6) == [3, 5]
-            and mv.mod_layers('all-deep', 5) == [2, 3, 4])
-    assert mv.mod_layers('all', 3) == [0, 1, 2] and mv.mod_layers('none', 3) == []
-    assert (make('interleaved', n_layer=5).mod_layers == [1, 3]
-            and make('interleaved').mod_layers == [1])
+    names = {'mod': 'interleaved', 'modall': 'all', 'moddeep': 'interleaved-deep',
+             'moddeepall': 'all-deep', 'earlyexit': 'early-exit', 'layerskip': 'layer-skip'}
+    for key, depth in itertools.product(names, (4, 32)):
+        assert mv.mod_layers(names[key], depth) == GOLDEN[f'vmod/layers/{key}_{depth}'].tolist()
+    assert (mv.mod_layers('interleaved', 5) == [1, 3] and mv.mod_layers('all-deep', 5) == [2, 3, 4]
+            and mv.mod_layers('none', 3) == [] and mv.mod_layers('3, 1', 4) == [1, 3])
+    # gamma-MoD's layers follow from its ranks: four stay dense (author's choice for 32 and 40).
+    for depth in (32, 40):
+        ranks = torch.zeros(depth)
+        ranks[[0, 1, 2, depth - 1]] = 1
+        assert sorted(mv.choose_mod_layers(ranks, 4)) == GOLDEN[f'gmod/layers/arank_mod_{depth}'].tolist()
+    assert make('interleaved', n_layer=5).mod_layers == [1, 3] and make('interleaved').mod_layers == [1]
+    assert make('interleaved', streaming=True).mod_layers == [1, 3]
+
+
+def test_videollm_mods_released_gate_scales_the_residual():
+    """Catches a gate that shrinks the stream: ours is x + g f(x), the released code's g (x + f(x))."""
+    x = torch.randn(2, 12, 32)
+    route = mv.Router(32)(x, 3, 0.5)
+    route = route._replace(gate=route.logits.gather(1, route.index).sigmoid())
+    block, y = run_block(x, route)
+    rows = torch.arange(2)[:, None], route.index
+    released = route.gate[..., None] * (x[rows] + block.block(x[rows], route.index))
+    close(released, y[rows] - (1 - route.gate[..., None]) * x[rows], 1e-5)
+    assert (released - y[rows]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize('routing', ['frame', 'sequence'])
+def test_zero_gate_converts_without_a_change(routing):
+    """Catches weights lost in the conversion, a gate that is not exactly one, one that cannot learn."""
+    dense, (video, text) = make('none', seed=3), sample()
+    model = make('all', routing=routing, gate='zero', keep_ratio=1.0)
+    mv.init_from(model, dense)
+    assert torch.equal(model(video, text)[0], dense(video, text)[0])
+    model = make('all', routing=routing, gate='zero', keep_ratio=0.5)
+    mv.init_from(model, dense)
+    model(video, text, text)[1].backward()
+    assert all(p.grad.norm() > 1e-5 for p in model.routers.parameters())
+    back = make('none')
+    mv.init_from(back, model)                                                   # and the other way
+    assert torch.equal(back(video, text)[0], dense(video, text)[0])
+    with pytest.raises(ValueError, match='another shape'):
+        mv.init_from(make('all', n_layer=3), dense)
+
+
+@pytest.mark.parametrize('kind', ['uniform', 'random'])
+def test_fixed_routes_keep_k_tokens_in_every_frame(kind):
+    """Catches baselines that keep tokens of the first frame only, draw twice, or differ by call."""
+    position = torch.arange(4 * 10).expand(3, -1)
+    route = mv.fixed_route(kind, position, 4, 3)
+    assert ((route.index // 10).view(3, 4, 3) == torch.arange(4)[:, None]).all()
+    assert (route.index.diff(dim=1) > 0).all() and (route.gate == 1).all()
+    late = mv.fixed_route(kind, position[:, 20:], 2, 3)                         # as a stream asks
+    assert torch.equal(late.index + 20, route.index[:, 6:])
+    if kind == 'random':
+        places = (route.index % 10)[0].view(4, 3).tolist()
+        assert len({tuple(p) for p in places}) > 1, 'the same places in every frame'
+        assert not torch.equal(route.index, mv.fixed_route(kind, position, 4, 3, layer=1).index)
+        many = mv.fixed_route(kind, torch.arange(64 * 500)[None], 500, 13).index[0] % 64
+        assert many.bincount(minlength=64).float().div(500 * 13 / 64).sub(1).abs().max() < 0.4
+    else:
+        assert (route.index[0, :3] == torch.tensor([3, 6, 9])).all()
+
+
+def test_forced_tokens_take_part_of_k():
+    """Catches a decision token that is skipped, or that makes its frame one token more expensive."""
+    x, forced = torch.randn(2, 24, 8), torch.arange(24) % 8 == 7
+    route = mv.Router(8)(x, 3, 0.25, forced=forced)
+    free = mv.Router(8)(x, 3, 0.25)
+    assert route.index.shape == (2, 6) == free.index.shape
+    assert (route.index.view(2, 3, 2)[..., 1] == torch.tensor([7, 15, 23])).all()
+    best = route.logits.view(2, 3, 8)[..., :7].argmax(-1) + torch.tensor([0, 8, 16])
+    assert torch.equal(route.index.view(2, 3, 2)[..., 0], best)
+
+
+@pytest.mark.parametrize('placement', ['early-exit', 'layer-skip'])
+def test_baselines_with_k_zero_process_no_vision(placement):
+    """Catches an identity that is still computed, and a cache that grows in skipped layers."""
+    model = make(placement)
+    video, text = sample()
+    _, _, aux = model(video, text)
+    assert [n - 10 for n in aux['tokens']] == [0 if i in model.mod_layers else 64 for i in range(4)]
+    caches = [mv.KVCache() for _ in range(4)]
+    vision, position = model.encode_video(video)
+    model.decode(vision, position, 4, 64, caches=caches)
+    assert [c.k is None for c in caches] == [i in model.mod_layers for i in range(4)]
+    assert not model.routers and model.generate(video, text, 2).shape == (2, 2, 2)
+
+
+# ---- gamma-MoD: among a whole clip ---------------------------------------------------------------
+
+def gamma(**changes):
+    return make('0,2', **{**dict(routing='sequence', gate='gamma', keep_ratio=0.4), **changes})
+
+
+def test_gamma_words_never_skip_and_later_ones_change_nothing():
+    """Catches a top-k in which words compete, so that a later word pushes out a vision token."""
+    model, (video, text) = gamma(), sample()
+    words = text.clone()
+    words[:, :, 3:] = 2 + (words[:, :, 3:] - 1) % 8
+    (a, _, aux), (b, _, aux_b) = model(video, text), model(video, words)
+    close(a[:, :, :3], b[:, :, :3], 1e-6)
+    assert torch.equal(aux['routes'][2].index, aux_b['routes'][2].index)
+    assert aux['tokens'] == [26 + 10, 74, 26 + 10, 74]                         # ceil(0.4 * 64) and words
+    close(a[1:], model(video[1:], text[1:])[0])
+    assert len(list(model.routers.parameters())) == 1                          # one for all layers
+    counts = (aux['routes'][2].index // 16).flatten().bincount(minlength=4)
+    assert counts.unique().numel() > 1, 'chosen frame by frame'
+
+
+def test_gamma_loss_adds_every_layers_routing_loss():
+    """Catches a loss that is computed and not added, or added without its coefficient."""
+    model, (video, text) = gamma(), sample()
+    _, loss, aux = model(video, text, text)
+    plain = F.cross_entropy(model(video, text)[0].flatten(0, 2), text.flatten())
+    close(loss, plain + 0.01 * aux['routing_loss'], 1e-6)
+    each = [F.binary_cross_entropy_with_logits(r.logits, torch.zeros(2, 64).scatter(1, r.index, 1.0))
+            for r in aux['routes'].values()]
+    assert aux['routing_loss'] > 0.5 * sum(each) and len(each) == 2
+
+
+# ---- streaming -----------------------------------------------------------------------------------
+
+def streamer(placement='interleaved', seed=0, **changes):
+    model = make(placement, seed, streaming=True, **changes).eval()
+    with torch.no_grad():
+        for p in model.blocks.parameters():                          # words that depend on every key
+            p.mul_(3 if p.dim() == 2 else 1)
+        model.head.weight[mv.EOS] *= 3                               # silence and speech, both
+    return model
+
+
+def play(model, video, prompt, questions, theta=0.2):
+    """Run a stream -> silence (B, T) and the text as it stood: ids (B, 1, L), after (B, L)."""
+    moments = list(model.stream(zip(video.unbind(1), questions), prompt, theta, max_new_tokens=3))
+    lines = []
+    for b in range(len(video)):
+        line = [(w, -1) for w in prompt[b].tolist() if w]
+        for t, (m, question) in enumerate(zip(moments, questions)):
+            for words in (m['said'], question, m['answer']):
+                line += [] if words is None else [(w, t) for w in words[b].tolist() if w]
+        lines.append(line)
+    longest = max(map(len, lines))
+    ids, after = (torch.tensor([[p[i] for p in line] + [0] * (longest - len(line)) for line in lines])
+                  for i in (0, 1))
+    return torch.stack([m['silence'] for m in moments], 1), ids[:, None], after, moments
+
+
+@pytest.mark.parametrize('depth', [3, 4])
+@pytest.mark.parametrize('placement', ['none', 'interleaved', 'interleaved-deep', 'all', 'all-deep',
+                                       'early-exit', 'layer-skip'])
+def test_stream_equals_the_whole(placement, depth):
+    """Catches positions taken from a cache's length, a frame that its window still holds or lost,
+    words of one sample that shift another, a mask in compact coordinates."""
+    for window, routing, B in ((0, 'frame', 4), (2, 'frame', 4), (1, 'random', 1), (3, 'uniform', 1)):
+        model = streamer(placement, n_layer=depth, window=window, routing=routing)
+        video, text = sample(B=B, T=6, seed=5)
+        prompt, asked = text[:, 0, :2].clone(), text[:, 1].clone()
+        prompt[-1, 1:], asked[0, 3:] = 0, 0                              # of different lengths
+        if B > 1:
+            asked[1] = 0                                                 # one sample is asked nothing
+        questions = [asked if t in (1, 4) else None for t in range(6)]
+        theta = play(model, video, prompt, questions, 0.0)[0].median().item()
+        silence, ids, after, moments = play(model, video, prompt, questions, theta)
+        logits, _, aux = model(video, ids, None, after)
+        close(logits[:, :6].softmax(-1)[..., mv.EOS], silence)
+        assert B == 1 or (silence < theta).any() and (silence >= theta).any()
+        for b in range(B):                                               # and the same words, greedily
+            for t in (1, 4):
+                if asked[b].any() and moments[t]['answer'][b, 0]:
+                    start = int((after[b] <= t).logical_and(ids[b, 0] > 0).sum())
+                    answer = moments[t]['answer'][b]
+                    start -= int((answer > 0).sum())
+                    assert logits[b, 6 + start - 1].argmax() == answer[0]
+
+
+def test_a_stream_never_looks_ahead():
+    """Catches selection or attention that reaches a later frame, or words that stand behind."""
+    for training in (True, False):
+        model = streamer('all').train(training)
+        video, text = sample(Q=1, L=6)
+        after = torch.tensor([[-1, 0, 0, 1, 2, 3]]).expand(2, -1)
+        logits, _, aux = model(video, text, None, after)
+        other, words = video.clone(), text.clone()
+        other[:, 2:], words[:, 0, 4:] = 1 - other[:, 2:], 2 + (words[:, 0, 4:] - 1) % 8
+        changed = model(other, words, None, after)[0]
+        close(logits[:, [0, 1, 4, 5, 6, 7]], changed[:, [0, 1, 4, 5, 6, 7]], 1e-6)
+        assert (logits[:, 2] - changed[:, 2]).abs().max() > 1e-3
+        assert aux['position'][0].tolist() == [                # each word moves all behind it by one
+            16, 34, 51, 68, 0, 17, 18, 35, 52, 69]
+
+
+def test_window_forgets_all_but_the_prompt():
+    """Catches a window that drops the prompt, keeps old frames, or grows."""
+    model = streamer(window=2)
+    video, text = sample(T=6, Q=1)
+    prompt = text[:, 0, :2]
+    held = [m['held'] for m in play(model, video, prompt, [None] * 6, theta=0.0)[3]]
+    assert held[1] == held[5] == [2 + 32, 2 + 2 * 4, 2 + 32, 2 + 2 * 4] and held[0] != held[1]
+    early = video.clone()
+    early[:, :3] = 1 - early[:, :3]
+    a, b = (play(model, v, prompt, [None] * 6, theta=0.0)[0] for v in (video, early))
+    assert (a[:, 3] - b[:, 3]).abs().max() > 1e-4
+
+
+def test_trimming_is_by_position_in_every_layer():
+    """Catches a trim by index, which leaves later frames in the layers that hold fewer tokens."""
+    model, (video, _) = make('all'), sample(B=1)
+    vision, position = model.encode_video(video)
+    caches, P = [mv.KVCache() for _ in range(4)], 16
+    for t in (0, 1, 2):
+        now = slice(t * P, (t + 1) * P)
+        model.decode(vision[:, now], position[now], 1, P, caches=caches)
+    for cache in caches:
+        cache.trim(lambda place: place < 2 * P)                        # take the third frame back
+    last = model.decode(vision[:, -P:], position[2 * P:3 * P], 1, P, caches=caches)[0]
+    other = torch.cat([vision[:, :2 * P], vision[:, -P:]], 1)
+    close(last, model.decode(other, position[:3 * P], 3, 3 * P)[0][:, -P:])
+    assert [c.k.size(2) for c in caches] == [12, 12, 12, 48]
+
+
+def test_cache_of_interleaved_layers_is_small():
+    """Catches caches that hold skipped tokens: paper 1.57 times the context, 0.64 of the bytes."""
+    model = make('interleaved', streaming=True, frame_size=32)                 # 13 of 64 tokens
+    held = [train_tiny.cache_bytes(make(p, streaming=True, frame_size=32), torch.rand(1, 4, 3, 32, 32))
+            for p in ('interleaved', 'none')]
+    assert held[0] / held[1] == (64 + 13) / 128 <= 0.64 and model.mod_layers == [1, 3]
+
+
+def test_every_router_learns_from_a_stream():
+    """Catches the last layer's router without gradient, routers that no checkpoint or optimizer has."""
+    model = streamer('all').train()
+    assert len(model.routers) == 4
+    video, text = sample(Q=1)
+    after = torch.tensor([[-1, 0, 1, 1, 2]]).expand(2, -1)
+    decisions = torch.tensor([[1, 3, 1, 1], [4, 1, 1, -1]])
+    loss = model(video, text, text, after, decisions)[1]
+    loss.backward()
+    norms = [p.grad.norm() for p in model.routers.parameters()]
+    assert min(norms) > 1e-3 * max(norms), norms
+    held = {id(p) for o in mv.configure_optimizer(model) for g in o.param_groups for p in g['params']}
+    assert all(id(p) in held for p in model.routers.parameters())
+    names = [n for n in model.state_dict() if n.startswith('routers.')]
+    assert len(names) == 4 and mv.num_params(model) == sum(p.numel() for p in model.parameters())
+
+
+def test_streaming_loss_is_the_papers():
+    """Catches silence weighted twice or not at all, a mean over another number of words."""
+    model = streamer(silence_weight=0.3)
+    video, text = sample(Q=1)
+    after = torch.tensor([[-1, 0, 1, 1, 2]]).expand(2, -1)
+    decisions, targets = torch.tensor([[1, 3, 1, 1], [4, 1, 1, -1]]), text.roll(-1, -1)
+    targets[0, 0, 0] = targets[:, 0, -1] = -1
+    logits, loss, _ = model(video, text, targets, after, decisions)
+    log, total, count = logits.log_softmax(-1), 0.0, 0
+    for b in range(2):
+        for i, word in enumerate([*decisions[b].tolist(), *targets[b, 0].tolist()]):
+            if word >= 0:
+                silent = i < 4 and word == mv.EOS
+                total -= (0.3 if silent else 1.0) * log[b, i, word].item()
+                count += 1
+    assert abs(loss.item() - total / count) < 1e-5
+
+
+def test_stream_refuses_what_it_cannot_do():
+    """Catches a model for questions that streams nonsense, several lines of text in one stream."""
+    video, text = sample()
+    with pytest.raises(ValueError, match='not made for streams'):
+        next(iter(make().stream([(video[:, 0], None)])))
+    with pytest.raises(ValueError, match='one line of text'):
+        streamer()(video, text)
+    with pytest.raises(ValueError, match='looks at the whole clip'):
+        make(streaming=True, routing='sequence')
+    with pytest.raises(ValueError, match='without a gradient'):
+        make(gate='none')
+    with pytest.raises(ValueError, match='window is a number of frames'):
+        make(window=2)
 
 
 # ---- token reduction -----------------------------------------------------------------------------
@@ -518,7 +886,7 @@ def test_world_is_seeded_and_splits_share_nothing():
     """Catches unseeded draws, batches that repeat, test clips that were trained on."""
     world = shapes.ShapeWorld(size=16)
     a, b = world.batch('train', 3, 4), world.batch('train', 3, 4)
-    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert all(torch.equal(x, y) for x, y in zip(a[:4], b))
     assert not torch.equal(a.video, world.batch('train', 4, 4).video)
     assert not torch.equal(a.video, shapes.ShapeWorld(size=16, seed=1).batch('train', 3, 4).video)
     numbers = {}
@@ -855,10 +1223,14 @@ def test_ask_answers_in_words(trained, capsys):
 
 
 def test_bench_prints_ratios(capsys, monkeypatch):
-    """Catches a bench that does not compare, or that routes as slowly as dense by its own count."""
+    """Catches a bench that does not compare, and a long stream whose cache grows."""
+    monkeypatch.setattr(train_tiny, 'ROUNDS', 1)
     assert train_tiny.main([*TINY, '--bench']) == 0
     out = capsys.readouterr().out
-    assert re.search(r'dense +0 of +3 .* 1\.00 +1\.00', out) and 'all-deep' in out
+    assert re.search(r'dense +0 .* 1\.00 .* 1\.00', out) and 'all-deep' in out and 'gamma' in out
+    assert train_tiny.main([*TINY, '--bench', '--recipe', 'stream']) == 0
+    held = re.search(r'keys held (\d+) and (\d+)', capsys.readouterr().out).groups()
+    assert held[0] == held[1]
 
 
 def bad_folders(tmp_path):

@@ -3,13 +3,17 @@
 
     python train_tiny.py                                 the main job: MoD on the synthetic world
     python train_tiny.py --recipe dense                  the same model without routing
+    python train_tiny.py --recipe stream                 a model that narrates while the video plays
+    python train_tiny.py --stream CLIP                   let the newest such model watch a clip
+    python train_tiny.py --recipe gamma --init-from RUN  convert a dense model (gamma-MoD)
+    python train_tiny.py --study                         which layers to convert, at equal FLOPs
     python train_tiny.py --data FOLDER                   your own clips (see data/clips.py)
     python train_tiny.py --ask CLIP "what shape is red"  ask the newest trained model about a clip
     python train_tiny.py --resume out/RUN                go on with an interrupted run
     python train_tiny.py --bench                         time and memory of placements against dense
 
 Everything a run makes goes into its folder, out/RUN: config.json, log.csv, ckpt.pt, result.json,
-tokens.png, tokens.gif, clip.webp (the clip in these pictures), curve.png.
+tokens.png, tokens.gif, clip.webp (the clip in these pictures), curve.png, and of a stream narration.png.
 """
 import argparse
 import csv
@@ -21,9 +25,10 @@ import os
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 BEGAN = time.time()     # importing torch takes seconds, and they count
@@ -35,10 +40,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.clips import ClipFolder, read_clip, read_rows, resample, words
-from data.shapes import ShapeWorld
-from modvideo import (EOS, IGNORE, PAD, PRESETS, Block, MoDBlock, ModVideo, ModVideoConfig, Router,
-                      capacity, configure_optimizer, count_flops, draw_tokens, load_checkpoint,
-                      num_params, pack, save_checkpoint)
+from data.shapes import PROMPT, ShapeWorld
+from modvideo import (EOS, GATES, IGNORE, PAD, PRESETS, ROUTINGS, Block, KVCache, MoDBlock, ModVideo,
+                      ModVideoConfig, Router, choose_mod_layers, configure_optimizer, count_flops,
+                      draw_tokens, init_from, layer_ranks, load_checkpoint, num_params, pack,
+                      save_checkpoint)
 
 # What a preset trains with: clips a step, steps, questions a clip.
 RUNS = {'tiny': dict(batch=8, steps=100, questions=4),
@@ -46,8 +52,11 @@ RUNS = {'tiny': dict(batch=8, steps=100, questions=4),
         'gpu': dict(batch=64, steps=2500, questions=8),
         'deep': dict(batch=32, steps=2500, questions=8),
         'long': dict(batch=8, steps=2500, questions=8)}
-PLACEMENTS = ['interleaved', 'interleaved-deep', 'all', 'all-deep']
+PLACEMENTS = ['interleaved', 'interleaved-deep', 'all', 'all-deep', 'early-exit', 'layer-skip']
+RECIPES = {'mod': {}, 'dense': dict(placement='none'), 'stream': dict(streaming=True),
+           'gamma': dict(routing='sequence', gate='gamma')}      # what each asks of the configuration
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
+ROUNDS = 7            # of a benchmark, behind two to warm up
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,14 +71,27 @@ def flag(default, group: str, text: str, choices=None):
 @dataclass
 class Settings:
     """Every flag with its default. 0, '' and 'auto': as preset, recipe or machine say."""
-    recipe: str = flag('mod', 'what to train',
-                       'mod routes vision tokens past layers, dense does not', ['mod', 'dense'])
+    recipe: str = flag('mod', 'what to train', 'mod routes vision tokens past layers, dense does '
+                       'not, stream speaks between frames, gamma converts a dense model',
+                       [*RECIPES])
     data: str = flag('shapes', 'what to train',
                      "'shapes', the synthetic world, or a folder with clips.jsonl")
     preset: str = flag('auto', 'what to train', 'size of model and video', ['auto', *PRESETS])
     keep_ratio: float = flag(0.2, 'what to train',
                              "share of each frame's vision tokens that a routed layer processes")
-    placement: str = flag('interleaved', 'what to train', 'which layers route', PLACEMENTS)
+    placement: str = flag('auto', 'what to train', f'which layers route: {", ".join(PLACEMENTS)}, '
+                          'or a list such as 1,3; auto: interleaved, by rank for gamma')
+    routing: str = flag('auto', 'what to train', 'who selects: a router in each frame or in the '
+                        'sequence, or nobody', ['auto', *ROUTINGS])
+    gate: str = flag('auto', 'what to train', "what a router's score does to an update",
+                     ['auto', *GATES])
+    layers: int = flag(0, 'what to train', "decoder layers, 0 = the preset's")
+    window: int = flag(0, 'what to train', 'frames that a stream remembers, 0 = all')
+    init_from: str = flag('', 'what to train', 'run folder whose weights to begin with')
+    skip_ratio: float = flag(0.51, 'what to train', 'gamma: share of all tokens that skip a '
+                             'converted layer')
+    dense_layers: int = flag(0, 'what to train', 'gamma: layers that stay dense, the last one and '
+                             'those of highest rank, 0 = an eighth')
     frames: int = flag(0, 'what to train', "frames of a clip, 0 = the preset's; of a folder: "
                        "its clips' own, at most twice as many")
     grid: str = flag('4x4', 'what to train', 'columns x rows of a clip that is a sheet of frames')
@@ -88,8 +110,12 @@ class Settings:
     resume: str = flag('', 'files', 'run folder to go on with, under its own settings')
     bench: bool = flag(False, 'instead of training',
                        'time and memory of each placement against dense')
+    study: bool = flag(False, 'instead of training', 'gamma-MoD with all layers, every second, '
+                       'random ones, those of lowest rank, all at the same FLOPs')
     ask: list = flag((), 'instead of training',
                      'a clip (GIF, WebP, sheet, folder of images) and a question; answered on the CPU')
+    stream: str = flag('', 'instead of training', 'a clip for a stream model to narrate, on the CPU')
+    theta: float = flag(0.5, 'instead of training', 'stay silent while P(silence) is at least this')
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,9 +148,14 @@ def parse(argv) -> Settings:
                                if f.name in saved and f.name not in ('resume', 'out')})
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
-    for name, low in (('steps', 0), ('batch', 0), ('seed', 0), ('frames', 0)):
-        if getattr(settings, name) < low:
-            raise ValueError(f'--{name} must be at least {low}, got {getattr(settings, name)}')
+    for name in ('steps', 'batch', 'seed', 'frames', 'layers', 'window', 'dense_layers'):
+        if getattr(settings, name) < 0:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least 0, '
+                             f'got {getattr(settings, name)}')
+    for name in ('skip_ratio', 'theta'):
+        if not 0 < getattr(settings, name) < 1:
+            raise ValueError(f'--{name.replace("_", "-")} must be between 0 and 1, '
+                             f'got {getattr(settings, name)}')
     if not 0 < settings.lr < math.inf:
         raise ValueError(f'--lr must be a number above 0, got {settings.lr}')
     if settings.resume and settings.out:
@@ -214,17 +245,72 @@ def parse_grid(text: str):
     raise ValueError(f'--grid wants COLUMNSxROWS, such as 4x4, got {text!r}')
 
 
-def build_model(s: Settings, vocab: list, placement: str = None) -> ModVideo:
-    """The model of the recipe, its weights a function of the seed."""
+def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
+    """The model of the recipe, its weights a function of the seed. changes: of its configuration."""
     torch.manual_seed(s.seed)
-    placement = placement or (s.placement if s.recipe == 'mod' else 'none')
     size = {**PRESETS[s.preset], 'frames': s.frames}
-    config = ModVideoConfig(vocab=list(vocab), **size, placement=placement, keep_ratio=s.keep_ratio)
+    if s.layers:
+        size['n_layer'] = s.layers
+    placement = 'interleaved' if s.placement == 'auto' else s.placement
+    chosen = {name: getattr(s, name) for name in ('routing', 'gate') if getattr(s, name) != 'auto'}
+    asked = dict(placement=placement, keep_ratio=s.keep_ratio, window=s.window, **chosen)
+    config = ModVideoConfig(vocab=list(vocab), **{**size, **asked, **RECIPES[s.recipe], **changes})
     model = ModVideo(config).to(s.device)
-    if placement != 'none' and not model.mod_layers and not s.bench:
-        raise ValueError(f'--placement {placement} routes no layer of {config.n_layer} '
+    if config.placement != 'none' and not model.mod_layers and not s.bench:
+        raise ValueError(f'--placement {config.placement} routes no layer of {config.n_layer} '
                          '(the last one stays dense); try --placement all')
     return model
+
+
+def prepare_model(s: Settings, data) -> ModVideo:
+    """The model as training begins: new, continued from other weights, or converted by gamma-MoD."""
+    if s.resume:                      # as it was: its layers may have been chosen by their ranks
+        saved = read_config(Path(s.resume))['model']
+        model = build_model(s, data.vocab, placement=saved['placement'],
+                            keep_ratio=saved['keep_ratio'] if s.recipe == 'gamma' else s.keep_ratio)
+        return model
+    if s.recipe != 'gamma':
+        model = build_model(s, data.vocab)
+        if s.init_from:
+            init_from(model, load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'))[0])
+        return model
+    if not s.init_from:
+        print('--recipe gamma without --init-from: the dense model is trained first')
+        s.init_from = str(run_training(replace(s, recipe='dense', out=s.out and f'{s.out}-dense')))
+    dense, _ = load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'), s.device)
+    if dense.mod_layers or dense.config.streaming:
+        raise ValueError(f'--init-from {s.init_from}: that model is not dense')
+    s.layers = dense.config.n_layer
+    placement = s.placement if s.placement != 'auto' else arank_layers(s, dense, data)
+    model = build_model(s, data.vocab, placement=placement, keep_ratio=keep_of_skip(s, data))
+    init_from(model, dense)
+    return model
+
+
+def keep_of_skip(s: Settings, data) -> float:
+    """Share of the vision tokens to keep so that --skip-ratio of all tokens, text too, skip."""
+    batch = data.batch('train', 0, 1)
+    N = batch.video.size(1) * (PRESETS[s.preset]['frame_size'] // 8) ** 2
+    keep = 1 - s.skip_ratio * (N + batch.text[0].numel()) / N
+    if keep <= 0:
+        raise ValueError(f'--skip-ratio {s.skip_ratio}: only {N} of {N + batch.text[0].numel()} '
+                         'tokens are vision and may skip')
+    return keep
+
+
+def arank_layers(s: Settings, dense: ModVideo, data, clips: int = 16) -> str:
+    """Print ranks by layer, choose the layers to convert -> placement. The last one stays dense."""
+    ranks = []
+    for step in range(clips):
+        batch = data.batch('train', step, 1, s.device)
+        ranks.append(layer_ranks(dense, batch.video, batch.text[:, :1]))
+    ranks = torch.stack(ranks).mean(0).cpu()                                   # (2, layers)
+    num_dense = s.dense_layers or max(1, len(ranks[0]) // 8)
+    chosen = choose_mod_layers(ranks[0, :-1], num_dense - 1)
+    print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
+    for i, (rank, effective) in enumerate(ranks.T.tolist()):
+        print(f'{i:5} {rank:6.1f} {effective:15.1f}   {"MoD" if i in chosen else "dense"}')
+    return ','.join(map(str, sorted(chosen)))
 
 
 def open_run(s: Settings, model: ModVideo) -> Path:
@@ -252,7 +338,10 @@ def open_run(s: Settings, model: ModVideo) -> Path:
 # --------------------------------------------------------------------------------------------------
 
 def is_right(logits, targets):
-    """(B, Q) bool: every word of the answer and its end are the most probable: greedy decoding."""
+    """(..., n, V), (..., n) -> (...) bool: every word to be learned is the most probable one.
+
+    Of questions, this is greedy decoding of the whole answer and its end.
+    """
     return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)
 
 
@@ -280,16 +369,28 @@ def resume_run(run: Path, model, optimizers: list):
     return extra['log'], extra['step'], extra['seconds']
 
 
+def draw_batch(s: Settings, data, split: str, step: int, size: int):
+    """A batch of what the recipe learns from, on its device."""
+    return (data.stream if s.recipe == 'stream' else data.batch)(split, step, size, s.device)
+
+
+def wanted_words(batch):
+    """What logits are compared with: (B, Q, L), of a stream (B, T + L)."""
+    return batch.targets if batch.after is None else torch.cat(
+        [batch.decisions, batch.targets[:, 0]], 1)
+
+
 def train_step(forward, model, optimizers: list, batch, autocast) -> torch.Tensor:
-    """One step: (2,) loss and accuracy of the batch, still on the device."""
+    """One step: (2,) loss and accuracy of the batch (questions, or whole streams), on the device."""
     with autocast():
-        logits, loss, _ = forward(batch.video, batch.text, batch.targets)
+        logits, loss, _ = forward(*batch[:3], batch.after, batch.decisions)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss.detach(), is_right(logits, batch.targets).float().mean()])
+    right = is_right(logits, wanted_words(batch)).float().mean()
+    return torch.stack([loss.detach(), right])
 
 
 def read(recent: list, done: int, lr: float):
@@ -335,7 +436,7 @@ def train(s: Settings, model, data, run: Path, autocast, stop: list) -> dict:
         for optimizer, lrs in zip(optimizers, rates):
             for group, lr in zip(optimizer.param_groups, lrs):
                 group['lr'] = lr * schedule(step, s.steps)
-        batch = data.batch('train', step, s.batch, s.device)
+        batch = draw_batch(s, data, 'train', step, s.batch)
         recent.append(train_step(forward, model, optimizers, batch, autocast))
         if done % every and done < s.steps and not stop:              # reading waits for the device
             continue
@@ -369,6 +470,8 @@ def evaluate(model, data, split, s: Settings, autocast, clips: int = EVAL_CLIPS)
     A question is right if its whole answer is. Blind: the same questions with another clip's video.
     Chance: always the most frequent answer of the type.
     """
+    if s.recipe == 'stream':
+        return evaluate_stream(model, data, split, s, autocast, clips)
     model.eval()
     right, blind, kind, answers = [], [], [], []
     for step in range(math.ceil(clips / 64)):
@@ -406,6 +509,86 @@ def evaluate(model, data, split, s: Settings, autocast, clips: int = EVAL_CLIPS)
                 chance=sum(share[name] * chance[name] for name in chance), questions=len(right))
 
 
+def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
+    """Teacher-forced scores of streams: logits (B, T + L, V), wanted and position (B, T + L).
+
+    A turn is a run of silences, then the words that are said, up to their '<eos>'.
+    nll: mean -log P of the words that should be said (exp of it is LM-PPL). lm_correctness: index of
+    the first wrong word of a turn / its words, mean over turns. fluency: correct silences and correct
+    words before the first mistake of their turn, over all that is supervised. accuracy: turns whose
+    every word is right.
+    """
+    order = position.argsort(dim=1, stable=True)
+    chosen, chance = logits.argmax(-1), logits.softmax(-1)[..., EOS]
+    speech = logits.index_fill(-1, torch.tensor([PAD, EOS], device=logits.device), -math.inf)
+    chosen[:, :T] = torch.where(chance[:, :T] >= theta, EOS, speech[:, :T].argmax(-1))
+    decision = torch.zeros_like(wanted, dtype=torch.bool)
+    decision[:, :T] = True
+    nll = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORE, reduction='none')
+    chosen, wanted, decision, nll = (a.gather(1, order) for a in (chosen, wanted, decision, nll))
+    known = wanted != IGNORE
+    word = known & ~(decision & (wanted == EOS))                               # (B, n)
+    ends = word & (wanted == EOS)
+    turn = ends.cumsum(1) - ends.long()                                        # (B, n) its number
+
+    def good(among):
+        """Those among (B, n) before the first mistake of their turn."""
+        wrong = (among & (chosen != wanted)).long()
+        before = wrong.cumsum(1) - wrong
+        at_start = torch.full_like(before, before.size(1)).scatter_reduce(1, turn, before, 'amin')
+        return among & (wrong.cumsum(1) == at_start.gather(1, turn))
+
+    count = lambda a: torch.zeros_like(turn).scatter_add(1, turn, a.long())    # (B, turns)
+    said, words_of = count(good(word)), count(word)
+    share = (said / words_of)[words_of > 0]
+    return dict(nll=nll[word].mean().item(), lm_correctness=share.mean().item(),
+                fluency=(good(known).sum() / known.sum()).item(),
+                accuracy=(share == 1).float().mean().item())
+
+
+def timing_scores(spoke, should) -> dict:
+    """How a model that runs freely times its narration: spoke, should (B, T) bool.
+
+    time_diff: mean over narrations of |frame at which it first speaks - frame at which it should|
+    (TimeDiff, in frames), looked for between the narrations before and behind; if it stays silent
+    there, up to the end of that stretch. silence: silent frames among those at which nothing is to
+    be told. spoken: narrations made in their very frame.
+    """
+    T, off = should.size(1), []
+    for said, due in zip(spoke.tolist(), should.tolist()):
+        times = [t for t in range(T) if due[t]]
+        for before, t, behind in zip([-1, *times], times, [*times[1:], T]):
+            first = next((f for f in range(before + 1, behind) if said[f]), behind)
+            off.append(abs(first - t))
+    return dict(time_diff=statistics.mean(off), silence=(~spoke[~should]).float().mean().item(),
+                spoken=spoke[should].float().mean().item())
+
+
+@torch.no_grad()
+def evaluate_stream(model, data, split, s: Settings, autocast, clips: int) -> dict:
+    """Scores on held-out streams: teacher-forced (blind too: another clip's video) and running free."""
+    model.eval()
+    rows, spoke, should = [], [], []
+    for step in range(math.ceil(clips / 64)):
+        batch = data.stream(split, step, min(64, clips), s.device)
+        prompt = torch.full_like(batch.text[:, 0, :1], data.vocab.index(PROMPT))
+        with autocast():
+            scores = []
+            for video in (batch.video, batch.video.roll(1, 0)):
+                logits, _, aux = model(video, batch.text, None, batch.after)
+                scores.append(turn_scores(
+                    logits, wanted_words(batch), aux['position'], video.size(1), s.theta))
+            frames = ((frame, None) for frame in batch.video.unbind(1))
+            chance = [moment['silence'] for moment in model.stream(frames, prompt, s.theta)]
+        rows.append(dict(scores[0], blind_accuracy=scores[1]['accuracy']))
+        spoke.append(torch.stack(chance, 1).cpu() < s.theta)
+        should.append(batch.decisions.cpu() != EOS)
+    model.train()
+    mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
+    return {**mean, 'lm_ppl': math.exp(mean.pop('nll')),
+            **timing_scores(torch.cat(spoke), torch.cat(should)), 'clips': sum(map(len, spoke))}
+
+
 def peak_memory_mb(device: str) -> float:
     """Most memory taken so far: of the GPU's allocator, or of this process."""
     if device == 'cuda':
@@ -423,6 +606,16 @@ def peak_memory_mb(device: str) -> float:
 # --------------------------------------------------------------------------------------------------
 
 def print_table(result: dict):
+    if 'lm_ppl' in result:
+        print(f'\n{result["clips"]} held-out streams')
+        for name, what in (('lm_ppl', 'LM-PPL'), ('lm_correctness', 'LM-Correctness'),
+                           ('fluency', 'Fluency'), ('accuracy', 'turns without a mistake'),
+                           ('blind_accuracy', "the same, shown another clip's video"),
+                           ('time_diff', 'TimeDiff, frames'), ('spoken', 'narrated in the very frame'),
+                           ('silence', 'silent when nothing happens')):
+            shown = f'{result[name]:.3f}' if name in ('lm_ppl', 'time_diff') else f'{result[name]:.1%}'
+            print(f'{what:38} {shown:>8}')
+        return
     print(f'\n{"type":34} {"accuracy":>8} {"balanced":>8} {"blind":>7} {"chance":>7}')
     for name, accuracy in result['accuracy_by_type'].items():
         print(f'{name[:34]:34} {accuracy:8.1%} {result["balanced_accuracy_by_type"][name]:8.1%} '
@@ -496,6 +689,25 @@ def draw_clip(model, video, text, path: Path, title: str):
                  duration=300, loop=0)
 
 
+@torch.no_grad()
+def narrate(model, video, path: Path, theta: float):
+    """Play (T, 3, height, width), print what the model says when, draw frames with the words below."""
+    c, scale = model.config, max(1, 128 // video.size(-1))
+    prompt = torch.tensor([[c.vocab.index(PROMPT)]])
+    sheet = draw_tokens(video, pack(torch.ones(1, len(video) * c.patches, dtype=torch.bool)), scale=scale)
+    width = sheet.width // len(video) + 2
+    strip = Image.new('RGB', (sheet.width, sheet.height + 64), 'white')
+    strip.paste(sheet, (0, 0))
+    for t, moment in enumerate(model.stream(((frame[None], None) for frame in video), prompt, theta)):
+        said = [] if moment['said'] is None else moment['said'][0].tolist()
+        line = ' '.join(c.vocab[i] for i in said if i not in (PAD, EOS))
+        print(f'  frame {t + 1:3} of {len(video)}   silence {moment["silence"].item():6.1%}   {line}',
+              flush=True)
+        ImageDraw.Draw(strip).text((t * width + 2, sheet.height + 4),
+                                   '\n'.join(textwrap.wrap(line, width // 7)) or '.', fill='black')
+    strip.save(path)
+
+
 def save_clip(video, path: Path):
     """Write (T, 3, height, width) in [0, 1] as an animated WebP, without loss."""
     frames = [Image.fromarray(f)
@@ -525,18 +737,21 @@ def draw_curve(log: list, path: Path, width: int = 640, height: int = 240):
 # 5. The four things the script does: train, ask, bench (and resume, which is train)
 # --------------------------------------------------------------------------------------------------
 
-def run_training(s: Settings, began: float):
+def run_training(s: Settings, began: float = None) -> Path:
     """Train, evaluate on the test split, show, fill the run folder. began: the command's start."""
+    began = began or time.time()
     autocast = pick_machine(s)
     data = load_data(s)
-    model = build_model(s, data.vocab)
+    model = prepare_model(s, data)
     run = open_run(s, model)
-    batch = data.batch('train', 0, 1)
+    batch = draw_batch(s, data, 'train', 0, 1)
     _, Q, L = batch.text.shape
     flops = count_flops(model, batch.video.shape, L, Q)['total'] / 1e9
     N, layers = batch.video.size(1) * model.config.patches, model.mod_layers
-    share = capacity(s.keep_ratio, model.config.patches) / model.config.patches
-    routed = f'layers {layers} process {share:.0%} of them' if layers else 'all layers process all'
+    with torch.no_grad():
+        tokens = model(batch.video, batch.text)[2]['tokens']
+    routed = (f'layers {layers} process {min(tokens) - Q * L} of them' if layers
+              else 'all layers process all')
     print(f'{num_params(model):,} parameters, {N} vision tokens, {routed}, {flops:.2f} GFLOPs '
           f'a clip; {s.steps} steps of {s.batch} clips with {Q} questions -> {run}')
     with catch_ctrl_c() as stop:
@@ -545,27 +760,38 @@ def run_training(s: Settings, began: float):
     scores = evaluate(model, data, 'test', s, autocast,
                       clips=EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
     result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__,
-                  dtype=s.dtype, preset=s.preset, data=s.data,
-                  placement=s.placement if s.recipe == 'mod' else 'none', **trained, **scores,
-                  vision_tokens=N, gflops=round(flops, 4), parameters=num_params(model),
+                  dtype=s.dtype, preset=s.preset, data=s.data, placement=model.config.placement,
+                  **trained, **scores, vision_tokens=N, tokens_by_layer=tokens,
+                  gflops=round(flops, 4), parameters=num_params(model),
                   peak_memory_mb=round(peak_memory_mb(s.device), 1))
     print_table(result)
-    model.eval()
-    show_answers(model, data, s)
-    test = data.batch('test', 0, 64, s.device)
-    change = (test.video[:, 1:] - test.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
-    b = change.median(1).values.argmax()                        # moves most, cuts and flashes aside
-    asked, told = split_question(test.text[b, 0], test.targets[b, 0])
-    words_of = lambda ids: ' '.join(data.vocab[i] for i in ids.tolist())
-    draw_clip(model, test.video[b], test.text[b], run / 'tokens',
-              f'{words_of(asked)}? {words_of(told)}')
-    save_clip(test.video[b], run / 'clip.webp')
+    show_run(s, model.eval(), data, run)
     draw_curve(log, run / 'curve.png')
     result['seconds'] = round(before + time.time() - began, 1)
     write_json(run / 'result.json', result)
     print(f'\n{result["seconds"]:.0f} s, {trained["step_ms"]:.0f} ms a step. In {run}: tokens.png '
           'and tokens.gif (what was processed), curve.png, result.json, log.csv, ckpt.pt')
-    print(f'ask it: python train_tiny.py --out {run} --ask {run}/clip.webp "{words_of(asked)}"')
+    return run
+
+
+def show_run(s: Settings, model, data, run: Path):
+    """Answers or narration in words, the pictures of one held-out clip, how to go on."""
+    test = draw_batch(s, data, 'test', 0, 64)
+    change = (test.video[:, 1:] - test.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
+    b = change.median(1).values.argmax()                        # moves most, cuts and flashes aside
+    video, words_of = test.video[b], lambda ids: ' '.join(data.vocab[i] for i in ids.tolist())
+    save_clip(video, run / 'clip.webp')
+    if s.recipe == 'stream':
+        print()
+        narrate(model.cpu(), video.cpu(), run / 'narration.png', s.theta)
+        title, text, command = PROMPT, test.text[b, :, :1].cpu(), f'--stream {run}/clip.webp'
+    else:
+        show_answers(model, data, s)
+        asked, told = split_question(test.text[b, 0], test.targets[b, 0])
+        title, text = f'{words_of(asked)}? {words_of(told)}', test.text[b]
+        command = f'--ask {run}/clip.webp "{words_of(asked)}"'
+    draw_clip(model, video.to(text.device), text, run / 'tokens', title)
+    print(f'\ngo on with: python train_tiny.py --out {run} {command}')
 
 
 def encode_question(question: str, vocab: list) -> list:
@@ -582,26 +808,41 @@ def encode_question(question: str, vocab: list) -> list:
     return [known[w] for w in asked]
 
 
+def run_stream(s: Settings):
+    """Let a model narrate a clip while it plays."""
+    run, model, video = open_clip(s, s.stream, streaming=True)
+    path = run / f'stream-{Path(s.stream).stem}.png'
+    narrate(model, video, path, s.theta)
+    print(f'frames with the words below: {path}')
+
+
+def open_clip(s: Settings, clip: str, streaming: bool):
+    """The run to use, its model, and a clip as the model sees it: (T, 3, size, size) in [0, 1]."""
+    flag, train = ('--stream', ' --recipe stream') if streaming else ('--ask', '')
+    runs = [Path(s.out)] if s.out else [
+        path.parent for path in sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: -p.stat().st_mtime)
+        if bool(read_config(path.parent)['model'].get('streaming')) == streaming]
+    if not runs:
+        raise ValueError(f'{flag} found no model for it under out/; '
+                         f'train one first: python train_tiny.py{train}')
+    model, _ = load_checkpoint(existing(runs[0] / 'ckpt.pt'))
+    c = model.eval().config
+    if c.streaming != streaming:
+        raise ValueError(f'{flag}: the model of {runs[0]} was trained for '
+                         + ('streams' if c.streaming else 'questions about whole clips'))
+    frames = read_clip(clip, parse_grid(s.grid))
+    print(f'{runs[0]}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}'
+          f', seen as {c.frames} of {c.frame_size}x{c.frame_size}')
+    return runs[0], model, resample(frames, c.frames, c.frame_size).float() / 255
+
+
 @torch.no_grad()
 def run_ask(s: Settings):
     """Answer one question about one clip: answer, probability, runners-up, what was looked at."""
-    if s.out:
-        checkpoint = existing(Path(s.out) / 'ckpt.pt')
-    else:
-        found = sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise ValueError('--ask found no trained model under out/; '
-                             'train one first: python train_tiny.py')
-        checkpoint = found[-1]
-    model, _ = load_checkpoint(checkpoint)
-    model.eval()
-    c = model.config
     clip, question = s.ask
-    frames = read_clip(clip, parse_grid(s.grid))
-    video = resample(frames, c.frames, c.frame_size).float()[None] / 255     # (1, T, 3, size, size)
+    run, model, video = open_clip(s, clip, streaming=False)
+    c, video = model.config, video[None]                                     # (1, T, 3, size, size)
     ids = torch.tensor(encode_question(question, c.vocab))[None, None]         # (1, 1, L)
-    print(f'{checkpoint.parent}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}'
-          f', seen as {c.frames} of {c.frame_size}x{c.frame_size}')
     answer = model.generate(video, ids, max_new_tokens=16)[0, 0]
     answer = answer[:max(1, int((answer != PAD).sum()))]
     whole = torch.cat([ids[0, 0], answer])[None, None]
@@ -614,14 +855,44 @@ def run_ask(s: Settings):
               for p, i in zip(best.values.tolist(), best.indices.tolist()) if i != answer[0]]
     print(f'{"instead of" if len(said) < 2 else "beginning otherwise than with"} '
           f'{said[0] if said else "nothing"}: ' + ', '.join(others[:3]))
-    path = checkpoint.parent / f'ask-{Path(clip).stem}'
+    path = run / f'ask-{Path(clip).stem}'
     draw_clip(model, video[0], ids[0], path,
               f'{question.rstrip("?")}? {" ".join(said)}   {chance:.1%}')
     print(f'what was looked at: {path}.png, {path}.gif')
 
 
-def run_bench(s: Settings, rounds: int = 7):
-    """Step time, memory, FLOPs of each placement against dense: models in turn, medians, ratios."""
+def run_study(s: Settings):
+    """gamma-MoD by placement at equal FLOPs: convert one dense model in four ways, train, compare."""
+    folder = Path(s.out or 'out/study')
+    if folder.exists():
+        raise ValueError(f'--out {folder} exists; name another folder')
+    pick_machine(s)
+    if not s.init_from:
+        s.init_from = str(run_training(replace(s, recipe='dense', study=False, out=f'{folder}/dense')))
+    s = replace(s, recipe='gamma', study=False)
+    data = load_data(s)
+    by_rank = prepare_model(s, data)
+    layers, count = range(by_rank.config.n_layer - 1), len(by_rank.mod_layers)
+    luck = torch.randperm(len(layers), generator=torch.Generator().manual_seed(s.seed))[:count]
+    batch = data.batch('train', 0, 1)
+    cost = lambda model: count_flops(model, batch.video.shape, batch.text.size(2), batch.text.size(1))
+    N, wanted, rows = batch.video.size(1) * by_rank.config.patches, cost(by_rank)['total'], []
+    for name, chosen in (('rank', by_rank.mod_layers), ('all', layers), ('every second', layers[1::2]),
+                         ('random', luck.sort().values.tolist())):
+        placement = ','.join(map(str, chosen))
+        trial = replace(s, placement=placement, out=str(folder / name.replace(' ', '-')))
+        price = lambda k: cost(build_model(trial, data.vocab, placement=placement, keep_ratio=k / N))
+        k = min(range(1, N + 1, max(1, N // 128)), key=lambda k: abs(price(k)['total'] - wanted))
+        trial.skip_ratio = (1 - k / N) * N / (N + batch.text[0].numel())
+        result = json.loads((run_training(trial) / 'result.json').read_text())
+        rows.append((name, placement, 1 - k / N, result['gflops'], result['accuracy']))
+    print(f'\n{"placement":13} {"layers":20} {"vision skipped":>14} {"GFLOPs":>7} {"accuracy":>8}')
+    for name, placement, skipped, gflops, accuracy in rows:
+        print(f'{name:13} {placement:20} {skipped:14.1%} {gflops:7.3f} {accuracy:8.1%}')
+
+
+def run_bench(s: Settings):
+    """Time, memory, FLOPs, cache of each placement against dense: in turn, medians, ratios."""
     autocast = pick_machine(s)
     data = load_data(s)
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(
@@ -635,44 +906,86 @@ def run_bench(s: Settings, rounds: int = 7):
         return time.perf_counter() - start
 
     making = statistics.median(
-        seconds(lambda: data.batch('train', i, s.batch, s.device)) for i in range(5))
-    batch = data.batch('train', 0, s.batch, s.device)
-    names = ['none', *PLACEMENTS]
+        seconds(lambda: draw_batch(s, data, 'train', i, s.batch)) for i in range(5))
+    batch = draw_batch(s, data, 'train', 0, s.batch)
+    variants = {'dense': dict(placement='none'), **{name: dict(placement=name) for name in PLACEMENTS}}
+    if s.recipe != 'stream':
+        depth = s.layers or PRESETS[s.preset]['n_layer']
+        converted = ','.join(map(str, range(max(1, depth // 8) - 1, depth - 1)))
+        variants[f'gamma, skip {s.skip_ratio}'] = dict(
+            RECIPES['gamma'], placement=converted, keep_ratio=keep_of_skip(s, data))
 
-    def stepper(name):
-        model = build_model(s, data.vocab, name)
+    def runner(name):
+        model = build_model(s, data.vocab, **variants[name])
         optimizers = configure_optimizer(model, s.lr)
-        return lambda: train_step(model, model, optimizers, batch, autocast)
 
-    steps, times = {name: stepper(name) for name in names}, {name: [] for name in names}
-    for i in tqdm(range(rounds + 2), desc='bench', dynamic_ncols=True):
-        for name in names:
-            times[name].append(seconds(steps[name]))
-    del steps                                                      # each alone for its memory
-    memory = {name: step_memory_mb(s.device, stepper(name)) for name in names}
-    forward, whole, routed = {}, {}, {}
-    for name in names:
-        model = build_model(s, data.vocab, name)
+        def look():
+            with torch.no_grad(), autocast():
+                model(*batch[:2], None, batch.after)
+        return lambda: train_step(model, model, optimizers, batch, autocast), look
+
+    runs, times = {name: runner(name) for name in variants}, {name: ([], []) for name in variants}
+    for i in tqdm(range(ROUNDS + 2), desc='bench', dynamic_ncols=True):
+        for name in variants:
+            for run, measured in zip(runs[name], times[name]):
+                measured.append(seconds(run))
+    del runs                                                       # each alone for its memory
+    rows = {}
+    for name in variants:
+        model = build_model(s, data.vocab, **variants[name])
         Q, L = batch.text.shape[1:]
-        routed[name] = len(model.mod_layers)
-        forward[name] = count_flops(model, batch.video.shape, L, Q)['total']
-        whole[name] = 3 * forward[name] + optimizer_flops(model, s.lr)     # backward: twice forward
-    kind = ('peak memory' if s.device == 'cuda' else 'kept for backward') + ' MB'
-    print(f'\n{"placement":17} {"routed":>8} {"step ms":>8} {"time":>5} {"FLOPs of a step":>16} '
-          f'{"of the model":>13} {kind:>20} {"memory":>7}')
-    for name in names:
-        skip = times[name][2:]                                     # two rounds of warm-up
-        time_ratio = statistics.median(a / b for a, b in zip(skip, times['none'][2:]))
-        print(f'{"dense" if name == "none" else name:17} {routed[name]:3} of '
-              f'{PRESETS[s.preset]["n_layer"]:2} {1000 * statistics.median(skip):7.1f} '
-              f'{time_ratio:6.2f} {whole[name] / whole["none"]:16.2f} '
-              f'{forward[name] / forward["none"]:13.2f} {memory[name]:20.1f} '
-              f'{memory[name] / memory["none"]:7.2f}')
-    print(f'time, FLOPs, memory: as a share of dense. {s.batch} clips a step, keep ratio '
-          f'{s.keep_ratio}; making them takes {1000 * making:.1f} ms')
+        forward = count_flops(model, batch.video.shape, L, Q)['total']
+        rows[name] = dict(
+            ms=[1000 * statistics.median(a[2:]) for a in times[name]], layers=len(model.mod_layers),
+            share=[statistics.median(a / b for a, b in zip(mine[2:], dense[2:]))
+                   for mine, dense in zip(times[name], times['dense'])],
+            step=3 * forward + optimizer_flops(model, s.lr),                   # backward: twice forward
+            forward=forward, memory=step_memory_mb(s.device, runner(name)[0]),
+            cache=cache_bytes(model, batch.video[:1]))
+    print_bench(rows, s)
+    print(f'{s.batch} clips a step, keep ratio {s.keep_ratio}; making them takes {1000 * making:.1f} ms')
+    if s.recipe == 'stream':
+        return bench_long_stream(build_model(replace(s, window=s.window or 16), data.vocab), s)
     for what, ratio in routing_overhead(s.device, sync).items():
         print('one MoD block, 512 channels, 208 of 1,040 tokens, against the block on those alone: '
               f'{ratio:.2f} {what}')
+
+
+def print_bench(rows: dict, s: Settings):
+    kind = ('peak memory' if s.device == 'cuda' else 'kept for backward') + ' MB'
+    print(f'\n{"placement":17} {"routed":>6} {"step ms":>8} {"time":>5} {"inference ms":>12} {"time":>5}  '
+          f'{"FLOPs: step":>11} {"forward":>7} {kind:>20} {"share":>5} {"KV cache":>8}')
+    for name, row in rows.items():
+        share = {key: row[key] / rows['dense'][key] for key in ('step', 'forward', 'memory', 'cache')}
+        print(f'{name:17} {row["layers"]:6} {row["ms"][0]:8.1f} {row["share"][0]:5.2f} '
+              f'{row["ms"][1]:12.1f} {row["share"][1]:5.2f}  {share["step"]:11.2f} {share["forward"]:7.2f} '
+              f'{row["memory"]:20.1f} {share["memory"]:5.2f} {share["cache"]:8.2f}')
+    print('time, FLOPs, share, KV cache: as a share of dense')
+
+
+@torch.no_grad()
+def cache_bytes(model, video) -> int:
+    """Bytes of all keys and values that a clip leaves in the cache."""
+    caches = [KVCache() for _ in model.blocks]
+    vision, position = model.encode_video(video)
+    model.decode(vision, position, video.size(1), vision.size(1), caches=caches)
+    return sum(a.nbytes for cache in caches if cache.k is not None for a in (cache.k, cache.v))
+
+
+def bench_long_stream(model, s: Settings, frames: int = 1000):
+    """Frames per second and keys held along a stream, its frames in turn from a random clip."""
+    c = model.config
+    clip = torch.rand(16, 1, 3, c.frame_size, c.frame_size, device=s.device)
+    ticks, held = [], []
+    prompt = torch.full((1, 1), c.vocab.index(PROMPT), device=s.device)
+    for moment in model.stream(((clip[t % 16], None) for t in range(frames)), prompt, theta=0.0):
+        float(moment['silence'])                                           # waits for the device
+        ticks.append(time.perf_counter())
+        held.append(sum(moment['held']))
+    speed = [100 / (ticks[t + 99] - ticks[t]) for t in range(c.window, frames - 99, 50)]
+    print(f'\nstream of {frames} frames, window {c.window}: {speed[0]:.1f} frames/s over the first 100 '
+          f'behind the window, {speed[-1]:.1f} over the last 100 ({speed[-1] / speed[0]:.2f}); keys held '
+          f'{held[c.window]} and {held[-1]}')
 
 
 def optimizer_flops(model: ModVideo, lr: float) -> int:
@@ -686,7 +999,7 @@ def optimizer_flops(model: ModVideo, lr: float) -> int:
     return counter.get_total_flops()
 
 
-def routing_overhead(device: str, sync, rounds: int = 25) -> dict:
+def routing_overhead(device: str, sync) -> dict:
     """Time with scoring, gathering, scattering, as ratio to the block on the kept tokens alone."""
     block, router = MoDBlock(Block(512, 8)).to(device), Router(512).to(device)
     x, position = torch.randn(2, 16 * 65, 512, device=device), torch.arange(16 * 65, device=device)
@@ -706,8 +1019,8 @@ def routing_overhead(device: str, sync, rounds: int = 25) -> dict:
     def ratio(backward):
         pairs = [(seconds(lambda x: block(x, router(x, 16, 0.2), position), x, backward),
                   seconds(lambda x: x + block.block(x, position[:208]), kept, backward))
-                 for _ in range(rounds)]
-        return statistics.median(a / b for a, b in pairs[3:])              # the first ones warm up
+                 for _ in range(3 * ROUNDS + 2)]
+        return statistics.median(a / b for a, b in pairs[2:])
 
     return {'forward': ratio(False), 'forward and backward': ratio(True)}
 
@@ -737,6 +1050,10 @@ def main(argv=None, began: float = None) -> int:
         s = parse(argv)
         if s.ask:
             run_ask(s)
+        elif s.stream:
+            run_stream(s)
+        elif s.study:
+            run_study(s)
         elif s.bench:
             run_bench(s)
         else:

@@ -44,7 +44,8 @@ QUESTIONS = {                                      # '_' is where the named word
 KINDS = list(QUESTIONS)
 COLOUR, SHAPE, DIRECTION, COUNT, ORDER, MOMENT, FORECAST, SUMMARY = range(8)
 VOCAB = ['<pad>', '<eos>', *COLOURS, *SHAPES, *DIRECTIONS, *COUNTS, *EVENTS]
-VOCAB += sorted({'then', *' '.join(QUESTIONS.values()).split()} - {'_', *VOCAB})
+PROMPT = 'narrate'                                                # stands before every stream
+VOCAB += sorted({'then', PROMPT, *' '.join(QUESTIONS.values()).split()} - {'_', *VOCAB})
 ID = {word: i for i, word in enumerate([*VOCAB, '_'])}            # '_' never leaves this file
 PAD, EOS, IGNORE = 0, 1, -1
 
@@ -58,6 +59,8 @@ class Batch(NamedTuple):
     text: torch.Tensor      # (B, Q, L) int64: question, then answer, then padding (0)
     targets: torch.Tensor   # (B, Q, L) int64: the token after each one where it belongs to the answer, else -1
     kind: torch.Tensor      # (B, Q) int64: index into the dataset's list of question types
+    after: torch.Tensor = None      # streams, where Q is 1. (B, L) int64: the frame behind which each word stands
+    decisions: torch.Tensor = None  # (B, T) int64: the word that is to be said behind each frame, EOS for silence
 
 
 @dataclass
@@ -145,47 +148,96 @@ class ShapeWorld:
         noise = torch.randn(video.shape, device=device, generator=torch.Generator(device).manual_seed(seed))
         return (video + self.noise * noise).clamp(0, 1)
 
-    def ask(self, scene: Scene, generator: torch.Generator):
-        """Text, targets (B, Q, L) and kind (B, Q): Q questions about each scene, the types in turn.
-
-        A type that a scene cannot answer (no flash, say) is replaced by another question on shape or direction.
+    def stream(self, split: str, step: int, batch_size: int, device='cpu') -> Batch:
+        """The clips of one step as they would be watched: the two events told behind the frames that first show them,
+        Q // 2 questions behind random frames about what was seen so far, the last one for the story at the end.
         """
-        B, Q, rows = len(scene.shape), self.questions, torch.arange(len(scene.shape))[:, None]
-        able = scene.present & (scene.direction != STILL)         # (B, O) a colour names these for good
-        able = able[:, None].repeat(1, len(KINDS), 1)             # (B, K, O) what each type may be about
-        able[:, DIRECTION] &= scene.stop - scene.start > 1        # seen twice
-        able[:, MOMENT] &= (scene.event == FLASH).any(1, keepdim=True)
-        able[:, FORECAST] = (scene.direction == STILL) & (scene.stop == self.frames)  # still there at the end
-        valid = able.any(-1)                                      # (B, K)
-        kind = (torch.arange(Q) + rows) % len(KINDS)              # (B, Q)
+        generator = seeded(self.seed, split, step)
+        scene, (B, T, Q) = self.sample(split, batch_size, generator), (batch_size, self.frames, self.questions // 2)
+        at = torch.randint(1, T, (B, Q), generator=generator)     # (B, Q) the frame behind which each is asked
+        kind = torch.randint(SUMMARY, (B, Q), generator=generator)
+        at[:, -1], kind[:, -1] = T - 1, SUMMARY
+        question, answer, _ = self.questions_at(scene, generator, kind, at)
+        told = clauses(scene)                                     # (B, 2, 3)
+        first = torch.where(told[..., 0] == PAD, told[..., 2], told[..., 0])  # (B, 2) the first word of each
+        decisions = torch.full((B, T), EOS).scatter(1, scene.time, first)
+
+        told = F.pad(told, (0, 1), value=EOS)                     # (B, 2, 4)
+        learned = told.masked_fill((told != PAD).cumsum(-1) <= 1, IGNORE)  # the first word is a decision's target
+        asked, width = torch.cat([question, answer], -1), question.size(-1) + answer.size(-1)
+        turn = torch.cat([F.pad(told, (0, width - 4)), asked], 1)         # (B, 2 + Q, width)
+        wanted = torch.cat([F.pad(learned, (0, width - 4)),
+                            torch.cat([torch.full_like(question, IGNORE), answer], -1)], 1)
+        wanted = wanted.masked_fill(turn == PAD, IGNORE)
+        time, order = torch.cat([scene.time, at], 1).sort(dim=1, stable=True)  # (B, 2 + Q) told before asked
+        after = time[..., None].expand(-1, -1, width).flatten(1)  # (B, (2 + Q) * width)
+        turn, wanted = (a.gather(1, order[..., None].expand_as(a)).flatten(1) for a in (turn, wanted))
+        text, targets, after = drop_padding(*(
+            F.pad(a, (1, 0), value=v) for a, v in ((turn, ID[PROMPT]), (wanted, IGNORE), (after, -1))))
+        targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE)     # the word behind each
+        words = (a.to(device) for a in (text[:, None], targets[:, None], torch.zeros(B, 1).long(), after, decisions))
+        return Batch(self.draw(scene, device, generator.initial_seed()), *words)
+
+    def ask(self, scene: Scene, generator: torch.Generator):
+        """Text, targets (B, Q, L) and kind (B, Q): Q questions about each whole scene, the types in turn."""
+        B, Q = len(scene.shape), self.questions
+        kind = (torch.arange(Q) + torch.arange(B)[:, None]) % len(KINDS)  # (B, Q)
+        question, answer, kind = self.questions_at(scene, generator, kind, torch.full((B, Q), self.frames - 1))
+        return (*pack_text(question, answer), kind)
+
+    def questions_at(self, scene: Scene, generator: torch.Generator, kind: torch.Tensor, at: torch.Tensor):
+        """Questions of the types `kind` (B, Q), asked behind the frames `at` (B, Q) about what was seen by then.
+
+        -> question (B, Q, Lq), answer (B, Q, La), with padding anywhere, and kind. A type that does not apply (no
+        flash, say) is replaced by another question on shape or direction; where nothing can be asked all is padding.
+        """
+        (B, Q), rows = kind.shape, torch.arange(len(scene.shape))[:, None]
+        now, start, stop = at[..., None], scene.start[:, None], scene.stop[:, None]
+        still = (scene.direction == STILL)[:, None]               # (B, 1, O)
+        seen = scene.present[:, None] & (start <= now)            # (B, Q, O)
+        able = (seen & ~still)[:, :, None].repeat(1, 1, len(KINDS), 1)    # (B, Q, K, O) what each type may be about;
+        able[:, :, DIRECTION] &= torch.minimum(stop, now + 1) - start > 1  # a colour names these shapes for good
+        time = torch.where(scene.event == FLASH, scene.time, self.frames).amin(1)[:, None]  # (B, 1) of the flash
+        able[:, :, MOMENT] &= (time <= at)[..., None]
+        able[:, :, ORDER] &= (scene.time[:, :1] <= at)[..., None]
+        able[:, :, FORECAST] = still & seen & (now < stop)        # still there
+        able[:, :, SUMMARY] &= now == self.frames - 1
+        valid, q = able.any(-1), torch.arange(Q)                  # (B, Q, K)
         spare = 1 + torch.randint(2, (B, Q), generator=generator)         # SHAPE or DIRECTION
-        kind = torch.where(valid[rows, kind], kind, torch.where(valid[rows, spare], spare, SHAPE))  # (B, Q)
+        spare = torch.where(valid[rows, q, spare], spare, SHAPE)
+        kind = torch.where(valid[rows, q, kind], kind, spare)     # (B, Q)
 
         luck = torch.rand(B, Q, 3, generator=generator)           # (B, Q, O)
-        subject = luck.masked_fill(~able[rows, kind], -1).argmax(-1)      # (B, Q) which shape is asked about
-        last = scene.colour[rows, subject, -1]                    # (B, Q)
-        shape, colour = ID['circle'] + scene.shape[rows, subject], ID['red'] + last
+        subject = luck.masked_fill(~able[rows, q, kind], -1).argmax(-1)   # (B, Q) which shape is asked about
+        colour = scene.colour[rows, subject, at]                  # (B, Q) at that time
+        shape, named = ID['circle'] + scene.shape[rows, subject], ID['red'] + colour
         answers = torch.broadcast_tensors(                        # K times (B, Q): one word for each type
-            colour, shape, ID['left'] + scene.direction[rows, subject],
-            ID['one'] - 1 + scene.present.sum(1, True), ID['appears'] + scene.event[:, :1],
-            ID['red'] + scene.flash[:, None], ID['red'] + (last + 1) % 6, torch.tensor(PAD))
+            named, shape, ID['left'] + scene.direction[rows, subject],
+            ID['one'] - 1 + seen.sum(-1), ID['appears'] + scene.event[:, :1],
+            ID['red'] + scene.flash[:, None], ID['red'] + (colour + 1) % 6, torch.tensor(PAD))
         answer = torch.stack(answers, -1).gather(-1, kind[..., None])     # (B, Q, 1)
         story = torch.where((kind == SUMMARY)[..., None], tell(scene)[:, None], PAD)  # (B, Q, 7)
+        answer = F.pad(torch.cat([answer, story], -1), (0, 1), value=EOS)
         question = table([text.split() for text in QUESTIONS.values()], ID)[kind]  # (B, Q, longest)
-        name = torch.where(kind == SHAPE, colour, shape)[..., None]       # (B, Q, 1)
+        name = torch.where(kind == SHAPE, named, shape)[..., None]        # (B, Q, 1)
         question = torch.where(question == ID['_'], name, question)
-        return (*pack_text(question, F.pad(torch.cat([answer, story], -1), (0, 1), value=EOS)), kind)
+        empty = ~valid[rows, q, kind][..., None]                  # (B, Q, 1)
+        return question.masked_fill(empty, PAD), answer.masked_fill(empty, PAD), kind
 
 
-def tell(scene: Scene) -> torch.Tensor:
-    """The story of B scenes: (B, 7) ids, `red circle appears then blue flash`, with gaps of padding."""
+def clauses(scene: Scene) -> torch.Tensor:
+    """What is told of the two events of B scenes: (B, 2, 3) ids: colour, shape, event, with gaps of padding."""
     rows, kind = torch.arange(len(scene.shape))[:, None], scene.event     # (B, 1), (B, 2)
     colour = scene.colour[rows, scene.subject, scene.time - (kind == VANISHES).long()]  # (B, 2) when last seen
     colour = ID['red'] + torch.where(kind == FLASH, scene.flash[:, None], colour)
     shape = ID['circle'] + scene.shape[rows, scene.subject]       # (B, 2)
-    clauses = [torch.where(kind == CUT, PAD, colour), torch.where(kind <= VANISHES, shape, PAD),
-               ID['appears'] + kind, torch.full_like(kind, ID['then'])]
-    return torch.stack(clauses, -1).flatten(1)[:, :-1]            # without the last `then`
+    return torch.stack([torch.where(kind == CUT, PAD, colour), torch.where(kind <= VANISHES, shape, PAD),
+                        ID['appears'] + kind], -1)
+
+
+def tell(scene: Scene) -> torch.Tensor:
+    """The story of B scenes: (B, 7) ids, `red circle appears then blue flash`, with gaps of padding."""
+    return F.pad(clauses(scene), (0, 1), value=ID['then']).flatten(1)[:, :-1]  # without the last `then`
 
 
 def seeded(*what) -> torch.Generator:
@@ -202,9 +254,14 @@ def pack_text(question: torch.Tensor, answer: torch.Tensor):
     """Ids (..., Lq) and (..., La), padded anywhere -> text, targets (..., L) as in Batch, padded behind."""
     tokens = torch.cat([question, answer], -1)                    # (..., Lq + La)
     wanted = torch.cat([torch.full_like(question, IGNORE), answer.masked_fill(answer == PAD, IGNORE)], -1)
-    order = (tokens == PAD).long().argsort(dim=-1, stable=True)   # padding last
-    order = order[..., :int((tokens != PAD).sum(-1).max())]       # (..., L + 1) the rest is padding
-    return tokens.gather(-1, order)[..., :-1], wanted.gather(-1, order)[..., 1:]
+    tokens, wanted = drop_padding(tokens, wanted)                 # (..., L + 1)
+    return tokens[..., :-1], wanted[..., 1:]
+
+
+def drop_padding(tokens: torch.Tensor, *others):
+    """Move padding among ids (..., n) behind them, the others alike, and cut off what no row needs."""
+    order = (tokens == PAD).long().argsort(dim=-1, stable=True)[..., :int((tokens != PAD).sum(-1).max())]
+    return [a.gather(-1, order) for a in (tokens, *others)]
 
 
 def outline(shape, x, y):

@@ -968,6 +968,51 @@ def test_every_answer_follows_from_the_scene(frames):
     assert seen == set(shapes.KINDS)
 
 
+def seen_by(scene, t):
+    """The scene as far as frame t shows it, so that expected_answer cannot use what comes later."""
+    shown = scene.present & (scene.start <= t)
+    return scene._replace(present=shown, stop=scene.stop.clamp(max=t + 1), colour=scene.colour[..., :t + 1])
+
+
+@pytest.mark.parametrize('frames', [4, 8])
+def test_streams_tell_what_happens_when_it_happens(frames):
+    """Catches answers that need later frames, narration a frame late, targets that are off by one."""
+    world, V = shapes.ShapeWorld(frames=frames, size=8), shapes.VOCAB
+    batch = world.stream('train', 3, 100)
+    scene = world.sample('train', 100, shapes.seeded(0, 'train', 3))
+    seen = set()
+    for b in range(100):
+        turns, current = [], []
+        for word, target, t in zip(batch.text[b, 0], batch.targets[b, 0], batch.after[b]):
+            if word != shapes.PAD:
+                current.append((V[word], int(target), int(t)))
+            if word == shapes.EOS:
+                turns.append(current)
+                current = []
+        assert not current and turns[0][0] == (shapes.PROMPT, -1, -1)
+        turns[0] = turns[0][1:]
+        told = {t: [] for t in range(frames)}
+        for turn in turns:
+            (words, targets, (t, *_)), n = zip(*turn), len(turn)
+            ids = [shapes.ID[w] for w in words]
+            start = next((i for i in range(n) if targets[i] >= 0), 0)      # where the answer begins
+            assert all(targets[i] == (ids[i + 1] if i >= start and i < n - 1 else -1) for i in range(n))
+            question = ' '.join(words[:start + 1])
+            kinds = [k for k, q in shapes.QUESTIONS.items() if re.fullmatch(q.replace('_', r'\w+'), question)]
+            if kinds:
+                answer = ' '.join(words[start + 1:-1])
+                assert answer == expected_answer(seen_by(scene, t), b, kinds[-1], words[start]), turn
+                seen.add(kinds[-1])
+            else:
+                told[t].append(' '.join(words[:-1]))
+        story = expected_answer(scene, b, 'summary', None).split(' then ')
+        assert [c for t in range(frames) for c in told[t]] == story
+        assert [t for t in range(frames) if told[t]] == scene.time[b].tolist()
+        for t in range(frames):
+            assert V[batch.decisions[b, t]] == (told[t][0].split()[0] if told[t] else '<eos>')
+    assert seen == set(shapes.KINDS)
+
+
 def test_pixels_show_the_scene():
     """Catches shapes in a wrong place, colour or frame, a flash that lasts, a cut mistimed."""
     world = shapes.ShapeWorld(frames=8, size=64, noise=0.0)
@@ -1231,6 +1276,84 @@ def test_bench_prints_ratios(capsys, monkeypatch):
     assert train_tiny.main([*TINY, '--bench', '--recipe', 'stream']) == 0
     held = re.search(r'keys held (\d+) and (\d+)', capsys.readouterr().out).groups()
     assert held[0] == held[1]
+
+
+def test_turn_scores_by_hand():
+    """Catches turns that run into each other, an index counted from the wrong word, silences as words."""
+    # Two frames, then five words; in time: silence, [first word, word, eos], silence, [answer, eos].
+    wanted = torch.tensor([[1, 3, -1, 4, 1, 5, 1], [1, 1, -1, -1, -1, -1, -1]])
+    position = torch.tensor([[0, 1, 10, 2, 3, 11, 12]]).repeat(2, 1)
+    logits = F.one_hot(torch.tensor([[1, 3, 0, 7, 1, 5, 1], [1, 6, 0, 0, 0, 0, 0]]), 8).float() * 20
+    scores = train_tiny.turn_scores(logits, wanted, position, 2, 0.5)
+    assert abs(scores['lm_correctness'] - (1 / 3 + 1) / 2) < 1e-6              # the second word is wrong
+    assert scores['accuracy'] == 0.5 and abs(scores['fluency'] - (2 + 2 + 1) / (6 + 2)) < 1e-6
+    assert abs(scores['nll'] - 20 / 5) < 1e-3
+    quiet = train_tiny.turn_scores(logits * 0, wanted, position, 2, 0.1)       # P(silence) 1/8: silent
+    assert quiet['fluency'] == 3 / 8
+
+
+def test_timing_scores_by_hand():
+    """Catches a signed difference, a narration matched with another event, silence never counted."""
+    spoke = torch.tensor([[0, 1, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()
+    should = torch.tensor([[0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 0]]).bool()
+    scores = train_tiny.timing_scores(spoke, should)
+    assert scores['time_diff'] == (1 + 0 + 3) / 3 and scores['spoken'] == pytest.approx(1 / 3)
+    assert scores['silence'] == pytest.approx(8 / 9)
+
+
+@pytest.fixture(scope='module')
+def streaming(tmp_path_factory):
+    """A few steps of the stream recipe."""
+    run = tmp_path_factory.mktemp('streams') / 'run'
+    assert train_tiny.main([*TINY, '--recipe', 'stream', '--window', '3', '--steps', '4',
+                            '--out', str(run)]) == 0
+    return run
+
+
+def test_stream_recipe_and_its_pictures(streaming, trained, capsys):
+    """Catches scores that are missing, a clip that is not played to its end, the wrong kind of model."""
+    result = json.loads((streaming / 'result.json').read_text())
+    for key in 'lm_ppl lm_correctness fluency time_diff silence accuracy blind_accuracy'.split():
+        assert result[key] >= 0, key
+    clip = str(ROOT / 'data/natural/rocket_cut.webp')
+    assert train_tiny.main(['--out', str(streaming), '--stream', clip, '--theta', '0.001']) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r'frame +(\d) of 4', out) == ['1', '2', '3', '4']
+    strip = Image.open(streaming / 'stream-rocket_cut.png')
+    assert strip.width > 500 and (np.asarray(strip.convert('L'))[-60:] < 100).any(), 'no words below'
+    assert train_tiny.main(['--out', str(trained), '--stream', clip]) == 2
+    assert train_tiny.main(['--out', str(streaming), '--ask', clip, 'describe']) == 2
+    assert 'was trained for streams' in capsys.readouterr().err
+
+
+def test_gamma_recipe_converts_a_dense_run(tmp_path, capsys):
+    """Catches a conversion from random weights, ranks that nothing reads, a resume that ranks anew."""
+    dense, run = tmp_path / 'dense', tmp_path / 'gamma'
+    args = [*TINY, '--steps', '3', '--layers', '4']
+    assert train_tiny.main([*args, '--recipe', 'dense', '--out', str(dense)]) == 0
+    args += ['--recipe', 'gamma', '--out', str(run), '--dense-layers', '2', '--skip-ratio', '0.34']
+    assert train_tiny.main([*args, '--init-from', str(dense)]) == 0
+    out = capsys.readouterr().out
+    model, ranks = mv.load_checkpoint(run / 'ckpt.pt')[0], re.findall(r' (MoD|dense)\n', out)
+    assert [i for i in range(4) if ranks[i] == 'MoD'] == model.mod_layers and len(model.mod_layers) == 2
+    result = json.loads((run / 'result.json').read_text())
+    tokens = result['tokens_by_layer']
+    assert min(tokens) / max(tokens) == pytest.approx(0.66, abs=0.02)
+    assert train_tiny.main(['--resume', str(run), '--steps', '4']) == 0
+    assert mv.load_checkpoint(run / 'ckpt.pt')[0].config == model.config
+    assert train_tiny.main([*args[:-6], '--out', str(tmp_path / 'x'), '--init-from', str(run)]) == 2
+    assert 'that model is not dense' in capsys.readouterr().err
+
+
+def test_study_compares_at_equal_flops(tmp_path, capsys, monkeypatch):
+    """Catches a study whose placements do not cost the same."""
+    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 4)
+    assert train_tiny.main([*TINY, '--study', '--layers', '5', '--steps', '1', '--skip-ratio', '0.2',
+                            '--out', str(tmp_path / 's')]) == 0
+    rows = re.findall(r'^(rank|all|every second|random) +([\d,]+) .* (\d\.\d+) +\S+%$',
+                      capsys.readouterr().out, re.M)
+    cost = [float(row[2]) for row in rows]
+    assert len(rows) == 4 and max(cost) / min(cost) < 1.02 and rows[2][1] == '0,2'
 
 
 def bad_folders(tmp_path):

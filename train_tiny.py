@@ -869,15 +869,16 @@ def run_study(s: Settings):
     pick_machine(s)
     if not s.init_from:
         s.init_from = str(run_training(replace(s, recipe='dense', study=False, out=f'{folder}/dense')))
-    s = replace(s, recipe='gamma', study=False)
     data = load_data(s)
+    depth = load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'))[0].config.n_layer
+    s = replace(s, recipe='gamma', study=False, dense_layers=s.dense_layers or depth // 2)
     by_rank = prepare_model(s, data)
-    layers, count = range(by_rank.config.n_layer - 1), len(by_rank.mod_layers)
+    layers, count = range(depth - 1), len(by_rank.mod_layers)
     luck = torch.randperm(len(layers), generator=torch.Generator().manual_seed(s.seed))[:count]
     batch = data.batch('train', 0, 1)
     cost = lambda model: count_flops(model, batch.video.shape, batch.text.size(2), batch.text.size(1))
     N, wanted, rows = batch.video.size(1) * by_rank.config.patches, cost(by_rank)['total'], []
-    for name, chosen in (('rank', by_rank.mod_layers), ('all', layers), ('every second', layers[1::2]),
+    for name, chosen in (('rank', by_rank.mod_layers), ('all', layers), ('every second', layers[::2]),
                          ('random', luck.sort().values.tolist())):
         placement = ','.join(map(str, chosen))
         trial = replace(s, placement=placement, out=str(folder / name.replace(' ', '-')))

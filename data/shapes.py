@@ -150,10 +150,10 @@ class ShapeWorld:
 
     def stream(self, split: str, step: int, batch_size: int, device='cpu') -> Batch:
         """The clips of one step as they would be watched: the two events told behind the frames that first show them,
-        Q // 2 questions behind random frames about what was seen so far, the last one for the story at the end.
+        Q questions behind random frames about what was seen so far, the last one for the story at the end.
         """
         generator = seeded(self.seed, split, step)
-        scene, (B, T, Q) = self.sample(split, batch_size, generator), (batch_size, self.frames, self.questions // 2)
+        scene, (B, T, Q) = self.sample(split, batch_size, generator), (batch_size, self.frames, self.questions)
         at = torch.randint(1, T, (B, Q), generator=generator)     # (B, Q) the frame behind which each is asked
         kind = torch.randint(SUMMARY, (B, Q), generator=generator)
         at[:, -1], kind[:, -1] = T - 1, SUMMARY

@@ -7,6 +7,9 @@ alone, the pictures numpy and Pillow.
       a cache of keys and values
     - Mixture-of-Depths (MoD): in chosen layers only the highest-scoring vision tokens of each frame
       are processed (gathered, scattered back), the others skip the layer for real; text never skips
+    - streams: frames come one by one, words stand between them, the model speaks when it matters;
+      a window keeps speed and memory level, layers cache only the tokens that they processed
+    - gamma-MoD: a trained dense model converted, in the layers whose attention has the lowest rank
     - one description, `Reduction`, for every way of merging, clustering or dropping tokens
     - several questions per clip that share the vision tokens and do not see each other
     - exact FLOP counts, safe checkpoints, pictures of what was processed
@@ -38,6 +41,8 @@ Sections:
 Papers:
     Raposo et al., Mixture-of-Depths, arXiv 2404.02258    the routed update, equation 1
     Wu et al., VideoLLM-MoD, arXiv 2408.16730             selection per frame, on vision tokens only
+    Chen et al., VideoLLM-online, arXiv 2406.11816        when to speak: the streaming loss
+    Luo et al., gamma-MoD, arXiv 2410.13859               rank of attention, one router for all layers
 
 Usage:
     vocab = ['<pad>', '<eos>', 'what', 'moves']
@@ -48,6 +53,9 @@ Usage:
     logits, loss, aux = model(video, text)                          # (2, 1, 2, 4), None, dict
     answer = model.generate(video, text, max_new_tokens=3)          # (2, 1, 3)
     draw_tokens(video[0], aux['routes'][0]).save('tokens.png')      # what layer 0 processed
+    model = ModVideo(ModVideoConfig(**PRESETS['tiny'], vocab=vocab, streaming=True, window=3))
+    for moment in model.stream((frame, None) for frame in video.unbind(1)):
+        print(moment['silence'], moment['said'])                    # (2,) P(silence), ids or None
 
 Left out: distributed training, tokenizers (a word is a token), pretrained weights, dropout.
 """
@@ -67,8 +75,9 @@ from torch.nn import functional as F
 # --------------------------------------------------------------------------------------------------
 
 PAD, EOS, IGNORE = 0, 1, -1  # '<pad>', '<eos>' in every vocabulary; the target that the loss skips
+# 'frame': a router in each layer, the best of every frame. 'sequence': one router for all layers, the
+# best of the clip. 'random', 'uniform': as many of every frame, without a router.
 ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
-GATES = ['raposo', 'gamma', 'zero', 'none']
 
 PRESETS = {
     'tiny': dict(frames=4, frame_size=32, encoder_layers=1, encoder_dim=64, encoder_heads=2,
@@ -104,7 +113,7 @@ class ModVideoConfig:
     placement: str = 'none'           # which layers route: a name that mod_layers knows, or '1,3,4'
     keep_ratio: float = 0.2   # share of the vision tokens that a routed layer processes, rounded up
     routing: str = 'frame'            # one of ROUTINGS: who selects, among which tokens
-    gate: str = 'raposo'              # one of GATES: what the router's score does to an update
+    gate: str = 'raposo'              # one of GATES: what the router's score makes of an update
     routing_loss: float = 0.01        # weight of the router's own loss; 'sequence' only
     # streaming
     streaming: bool = False  # text stands between frames, a frame's last token decides about speech
@@ -124,10 +133,8 @@ class ModVideoConfig:
                                  f'got {dim} channels and {heads} heads')
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f'keep_ratio must be above 0 and at most 1, got {self.keep_ratio}')
-        for name, known in (('routing', ROUTINGS), ('gate', GATES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f'{name} must be one of {", ".join(known)}, '
-                                 f'got {getattr(self, name)!r}')
+        if self.routing not in ROUTINGS:
+            raise ValueError(f'routing must be one of {", ".join(ROUTINGS)}, got {self.routing!r}')
         if self.routing == 'frame' and self.gate == 'none':
             raise ValueError("gate 'none' would leave the routers without a gradient; "
                              "routing 'frame' wants another gate")
@@ -474,19 +481,21 @@ def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> T
     return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)
 
 
-class Router(nn.Module):
-    """One linear score a token, r = w·x, computed in float32 whatever the compute dtype.
+GATES = {                                   # from the score r to the factor of a token's update
+    'raposo': lambda r: r,
+    'gamma': torch.sigmoid,      # of the MLP alone; a softmax over two scores, written as one score
+    'zero': lambda r: 1 + 0.2 * r.tanh(),   # w = 0 at first: a converted dense model is as it was
+    'none': torch.ones_like}
 
-    gate: the factor of a selected token's update. 'raposo': r. 'gamma': sigmoid(r), meant for the
-    MLP alone; gamma-MoD's softmax over two scores is the sigmoid of their difference. 'zero':
-    1 + 0.2 tanh(r) from w = 0, so that a converted dense model starts as it was. 'none': 1.
-    """
+
+class Router(nn.Module):
+    """One linear score a token, r = w·x, computed in float32 whatever the compute dtype."""
 
     def __init__(self, dim: int, gate: str = 'raposo'):
         super().__init__()
-        self.gate = {'raposo': lambda r: r, 'gamma': torch.sigmoid, 'none': torch.ones_like,
-                     'zero': lambda r: 1 + 0.2 * r.tanh()}[gate]
-        width = 0 if gate == 'zero' else 1 / math.sqrt(dim)
+        if gate not in GATES:
+            raise ValueError(f'gate must be one of {", ".join(GATES)}, got {gate!r}')
+        self.gate, width = gate, 0 if gate == 'zero' else 1 / math.sqrt(dim)
         self.weight = nn.Parameter(torch.empty(dim).uniform_(-width, width))   # (C,)
 
     def forward(self, x: Tensor, group: int, ratio: float, text: int = 0,
@@ -507,7 +516,7 @@ class Router(nn.Module):
             logits.new_zeros(B, 0, dtype=torch.long))                          # (B, group * k)
         words = torch.arange(N, S, device=x.device).expand(B, text)            # (B, text)
         index = torch.cat([index, words], 1)                                   # (B, K)
-        return Route(index, self.gate(logits.gather(1, index)), logits)
+        return Route(index, GATES[self.gate](logits.gather(1, index)), logits)
 
 
 def routing_loss(route: Route) -> Tensor:
@@ -632,8 +641,8 @@ class ModVideo(nn.Module):
         self.blocks = nn.ModuleList(Block(c.dim, c.n_head) for _ in range(c.n_layer))
         for i in self.mod_layers:
             self.blocks[i] = MoDBlock(self.blocks[i], gates_mlp=c.gate == 'gamma')
-        names = [] if self.skips_all else {                     # a router a layer, one for all, none
-            'frame': map(str, self.mod_layers), 'sequence': ['shared']}.get(c.routing, [])
+        names = {'frame': map(str, self.mod_layers), 'sequence': ['shared']}.get(c.routing, [])
+        names = [] if self.skips_all or not self.mod_layers else names
         self.routers = nn.ModuleDict({name: Router(c.dim, c.gate) for name in names})
         self.norm = nn.RMSNorm(c.dim)
         self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
@@ -815,19 +824,18 @@ class ModVideo(nn.Module):
         if not self.config.streaming:
             raise ValueError('this model was not made for streams; wanted config.streaming = True')
         P, W, caches = self.config.patches, self.config.window, [KVCache() for _ in self.blocks]
-        previous, starts, first = None, [], None
+        previous, starts = None, []                    # starts: (B, 1) each, where the frames begin
         for frame, question in frames:
-            if first is None:                           # (B, 1) next position, and where frames begin
+            if previous is None:
                 position = torch.zeros(len(frame), 1, dtype=torch.long, device=frame.device)
                 if prompt is not None:
                     _, position = self.say(prompt, position, caches, 0)
-                first = position
-            if W and len(starts) == W:                           # before the frame: W with this one
-                starts.pop(0)
-                since = starts[0] if starts else position
-                for cache in caches:
-                    cache.trim(lambda place: (place < first) | (place >= since))
+                prompt_end = position
             starts.append(position)
+            if W and len(starts) > W:                        # this frame and the W - 1 before it stay
+                starts.pop(0)
+                for cache in caches:
+                    cache.trim(lambda place: (place < prompt_end) | (place >= starts[0]))
             vision, place = self.encode_video(frame[:, None], previous)
             x, _ = self.decode(vision, position + place, 1, P, caches=caches)
             previous, position = frame[:, None], position + P

@@ -763,20 +763,22 @@ def test_reduction_sums_in_float32_and_is_differentiable():
 
 # ---- accounting, checkpoints, pictures -----------------------------------------------------------
 
-@pytest.mark.parametrize('preset,placement', [
-    ('tiny', 'all'), ('cpu', 'none'), ('cpu', 'all'), ('cpu', 'interleaved')])
-def test_flops_equal_what_torch_counts(preset, placement):
+@pytest.mark.parametrize('preset,changes', [
+    ('tiny', dict(placement='all')), ('cpu', {}), ('cpu', dict(placement='layer-skip')),
+    ('cpu', dict(placement='interleaved')), ('cpu', dict(placement='all', streaming=True)),
+    ('tiny', dict(placement='0,1', routing='sequence', gate='gamma'))])
+def test_flops_equal_what_torch_counts(preset, changes):
     """Catches a cost formula that drifted from the model."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    model = mv.ModVideo(mv.ModVideoConfig(**mv.PRESETS[preset], vocab=VOCAB, placement=placement))
-    c = model.config
-    video, text = torch.rand(2, c.frames, 3, 32, 32), torch.randint(2, 8, (2, 3, 5))
+    model = mv.ModVideo(mv.ModVideoConfig(**mv.PRESETS[preset], vocab=VOCAB, **changes))
+    c, Q = model.config, 1 if 'streaming' in changes else 3
+    video, text = torch.rand(2, c.frames, 3, 32, 32), torch.randint(2, 8, (2, Q, 5))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         aux = model(video, text)[2]
-    mine = mv.count_flops(model, video.shape, 5, questions=3)
+    mine = mv.count_flops(model, video.shape, 5, questions=Q)
     assert (mine['total'] == counter.get_total_flops()
-            == mv.count_flops(model, video.shape, 5, 3, aux)['total'])
+            == mv.count_flops(model, video.shape, 5, Q, aux)['total'])
     assert mine['total'] == sum(v for k, v in mine.items() if k != 'total')
 
 
@@ -1316,9 +1318,11 @@ def test_stream_recipe_and_its_pictures(streaming, trained, capsys):
     for key in 'lm_ppl lm_correctness fluency time_diff silence accuracy blind_accuracy'.split():
         assert result[key] >= 0, key
     clip = str(ROOT / 'data/natural/rocket_cut.webp')
-    assert train_tiny.main(['--out', str(streaming), '--stream', clip, '--theta', '0.001']) == 0
+    assert train_tiny.main(['--out', str(streaming), '--stream', clip, '--theta', '0.9999', '--question',
+                            '2', 'what shape is red']) == 0
     out = capsys.readouterr().out
     assert re.findall(r'frame +(\d) of 4', out) == ['1', '2', '3', '4']
+    assert re.findall(r'frame +(\d).* what shape is red\?', out) == ['2']
     strip = Image.open(streaming / 'stream-rocket_cut.png')
     assert strip.width > 500 and (np.asarray(strip.convert('L'))[-60:] < 100).any(), 'no words below'
     assert train_tiny.main(['--out', str(trained), '--stream', clip]) == 2
@@ -1409,6 +1413,13 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
              (['--steps', '-1'], '--steps must be at least 0'),
              (['--keep-ratio', '0'], 'keep_ratio must be above 0'),
              (['--grid', '4'], '--grid wants COLUMNSxROWS'),
+             (['--placement', '1,7'], 'there are 3 layers'), (['--theta', '2'], '--theta must be between'),
+             (['--placement', 'sometimes'], 'placement must be one of'),
+             (['--gate', 'none'], 'without a gradient'), (['--window', '2'], 'window is a number'),
+             (['--recipe', 'gamma', '--init-from', str(tmp_path / 'no')], 'does not exist'),
+             (['--recipe', 'gamma', '--skip-ratio', '0.9', '--init-from', str(trained)], 'not dense'),
+             (['--recipe', 'stream', '--data', str(tmp_path / 'one')], 'questions about whole clips'),
+             (['--question', 'x', 'how many shapes'], 'wants the number of a frame'),
              (['--placement', 'interleaved-deep'], 'routes no layer'), (['--lr', 'nan'], '--lr must be'),
              (['--device', 'cuda'], 'this machine has none'),
              (['--resume', str(tmp_path / 'no')], 'does not exist'),

@@ -63,9 +63,10 @@ ROUNDS = 7            # of a benchmark, behind two to warm up
 # 1. Flags: one dataclass, turned into a command line
 # --------------------------------------------------------------------------------------------------
 
-def flag(default, group: str, text: str, choices=None):
+def flag(default, group: str, text: str, choices=None, metavar=None):
     """A field that is a command-line flag."""
-    return field(default=default, metadata=dict(group=group, text=text, choices=choices))
+    return field(default=default,
+                 metadata=dict(group=group, text=text, choices=choices, metavar=metavar))
 
 
 @dataclass
@@ -113,8 +114,11 @@ class Settings:
     study: bool = flag(False, 'instead of training', 'gamma-MoD with all layers, every second, '
                        'random ones, those of lowest rank, all at the same FLOPs')
     ask: list = flag((), 'instead of training',
-                     'a clip (GIF, WebP, sheet, folder of images) and a question; answered on the CPU')
+                     'a clip (GIF, WebP, sheet, folder of images) and a question; answered on the CPU',
+                     metavar=('CLIP', 'QUESTION'))
     stream: str = flag('', 'instead of training', 'a clip for a stream model to narrate, on the CPU')
+    question: list = flag((), 'instead of training', 'with --stream: asked behind a frame, from 1 on',
+                          metavar=('FRAME', 'QUESTION'))
     theta: float = flag(0.5, 'instead of training', 'stay silent while P(silence) is at least this')
 
 
@@ -137,7 +141,7 @@ def parse(argv) -> Settings:
         if f.type is bool:
             how = dict(action='store_true')
         if f.type is list:
-            how = dict(nargs=2, metavar=('CLIP', 'QUESTION'))
+            how = dict(nargs=2, metavar=f.metadata['metavar'])
         shown = '' if f.type in (bool, list) else f' [{f.default}]' if f.default != '' else ''
         group.add_argument('--' + f.name.replace('_', '-'), default=f.default,
                            help=f.metadata['text'] + shown, **how)
@@ -162,6 +166,8 @@ def parse(argv) -> Settings:
         raise ValueError(f'--resume goes on in its own folder, {settings.resume}; leave --out away')
     if settings.compile and settings.bench:
         raise ValueError('--bench times the model as it is; leave --compile away')
+    if settings.question and not settings.question[0].isdecimal():
+        raise ValueError(f'--question wants the number of a frame first, got {settings.question[0]!r}')
     parse_grid(settings.grid)
     return settings
 
@@ -226,6 +232,9 @@ def load_data(s: Settings):
     if s.data == 'shapes':
         s.frames = s.frames or preset['frames']
         return ShapeWorld(frames=s.frames, **shape)
+    if s.recipe == 'stream':
+        raise ValueError(f'--recipe stream needs clips that say what happens when, --data shapes does; '
+                         f'{s.data} has questions about whole clips')
     if not s.frames:                                         # real motion is fast: keep every frame
         first = read_rows(Path(s.data))[0]
         clip = read_clip(Path(s.data) / first['file'], first.get('grid', grid))
@@ -690,21 +699,28 @@ def draw_clip(model, video, text, path: Path, title: str):
 
 
 @torch.no_grad()
-def narrate(model, video, path: Path, theta: float):
-    """Play (T, 3, height, width), print what the model says when, draw frames with the words below."""
+def narrate(model, video, path: Path, theta: float, asked: dict):
+    """Play (T, 3, height, width), print what the model says when, draw frames with the words below.
+
+    asked: from the number of a frame, counted from 1, to the words of a question behind it.
+    """
     c, scale = model.config, max(1, 128 // video.size(-1))
-    prompt = torch.tensor([[c.vocab.index(PROMPT)]])
+    encode = lambda question: torch.tensor([encode_question(question, c.vocab)])
+    frames = ((frame[None], encode(asked[t]) if t in asked else None)
+              for t, frame in enumerate(video, 1))
+    say = lambda ids: ' '.join(c.vocab[i] for i in ids[0].tolist() if i not in (PAD, EOS))
     sheet = draw_tokens(video, pack(torch.ones(1, len(video) * c.patches, dtype=torch.bool)), scale=scale)
     width = sheet.width // len(video) + 2
-    strip = Image.new('RGB', (sheet.width, sheet.height + 64), 'white')
+    strip = Image.new('RGB', (sheet.width, sheet.height + 80), 'white')
     strip.paste(sheet, (0, 0))
-    for t, moment in enumerate(model.stream(((frame[None], None) for frame in video), prompt, theta)):
-        said = [] if moment['said'] is None else moment['said'][0].tolist()
-        line = ' '.join(c.vocab[i] for i in said if i not in (PAD, EOS))
-        print(f'  frame {t + 1:3} of {len(video)}   silence {moment["silence"].item():6.1%}   {line}',
-              flush=True)
-        ImageDraw.Draw(strip).text((t * width + 2, sheet.height + 4),
-                                   '\n'.join(textwrap.wrap(line, width // 7)) or '.', fill='black')
+    for t, moment in enumerate(model.stream(frames, encode(PROMPT), theta), 1):
+        lines = [] if moment['said'] is None else [say(moment['said'])]
+        if t in asked:
+            lines.append(f'{asked[t]}? {say(moment["answer"])}')
+        print(f'  frame {t:3} of {len(video)}   silence {moment["silence"].item():6.1%}   '
+              + '   '.join(lines), flush=True)
+        text = '\n'.join(row for line in [f'{t}', *lines] for row in textwrap.wrap(line, width // 7))
+        ImageDraw.Draw(strip).text(((t - 1) * width + 2, sheet.height + 2), text, fill='black')
     strip.save(path)
 
 
@@ -783,7 +799,7 @@ def show_run(s: Settings, model, data, run: Path):
     save_clip(video, run / 'clip.webp')
     if s.recipe == 'stream':
         print()
-        narrate(model.cpu(), video.cpu(), run / 'narration.png', s.theta)
+        narrate(model.cpu(), video.cpu(), run / 'narration.png', s.theta, {})
         title, text, command = PROMPT, test.text[b, :, :1].cpu(), f'--stream {run}/clip.webp'
     else:
         show_answers(model, data, s)
@@ -811,8 +827,11 @@ def encode_question(question: str, vocab: list) -> list:
 def run_stream(s: Settings):
     """Let a model narrate a clip while it plays."""
     run, model, video = open_clip(s, s.stream, streaming=True)
+    asked = {int(s.question[0]): s.question[1].rstrip('?')} if s.question else {}
+    if asked and not 1 <= min(asked) <= len(video):
+        raise ValueError(f'--question: the frames are 1 to {len(video)}, got {min(asked)}')
     path = run / f'stream-{Path(s.stream).stem}.png'
-    narrate(model, video, path, s.theta)
+    narrate(model, video, path, s.theta, asked)
     print(f'frames with the words below: {path}')
 
 

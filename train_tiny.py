@@ -257,13 +257,14 @@ def parse_grid(text: str):
 def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
     """The model of the recipe, its weights a function of the seed. changes: of its configuration."""
     torch.manual_seed(s.seed)
-    size = {**PRESETS[s.preset], 'frames': s.frames}
+    config = dict(PRESETS[s.preset], frames=s.frames, keep_ratio=s.keep_ratio, window=s.window,
+                  placement='interleaved' if s.placement == 'auto' else s.placement)
+    config.update(RECIPES[s.recipe])
     if s.layers:
-        size['n_layer'] = s.layers
-    placement = 'interleaved' if s.placement == 'auto' else s.placement
-    chosen = {name: getattr(s, name) for name in ('routing', 'gate') if getattr(s, name) != 'auto'}
-    asked = dict(placement=placement, keep_ratio=s.keep_ratio, window=s.window, **chosen)
-    config = ModVideoConfig(vocab=list(vocab), **{**size, **asked, **RECIPES[s.recipe], **changes})
+        config['n_layer'] = s.layers
+    if s.recipe != 'dense':
+        config.update({k: v for k, v in dict(routing=s.routing, gate=s.gate).items() if v != 'auto'})
+    config = ModVideoConfig(vocab=list(vocab), **{**config, **changes})
     model = ModVideo(config).to(s.device)
     if config.placement != 'none' and not model.mod_layers and not s.bench:
         raise ValueError(f'--placement {config.placement} routes no layer of {config.n_layer} '
@@ -273,16 +274,14 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
 
 def prepare_model(s: Settings, data) -> ModVideo:
     """The model as training begins: new, continued from other weights, or converted by gamma-MoD."""
-    if s.resume:                      # as it was: its layers may have been chosen by their ranks
-        saved = read_config(Path(s.resume))['model']
-        model = build_model(s, data.vocab, placement=saved['placement'],
-                            keep_ratio=saved['keep_ratio'] if s.recipe == 'gamma' else s.keep_ratio)
-        return model
     if s.recipe != 'gamma':
         model = build_model(s, data.vocab)
-        if s.init_from:
+        if s.init_from and not s.resume:
             init_from(model, load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'))[0])
         return model
+    if s.resume:                                            # the layers that the ranks chose then
+        saved = read_config(Path(s.resume))['model']
+        return build_model(s, data.vocab, placement=saved['placement'], keep_ratio=saved['keep_ratio'])
     if not s.init_from:
         print('--recipe gamma without --init-from: the dense model is trained first')
         s.init_from = str(run_training(replace(s, recipe='dense', out=s.out and f'{s.out}-dense')))
@@ -299,7 +298,7 @@ def prepare_model(s: Settings, data) -> ModVideo:
 def keep_of_skip(s: Settings, data) -> float:
     """Share of the vision tokens to keep so that --skip-ratio of all tokens, text too, skip."""
     batch = data.batch('train', 0, 1)
-    N = batch.video.size(1) * (PRESETS[s.preset]['frame_size'] // 8) ** 2
+    N = batch.video.size(1) * (PRESETS[s.preset]['frame_size'] // ModVideoConfig.patch_size) ** 2
     keep = 1 - s.skip_ratio * (N + batch.text[0].numel()) / N
     if keep <= 0:
         raise ValueError(f'--skip-ratio {s.skip_ratio}: only {N} of {N + batch.text[0].numel()} '
@@ -889,7 +888,7 @@ def run_study(s: Settings):
     if not s.init_from:
         s.init_from = str(run_training(replace(s, recipe='dense', study=False, out=f'{folder}/dense')))
     data = load_data(s)
-    depth = load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'))[0].config.n_layer
+    depth = read_config(Path(s.init_from))['model']['n_layer']
     s = replace(s, recipe='gamma', study=False, dense_layers=s.dense_layers or depth // 2)
     by_rank = prepare_model(s, data)
     layers, count = range(depth - 1), len(by_rank.mod_layers)

@@ -513,6 +513,20 @@ def test_gamma_words_never_skip_and_later_ones_change_nothing():
     assert counts.unique().numel() > 1, 'chosen frame by frame'
 
 
+def test_gamma_layers_of_the_model_gate_their_mlp_by_the_normalized_input():
+    """Catches a model that wires the gate to the whole update, or the router to the raw input."""
+    model, x, position = gamma(), 3 * torch.randn(2, 74, 32), torch.arange(74)
+    block, route = model.blocks[0].block, model.route(0, x, position, 4, 64)
+    close(route.logits, block.norm1(x) @ model.routers['shared'].weight)
+    assert (route.index[:, -10:] == torch.arange(64, 74)).all() and route.index.shape == (2, 26 + 10)
+    y = model.blocks[0](x, route, position)
+    for b in range(2):
+        chosen = x[b:b + 1, route.index[b]]
+        a = block.attention(block.norm1(chosen), route.index[b])
+        m = block.mlp(block.norm2(chosen + a))
+        close(y[b:b + 1, route.index[b]], chosen + a + route.logits[b, route.index[b], None].sigmoid() * m)
+
+
 def test_gamma_loss_adds_every_layers_routing_loss():
     """Catches a loss that is computed and not added, or added without its coefficient."""
     model, (video, text) = gamma(), sample()

@@ -35,8 +35,8 @@ Legend, used everywhere:
     Video is float in [0, 1].
 
 Sections:
-    1 configuration   2 transformer bricks   3 token reduction   4 vision encoder
-    5 Mixture-of-Depths   6 the model   7 accounting   8 save, load, draw
+    1 configuration   2 transformer bricks   3 token reduction   4 merging   5 vision encoder
+    6 Mixture-of-Depths   7 the model   8 accounting   9 save, load, draw
 
 Papers:
     Raposo et al., Mixture-of-Depths, arXiv 2404.02258    the routed update, equation 1
@@ -115,6 +115,12 @@ class ModVideoConfig:
     routing: str = 'frame'            # one of ROUTINGS: who selects, among which tokens
     gate: str = 'raposo'              # one of GATES: what the router's score makes of an update
     routing_loss: float = 0.01        # weight of the router's own loss; 'sequence' only
+    # HoliTom
+    reduction: str = 'none'           # of the vision tokens before the decoder: 'none' or 'holitom'
+    retain_ratio: float = 0.1         # share of them that stays
+    tau: float = 0.8                  # similarity above which a patch stands still
+    inner_layer: int = 0              # decoder layer before which vision tokens merge again, 0 = none
+    inner_ratio: float = 0.5          # share of them that is merged away there
     # streaming
     streaming: bool = False  # text stands between frames, a frame's last token decides about speech
     window: int = 0                   # frames that a token still sees besides the prompt, 0 = all
@@ -141,9 +147,24 @@ class ModVideoConfig:
         if self.routing == 'sequence' and self.streaming:
             raise ValueError("routing 'sequence' looks at the whole clip, "
                              'a stream does not have it yet')
+        if self.reduction not in ('none', 'holitom'):
+            raise ValueError(f"reduction must be 'none' or 'holitom', got {self.reduction!r}")
+        if not (0 <= self.retain_ratio <= 1 and 0 <= self.inner_ratio <= 1):
+            raise ValueError('retain_ratio and inner_ratio must be from 0 to 1, '
+                             f'got {self.retain_ratio} and {self.inner_ratio}')
+        if not 0 <= self.inner_layer < self.n_layer:
+            raise ValueError(f'inner_layer must be from 0 to {self.n_layer - 1}, got {self.inner_layer}')
+        if self.merges and (self.streaming or self.routing != 'frame'):
+            raise ValueError("HoliTom looks at the whole clip and goes with routing 'frame' alone, got "
+                             f'streaming {self.streaming} and routing {self.routing!r}')
         if self.window < 0 or (self.window and not self.streaming):
             raise ValueError('window is a number of frames for streaming models, '
                              f'got {self.window}')
+
+    @property
+    def merges(self) -> bool:
+        """Whether a clip's vision tokens become fewer, and a different number in each clip."""
+        return self.reduction != 'none' or self.inner_layer > 0
 
     @property
     def patches(self) -> int:
@@ -231,15 +252,25 @@ class Attention(nn.Module):
             mask = torch.ones(score.shape[2:], dtype=torch.bool, device=x.device).tril()
         return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1)
 
+    def looked_at(self, x: Tensor, position: Tensor, row: Tensor) -> Tensor:
+        """Attention of token row (B,) to each of x (B, S, C) at position (B, S), mean over heads."""
+        q, k, _ = self.project(x, position)                                    # (B, H, S, D)
+        B, H, S, D = q.shape
+        q = q.gather(2, row.view(B, 1, 1, 1).expand(B, H, 1, D))               # (B, H, 1, D)
+        later = (position > position.gather(1, row[:, None]))[:, None, None]   # (B, 1, 1, S)
+        score = (q @ k.mT / math.sqrt(D)).float().masked_fill(later, -math.inf)
+        return score.softmax(-1).mean((1, 2))                                  # (B, S)
+
     def forward(self, x: Tensor, position: Tensor = None, mask: Tensor = None,
                 cache: KVCache = None) -> Tensor:
         """x (B, S, C), position (S,), (B, S) or None (no rotary) -> (B, S, C).
 
-        mask: (S, S) or (B, 1, S, S) bool, True where a row sees a column; a cache makes its own.
+        mask: (S, S) or (B, 1, S, S) bool, True where a row sees a column; a filled cache makes its own.
         """
         q, k, v = self.project(x, position)
         if cache is not None:
-            k, v, mask = cache.extend(k, v, position)
+            k, v, seen = cache.extend(k, v, position)
+            mask = mask if seen is None else seen
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                            is_causal=self.causal and mask is None)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -366,7 +397,214 @@ def pack(keep: Tensor) -> Reduction:
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Vision encoder
+# 4. Merging
+# Which tokens say the same? In pairs (ToMe, Bolya et al., arXiv 2210.09461), around density peaks
+# (DPC-KNN, Du et al., 2016), over time (HoliTom, Shao et al., arXiv 2505.21334). Similarities and
+# distances are float32. HoliTom looks at the whole clip: for offline use only.
+# needs section 3
+# --------------------------------------------------------------------------------------------------
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length one, in float32; zero stays zero."""
+    return F.normalize(x.float(), dim=-1, eps=1e-6)
+
+
+def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor = None,
+                            pairing='parity') -> Reduction:
+    """ToMe: merge the r sources that resemble a destination most: N tokens -> N - r.
+
+    metric (B, N, C), r int or (B,) int64, the first `protected` tokens never merge. pairing:
+    'parity', the tokens at even places (protected ones counted) are sources, odd ones destinations;
+    or (N,) bool, True for sources. size (B, N): what tokens stand for already, their weight in a
+    mean. At most half of the tokens merge. Slots: protected, sources that stay, destinations.
+    """
+    (B, N, _), device = metric.shape, metric.device
+    place = torch.arange(N, device=device)
+    source = (place % 2 == 0) if isinstance(pairing, str) else pairing.to(device)
+    a, b = (place[(place >= protected) & (source == which)] for which in (True, False))
+    r = torch.as_tensor(r, device=device).expand(B).clamp(0, min(len(a), (N - protected) // 2))
+    u = unit(metric.detach())
+    score = u[:, a] @ u[:, b].mT                                               # (B, A, D)
+    best, choice = score.max(-1) if len(b) else (score.new_zeros(B, len(a)), None)
+    rank = best.argsort(dim=-1, descending=True, stable=True).argsort(-1)      # (B, A) 0 = most alike
+    merged = rank < r[:, None]                                                 # (B, A)
+    stay = (~merged).cumsum(1) - 1                                             # (B, A) in order
+    slot_b = protected + (len(a) - r)[:, None] + torch.arange(len(b), device=device)   # (B, D)
+    slot_a = protected + stay
+    if len(b):
+        slot_a = torch.where(merged, slot_b.gather(1, choice), slot_a)
+    front = place[:protected].expand(B, -1)
+    assign = torch.empty(B, N, dtype=torch.long, device=device)
+    assign[:, :protected], assign[:, a], assign[:, b] = front, slot_a, slot_b
+    M = N - int(r.min())                                # waits for the device if r lives there
+    goes = torch.zeros(B, N, dtype=torch.bool, device=device)
+    goes[:, a] = merged                                                        # (B, N)
+    position = torch.full((B, M + 1), N, device=device).scatter(
+        1, torch.where(goes, M, assign), place.expand(B, N))[:, :M]            # (B, M)
+    size = torch.ones(B, N, device=device) if size is None else size.float()
+    plain = Reduction(assign, size, position, position < N)
+    return plain._replace(weight=size / slot_sizes(plain, size).gather(1, assign))
+
+
+def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
+    """Density-peak clustering: centres are dense and far from anything denser.
+
+    x (B, N, C), num_clusters int or (B,) int64, mask (B, N) bool: the tokens that take part.
+    density = exp(-mean squared distance to the k nearest, itself included); centres have the
+    highest density * distance to the nearest denser token. -> centers (B, K) int64, ascending, N
+    where a sample has fewer; assign (B, N) int64: the nearest centre's place in the list, -1
+    outside the mask. Ties: the earlier token.
+    """
+    B, N, C = x.shape
+    mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
+    count = torch.as_tensor(num_clusters, device=x.device).expand(B)
+    count = torch.minimum(count, mask.sum(1))                                  # (B,)
+    both = mask[:, :, None] & mask[:, None, :]                                 # (B, N, N)
+    distance = torch.cdist(x.float(), x.float(), compute_mode='donot_use_mm_for_euclid_dist')
+    distance = distance / math.sqrt(C)                                         # (B, N, N) exact at 0
+    far = distance.masked_fill(~both, math.inf)
+    near = far.square().topk(min(k, N), largest=False).values                  # (B, N, k)
+    k = count.clamp(1, min(k, N))[:, None]                                     # (B, 1)
+    some = torch.arange(near.size(-1), device=x.device) < k[..., None]         # (B, 1, k)
+    density = (-near.masked_fill(~some, 0).sum(-1) / k).exp()                  # (B, N)
+    denser = (density[:, None, :] > density[:, :, None]) & both
+    gap = distance.masked_fill(~denser, math.inf).amin(-1)                     # (B, N)
+    widest = distance.masked_fill(~both, 0).amax((1, 2))[:, None]
+    score = density * torch.where(gap.isinf(), widest, gap)                    # (B, N)
+    rank = score.masked_fill(~mask, -1).argsort(dim=1, descending=True, stable=True).argsort(1)
+    peak = (rank < count[:, None]) & mask                                      # (B, N)
+    centers = pack(peak).position                                              # (B, K)
+    reach = far.gather(2, centers.clamp(max=N - 1)[:, None].expand(-1, N, -1))  # (B, N, K)
+    reach = reach.masked_fill((centers == N)[:, None], math.inf)
+    assign = reach.argmin(-1) if centers.size(1) else torch.full((B, N), -1, device=x.device)
+    return centers, torch.where(mask & (count > 0)[:, None], assign, -1)
+
+
+def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
+    """HoliTom's segments: cut T frames so that the most tokens repeat what the frame before showed.
+
+    similarity (B, T - 1, P): of each patch with itself one frame later. A patch is static in a
+    segment if every step inside is above tau; merging it saves length - 1 tokens. The best of all
+    partitions, by dynamic programming: best[i] = max over lengths w of best[i - w] + gain. Ties: the
+    shortest last segment. max_len: of a segment, None = any, 0 or 1 = every frame alone.
+    -> segment (B, T) int64, 0, 0, 1, 1, 1, 2 ...; gain (B,) int64, the tokens saved.
+    """
+    (B, steps, P), device = similarity.shape, similarity.device
+    T = steps + 1
+    longest = min(T, max(1, T if max_len is None else max_len))
+    step = torch.arange(1, T, device=device)[:, None]                          # (T - 1, 1)
+    broken = torch.where(similarity > tau, 0, step)                            # (B, T - 1, P)
+    run = step - broken.cummax(1).values if steps else broken.long()           # still steps up to here
+    run = run.clamp(max=T - 1)
+    table = torch.zeros(B, steps, T, dtype=torch.long, device=device)
+    table.scatter_add_(2, run, torch.ones_like(run))                           # patches by run length
+    still = table.flip(2).cumsum(2).flip(2)                   # (B, T - 1, T) patches with run >= n
+    gains = still * torch.arange(T, device=device)            # of the segment of n + 1 frames
+    best, length = [torch.zeros(B, dtype=torch.long, device=device)], []       # best[i]: i frames
+    for i in range(1, T + 1):
+        w = min(i, longest)
+        before = torch.stack(best[i - w:], 1).flip(1)                          # (B, w)
+        total = before + (gains[:, i - 2, :w] if i > 1 else 0)
+        value, choice = total.max(1)      # the first of equals: the shortest
+        best.append(value)
+        length.append(choice + 1)
+    length = torch.stack(length, 1)                                            # (B, T) ending there
+    begins = torch.zeros(B, T + 1, dtype=torch.long, device=device)
+    end = torch.full((B, 1), T, device=device)                                 # one behind the last
+    for _ in range(T):
+        end = end - length.gather(1, (end - 1).clamp(min=0))
+        end = end.clamp(min=0)
+        begins.scatter_(1, end, 1)
+    return begins[:, :T].cumsum(1) - 1, best[T]
+
+
+def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float = 0.8,
+            beta: float = 0.6, k: int = 7, max_len: int = None) -> Reduction:
+    """HoliTom before the decoder: merge what stands still, keep what is looked at. No training.
+
+    x (B, T, P, C), saliency (B, T, P): attention that each token receives. Static tokens of a segment
+    become one, their mean over time; of these, density peaks stay and take the others in, themselves
+    with weight beta (None: a plain mean). Of the other tokens the most salient stay. What time saves,
+    space may spend: the ratio is retain_ratio over the share that time leaves, at most one.
+    """
+    B, T, P, C = x.shape
+    if not retain_ratio >= 0:
+        raise ValueError(f'retain_ratio must be at least 0, got {retain_ratio}')
+    if not (x.isfinite().all() and saliency.isfinite().all()):
+        raise ValueError('the tokens or their saliency hold NaN or infinity')
+    u, N, device = unit(x), T * P, x.device
+    similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
+    segment, gain = temporal_segments(similarity, tau, max_len)
+    share = (N - gain).double() / N
+    ratio = (retain_ratio / share).clamp(max=1)                                # (B,) float64
+
+    # Of every segment s: which patches stand still all through it, and their means over time.
+    S = int(segment.max()) + 1                                                 # waits for the device
+    frames = F.one_hot(segment, S).float()                                     # (B, T, S)
+    length = frames.sum(1)                                                     # (B, S)
+    moved = (segment[:, 1:] == segment[:, :-1])[..., None] & (similarity <= tau)
+    static = (frames[:, 1:].mT @ moved.float() == 0) & (length > 1)[..., None]  # (B, S, P)
+    mean = (frames.mT @ x.float().flatten(2)).view(B * S, P, C) / length.clamp(min=1).view(-1, 1, 1)
+
+    # Density peaks among them; center: the patch that the group of each static patch stands at.
+    peaks = (static.sum(-1) * ratio[:, None]).round().long()                   # (B, S)
+    peak, group = dpc_knn(mean, peaks.flatten(), k, static.view(B * S, P))     # (B*S, K), (B*S, P)
+    center = F.pad(peak, (0, 1), value=P).gather(1, group % (peak.size(1) + 1)).view(B, S, P)
+    members = torch.zeros(B, S, P + 1, device=device).scatter_add(
+        2, center, torch.ones(B, S, P, device=device)).gather(2, center)       # (B, S, P) of its group
+    alone = 1 / members
+    if beta is not None:
+        others = (1 - beta) / (members - 1).clamp(min=1)
+        at_center = center == torch.arange(P, device=device)
+        alone = torch.where(members == 1, 1.0, torch.where(at_center, beta, others))
+    begin = frames.argmax(1)[..., None]                                        # (B, S, 1) first frame
+    slot = torch.where(center < P, begin * P + center, -1)                     # (B, S, P)
+
+    # Back to tokens: where each goes, -1 = dropped, and its share.
+    own = segment[..., None].expand(B, T, P)
+    still = static.gather(1, own)                                              # (B, T, P)
+    quota = ((P - static.sum(-1)) * ratio[:, None]).ceil().gather(1, segment)  # (B, T) of moving ones
+    rank = saliency.float().masked_fill(still, -math.inf).argsort(
+        dim=-1, descending=True, stable=True).argsort(-1)                      # (B, T, P)
+    kept = ~still & (rank < quota[..., None])
+    index = torch.arange(N, device=device).view(T, P)
+    goes = torch.where(still, slot.gather(1, own), torch.where(kept, index, -1)).flatten(1)  # (B, N)
+    weight = torch.where(still, alone.gather(1, own) / length.gather(1, segment)[..., None],
+                         kept.float()).flatten(1) * (goes >= 0)
+    stands = torch.zeros(B, N + 1, dtype=torch.bool, device=device).scatter(1, goes % (N + 1), True)
+    stands = stands[:, :N]                                                     # (B, N) has a slot
+    assign = torch.where(goes < 0, -1, (stands.cumsum(1) - 1).gather(1, goes.clamp(min=0)))
+    return pack(stands)._replace(assign=assign, weight=weight)
+
+
+def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 0.5,
+                  mask: Tensor = None) -> Reduction:
+    """HoliTom inside the decoder: of the vision tokens the best by score stay and take in the others.
+
+    h (B, S, C), score (B, S): attention of the last question token, vision (B, S) bool; all other
+    tokens stay, but for padding, where mask (B, S) is False. A vision token that goes joins the one
+    that stays and resembles it most (cosine); a slot is the mean of its members, where it stood.
+    """
+    B, S, _ = h.shape
+    count = vision.sum(1)                                                      # (B,)
+    keep = (count.double() * (1 - drop_ratio)).round()[:, None]                # (B, 1) half to even
+    rank = score.float().masked_fill(~vision, -math.inf).argsort(
+        dim=1, descending=True, stable=True).argsort(1)
+    kept = vision & (rank < keep)                                              # (B, S)
+    u = unit(h)
+    alike = (u @ u.mT).masked_fill(~kept[:, None, :], -math.inf)               # (B, S, S)
+    stays = kept | ~vision if mask is None else (kept | ~vision) & mask
+    index = torch.arange(S, device=h.device).expand(B, S)
+    goes = torch.where(stays, index, torch.where(vision & (keep > 0), alike.argmax(-1), -1))
+    slots = pack(stays)
+    assign = torch.where(goes < 0, -1, slots.assign.gather(1, goes.clamp(min=0)))
+    plain = slots._replace(assign=assign, weight=(assign >= 0).float())
+    share = 1 / slot_sizes(plain).clamp(min=1)
+    return plain._replace(weight=plain.weight * share.gather(1, assign.clamp(min=0)))
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Vision encoder
 # A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is
 # convolutional (Xiao et al., arXiv 2106.14881) and also reads the change since the previous frame,
 # the only place where motion is cheap.
@@ -416,16 +654,23 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
         self.norm = nn.RMSNorm(dim)
 
-    def forward(self, video: Tensor, previous: Tensor = None) -> Tensor:
-        """video (B, T, 3, height, width), the frame before it or None -> (B*T, P, C)."""
+    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False):
+        """video (B, T, 3, height, width), the frame before it or None -> (B*T, P, C), saliency.
+
+        saliency (B*T, P), or None if not wanted: the attention that each patch receives in the last
+        layer, mean over heads and queries; it sums to one. Only this layer's map is computed.
+        """
         x = self.embed(video, previous) + self.place
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = x + block(x)
-        return self.norm(x)
+        last, saliency = self.blocks[-1], None
+        if want_saliency:
+            saliency = last.attention.weights(last.norm1(x).detach()).float().mean((1, 2))
+        return self.norm(x + last(x)), saliency
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Mixture-of-Depths
+# 6. Mixture-of-Depths
 # A routed layer processes the K vision tokens that its router scores highest and leaves the others
 # as they are (Raposo et al., equation 1: x + r f(x) for the selected, r = w·x). VideoLLM-MoD chooses
 # frame by frame: it looks across one frame and never at a later one, so training, prefill and
@@ -464,6 +709,7 @@ class Route(NamedTuple):
     index: Tensor       # (B, K) int64, ascending: the selected tokens
     gate: Tensor        # (B, K) float32: factor of each one's update
     logits: Tensor      # (B, N) float32: the score of every routable token
+    mask: Tensor = None     # (B, K) bool: False where a sample selects fewer; None = all are real
 
 
 def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> Tensor:
@@ -488,6 +734,22 @@ GATES = {                                   # from the score r to the factor of 
     'none': torch.ones_like}
 
 
+def select_ragged(score: Tensor, frame: Tensor, ratio: float) -> Tensor:
+    """The best `ratio` of the tokens that each frame has left: score, frame (B, N) -> (B, N) bool.
+
+    frame: int64 from 0 on, ascending, -1 for padding behind.
+    """
+    N, real = score.size(1), frame >= 0
+    home = torch.where(real, frame, N)                                         # (B, N)
+    count = torch.zeros(len(score), N + 1, dtype=torch.long, device=score.device).scatter_add(
+        1, home, real.long())                                                  # (B, frames) of each
+    k = (ratio * count.double() - 1e-9).ceil().clamp(min=1)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, home.gather(1, order).argsort(dim=1, stable=True))  # by frame, then score
+    rank = order.argsort(1) - (count.cumsum(1) - count).gather(1, home)        # (B, N) in its frame
+    return real & (rank < k.gather(1, home))
+
+
 class Router(nn.Module):
     """One linear score a token, r = w·x, computed in float32 whatever the compute dtype."""
 
@@ -498,18 +760,23 @@ class Router(nn.Module):
         self.gate, width = gate, 0 if gate == 'zero' else 1 / math.sqrt(dim)
         self.weight = nn.Parameter(torch.empty(dim).uniform_(-width, width))   # (C,)
 
-    def forward(self, x: Tensor, group: int, ratio: float, text: int = 0,
-                forced: Tensor = None) -> Route:
+    def forward(self, x: Tensor, group, ratio: float, text: int = 0, forced: Tensor = None) -> Route:
         """Select the best `capacity(ratio, n)` of each of `group` equal runs of n vision tokens.
 
         x (B, N, C); group = T: the best of each frame; group = 1: the best of the whole sequence
-        (a later token can then push out an earlier one: offline use only). text: so many tokens at
-        the end of x are words, selected always and besides. forced: see select_tokens.
+        (a later token can then push out an earlier one: offline use only); or the frame of each
+        token, (B, N) int64, -1 for padding, where frames have unequal numbers. text: so many tokens
+        at the end of x are words, selected always and besides. forced: see select_tokens.
         """
         B, S, C = x.shape
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)  # (B, S)
+        if isinstance(group, Tensor):
+            chosen = pack(select_ragged(logits.detach(), group, ratio))
+            index = chosen.position.clamp(max=S - 1)
+            gate = GATES[self.gate](logits.gather(1, index))
+            return Route(index, gate, logits, chosen.mask)
         N = S - text
         k = capacity(ratio, N // group) if N else 0
         index = select_tokens(logits.detach()[:, :N], group, k, forced) if N else (
@@ -575,11 +842,18 @@ class MoDBlock(nn.Module):
         if mask is not None:                                    # rows and columns of the chosen
             mask = mask.view(-1, S, S).expand(B, S, S)[
                 sample[..., None], index[..., None], index[:, None]][:, None]
+        if route.mask is not None:                         # padding: seen by none, updates nothing
+            real = F.pad(route.mask, (0, S - N), value=True)                   # (B, K + S - N)
+            place = torch.where(real, place, NEVER)
+            mask = place[:, None, None, :] <= place[..., None][:, None] if mask is None else (
+                mask & real[:, None, None, :] | torch.eye(len(real[0]), dtype=torch.bool, device=x.device))
         gate = F.pad(route.gate, (0, S - N), value=1.0)[..., None]  # (B, K + S - N, 1) one for text
         if self.gates_mlp:
             update = self.block(chosen, place, mask, cache, gate)
         else:
             update = self.block(chosen, place, mask, cache) * gate
+        if route.mask is not None:
+            update = update * real[..., None]
         return flat.index_add(0, row, update.to(x.dtype).view(-1, C)).view(B, S, C)
 
 
@@ -606,11 +880,11 @@ def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. The model
+# 7. The model
 # Vision tokens stand first, in order of time; the questions of a clip follow, all starting at
 # position N: they read the vision tokens and themselves, never each other. In a stream words stand
 # between frames. Positions decide causality, so a skipped token leaves a gap, no shift.
-# needs sections 1, 2, 4, 5
+# needs sections 1 to 6
 # --------------------------------------------------------------------------------------------------
 
 def question_mask(n_vision: int, Q: int, L: int, device=None) -> Tensor:
@@ -618,6 +892,11 @@ def question_mask(n_vision: int, Q: int, L: int, device=None) -> Tensor:
     place = torch.arange(n_vision + Q * L, device=device)
     owner = torch.where(place < n_vision, -1, (place - n_vision) // L)  # (S,) question, -1 = vision
     return (place <= place[:, None]) & ((owner == -1) | (owner == owner[:, None]))
+
+
+def visible(position: Tensor) -> Tensor:
+    """position (B, S) -> (B, 1, S, S) bool: which tokens are not later; NEVER is later than all."""
+    return (position[:, None, :] <= position[:, :, None])[:, None]
 
 
 class ModVideo(nn.Module):
@@ -652,39 +931,59 @@ class ModVideo(nn.Module):
                 nn.init.normal_(p, std=0.5 / math.sqrt(2 * c.n_layer * p.size(1)))
 
     def encode_video(self, video: Tensor, previous: Tensor = None):
-        """video (B, T, 3, frame_size, frame_size) -> tokens (B, N, C), positions (N,) int64.
+        """video (B, T, 3, frame_size, frame_size) -> tokens (B, N, C), positions (N,) int64, None.
 
+        With a reduction: tokens (B, M, C), positions (B, M), NEVER at padding, the Reduction.
         previous (B, 1, 3, frame_size, frame_size): the frame before, None at the beginning.
         """
-        size = self.config.frame_size
+        c, size, (B, T) = self.config, self.config.frame_size, video.shape[:2]
         if video.dim() != 5 or video.shape[2:] != (3, size, size):
             raise ValueError(f'video must be (B, T, 3, {size}, {size}), got {tuple(video.shape)}')
-        x = self.projector(self.encoder(video, previous))                      # (B*T, P, C)
+        x, saliency = self.encoder(video, previous, c.reduction == 'holitom')  # (B*T, P, C), (B*T, P)
         # The dtype of the text tokens, whatever autocast says.
-        x = x.view(video.size(0), -1, x.size(-1)).to(self.embed.weight.dtype)  # (B, N, C)
-        return x, torch.arange(x.size(1), device=x.device)
+        x = self.projector(x).view(B, -1, c.dim).to(self.embed.weight.dtype)   # (B, N, C)
+        if c.reduction == 'none':
+            return x, torch.arange(x.size(1), device=x.device), None
+        with torch.no_grad():
+            reduction = holitom(x.view(B, T, -1, c.dim), saliency.view(B, T, -1), c.retain_ratio, c.tau)
+        position = torch.where(reduction.mask, reduction.position, NEVER)      # (B, M)
+        return reduce_tokens(x, reduction), position, reduction
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, after: Tensor = None,
-                decisions: Tensor = None):
+                decisions: Tensor = None, asked: Tensor = None):
         """Predict the next word at every place of every question.
 
         video (B, T, 3, height, width) float, text (B, Q, L) int64, targets (B, Q, L) int64 with -1
         where nothing is to be learned -> logits (B, Q, L, V), loss (mean cross-entropy over the
         targets, or None), aux: 'routes', a dict from routed layer to Route; 'tokens', the number of
-        tokens that each layer processed; 'routing_loss'. after, decisions: see forward_stream.
+        tokens that each layer processed; 'routing_loss'; 'reduction'. after, decisions: see
+        forward_stream. asked (B, Q): words of each question without its answer; None: all of them.
         """
         if text.dim() != 3:
             raise ValueError(f'text must be (B, Q, L), got {tuple(text.shape)}')
         if self.config.streaming:
             return self.forward_stream(video, text, targets, after, decisions)
         B, Q, L = text.shape
-        vision, position = self.encode_video(video)                            # (B, N, C), (N,)
-        N = vision.size(1)
+        if self.config.inner_layer and Q > 1:     # merges by the question: each is a clip of its own
+            one = lambda a: None if a is None else a.view(B * Q, 1, *a.shape[2:])
+            logits, loss, aux = self.forward(
+                video.repeat_interleave(Q, 0), one(text), one(targets), asked=one(asked))
+            return logits.view(B, Q, L, -1), loss, aux
+        vision, place, reduction = self.encode_video(video)                    # (B, N, C), (N,)
+        N, start = vision.size(1), video.size(1) * self.config.patches
         x = torch.cat([vision, self.embed(text).flatten(1, 2)], 1)             # (B, N + Q*L, C)
-        position = torch.cat([position, N + torch.arange(L, device=x.device).repeat(Q)])
+        word = start + torch.arange(L, device=x.device).repeat(Q)              # (Q*L,)
         mask = question_mask(N, Q, L, x.device) if Q > 1 else None    # one question: plainly causal
-        x, aux = self.decode(x, position, video.size(1), N, mask)
-        logits = self.head(self.norm(x[:, N:])).float().view(B, Q, L, -1)      # (B, Q, L, V)
+        last = None
+        if self.config.merges:                               # padding behind the vision of some clips
+            position = torch.cat([place.expand(B, N), word.expand(B, Q * L)], 1)
+            mask = visible(position) if mask is None else visible(position) & mask
+            last = N - 1 + ((text != PAD).sum(-1) if asked is None else asked)[:, 0]   # (B,)
+        else:
+            position = torch.cat([place, word])
+        x, aux = self.decode(x, position, video.size(1), N, mask, last=last)
+        aux['reduction'] = reduction
+        logits = self.head(self.norm(x[:, -Q * L:])).float().view(B, Q, L, -1)  # (B, Q, L, V)
         if targets is None:
             return logits, None, aux
         loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE)
@@ -698,6 +997,11 @@ class ModVideo(nn.Module):
         if c.routing == 'sequence' and not self.skips_all:          # scores what the layer will see
             return self.routers['shared'](
                 self.blocks[i].block.norm1(x), 1, c.keep_ratio, text=x.size(1) - N)
+        if c.merges and not self.skips_all:                        # frames have unequal numbers left
+            place = position[:, :N]
+            frame = torch.where(place < NEVER, place // c.patches, -1)         # (B, N)
+            return self.routers[str(i)](x[:, :N], frame, c.keep_ratio)
+        T = max(T, 1)                                                   # it only matters where k > 0
         place = torch.arange(N, device=x.device) % (N // T)                    # (N,) in the frame
         forced = place == N // T - 1 if c.streaming else None        # the token that decides, speech
         if c.routing == 'frame' and not self.skips_all:
@@ -705,12 +1009,32 @@ class ModVideo(nn.Module):
         k = 0 if self.skips_all else capacity(c.keep_ratio, N // T)
         return fixed_route(c.routing, position.expand(x.size(0), -1)[:, :N], T, k, forced, i)
 
-    def decode(self, x: Tensor, position: Tensor, T: int, N: int, mask: Tensor = None, caches=None):
+    def merge_again(self, i: int, before: Tensor, x: Tensor, position: Tensor, N: int, last: Tensor):
+        """HoliTom's merging at layer i > 0: x (B, S, C), position (B, S) and N, all with fewer vision.
+
+        before: what layer i - 1 was given. last (B,): place in x of each last question word, whose
+        attention there decides; it is causal, so no answer has a say.
+        """
+        block = self.blocks[i - 1]
+        block = block.block if isinstance(block, MoDBlock) else block
+        score = block.attention.looked_at(block.norm1(before), position, last)[:, :N]      # (B, N)
+        place, real = position[:, :N], position[:, :N] < NEVER
+        merged = holitom_inner(x[:, :N], score, real, self.config.inner_ratio, real)
+        stands = place.gather(1, merged.position.clamp(max=N - 1))             # (B, M)
+        position = torch.cat([torch.where(merged.mask, stands, NEVER), position[:, N:]], 1)
+        x = torch.cat([reduce_tokens(x[:, :N], merged), x[:, N:]], 1)
+        return x, position, stands.size(1)
+
+    def decode(self, x: Tensor, position: Tensor, T: int, N: int, mask: Tensor = None, caches=None,
+               last: Tensor = None):
         """All layers on x (B, S, C), its first N tokens T frames of vision -> x (B, S, C), aux."""
         aux = {'routes': {}, 'tokens': [], 'routing_loss': 0.0}
-        text = x.size(1) - N
+        text, before = x.size(1) - N, None
         for i, block in enumerate(self.blocks):
-            cache = caches[i] if caches else None
+            if i == self.config.inner_layer and last is not None and i > 0:
+                x, position, N = self.merge_again(i, before, x, position, N, last)
+                mask = visible(position)
+            cache, before = caches[i] if caches else None, x
             route = self.route(i, x, position, T, N)
             if route is None:
                 block = block.block if isinstance(block, MoDBlock) else block
@@ -722,23 +1046,30 @@ class ModVideo(nn.Module):
                 aux['routing_loss'] = aux['routing_loss'] + routing_loss(route)
             K = route.index.size(1) - (route.logits.size(1) - N)              # of the vision tokens
             aux['routes'][i] = Route(
-                route.index[:, :K], route.gate[:, :K], route.logits[:, :N])
+                route.index[:, :K], route.gate[:, :K], route.logits[:, :N], route.mask)
             aux['tokens'].append(K + text)
         return x, aux
 
-    def say(self, word: Tensor, position: Tensor, caches: list, max_new_tokens: int):
+    def say(self, word: Tensor, position: Tensor, caches: list, max_new_tokens: int, vision=None):
         """Read words, then go on greedily until the end mark; the caches get all that was read.
 
         word (B, L) int64, padded behind with 0, from `position` (B, 1) on; a sample without words
-        says nothing -> said (B, at most max_new_tokens), 0 after the end; the next position (B, 1).
+        says nothing. vision: tokens (B, N, C) and their positions (B, N), to be read together with
+        the words -> said (B, at most max_new_tokens), 0 after the end; the next position (B, 1).
         """
         said, ended = [], (word == PAD).all(1, keepdim=True)                   # (B, 1)
         while True:
             real = word != PAD
-            place = torch.arange(word.size(1), device=word.device)
-            x, _ = self.decode(self.embed(word), torch.where(real, position + place, NEVER), 0, 0,
-                               caches=caches)
+            place = torch.where(real, position + torch.arange(word.size(1), device=word.device), NEVER)
             count = real.sum(1, keepdim=True)                                  # (B, 1)
+            if vision is None:
+                x, _ = self.decode(self.embed(word), place, 0, 0, caches=caches)
+            else:
+                tokens, where = vision
+                place, N, vision = torch.cat([where, place], 1), tokens.size(1), None
+                x, _ = self.decode(torch.cat([tokens, self.embed(word)], 1), place, 0, N,
+                                   visible(place), caches, N - 1 + count[:, 0])
+                x = x[:, -word.size(1):]
             position = position + count
             if len(said) == max_new_tokens or bool(ended.all()):
                 break
@@ -755,15 +1086,18 @@ class ModVideo(nn.Module):
         Questions are padded with 0 behind. The vision tokens are run once; their keys and values
         serve every question of the clip.
         """
-        B, Q, _ = text.shape
-        vision, position = self.encode_video(video)
-        N = vision.size(1)
-        caches = [KVCache() for _ in self.blocks]
-        self.decode(vision, position, video.size(1), N, caches=caches)
-        for cache in caches:
-            cache.repeat(Q)
-        start = torch.full((B * Q, 1), N, device=text.device)
-        answer, _ = self.say(text.flatten(0, 1), start, caches, max_new_tokens)
+        (B, Q, _), T = text.shape, video.size(1)
+        vision, place, _ = self.encode_video(video)
+        caches, words = [KVCache() for _ in self.blocks], text.flatten(0, 1)   # (B*Q, L)
+        start = torch.full((B * Q, 1), T * self.config.patches, device=text.device)
+        if self.config.inner_layer:               # merges by the question: each is a clip of its own
+            both = [a.repeat_interleave(Q, 0) for a in (vision, place.expand(B, vision.size(1)))]
+            answer, _ = self.say(words, start, caches, max_new_tokens, both)
+        else:
+            self.decode(vision, place, T, vision.size(1), caches=caches)
+            for cache in caches:
+                cache.repeat(Q)
+            answer, _ = self.say(words, start, caches, max_new_tokens)
         return F.pad(answer, (0, max_new_tokens - answer.size(1)), value=PAD).view(B, Q, -1)
 
     # Streaming (VideoLLM-MoD, from VideoLLM-online, Chen et al., arXiv 2406.11816). At the last
@@ -784,7 +1118,7 @@ class ModVideo(nn.Module):
         if Q != 1:
             raise ValueError(f'a stream has one line of text, wanted (B, 1, L), got {Q} lines')
         after = torch.full_like(text, T - 1) if after is None else after
-        vision, place = self.encode_video(video)                               # (B, N, C), (N,)
+        vision, place, _ = self.encode_video(video)                            # (B, N, C), (N,)
         (N, C), P, device = vision.shape[1:], self.config.patches, text.device
         frame = (place // P).expand(B, N)                                      # (B, N)
         real = text != PAD
@@ -836,7 +1170,7 @@ class ModVideo(nn.Module):
                 starts.pop(0)
                 for cache in caches:
                     cache.trim(lambda place: (place < prompt_end) | (place >= starts[0]))
-            vision, place = self.encode_video(frame[:, None], previous)
+            vision, place, _ = self.encode_video(frame[:, None], previous)
             x, _ = self.decode(vision, position + place, 1, P, caches=caches)
             previous, position = frame[:, None], position + P
             logits = self.head(self.norm(x[:, -1])).float()                    # (B, V)
@@ -883,11 +1217,11 @@ def init_from(model: ModVideo, dense: ModVideo):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Accounting
+# 8. Accounting
 # What a forward pass costs, and the optimizer. A multiply-add counts as two FLOPs; attention is
 # counted in full, as torch.utils.flop_counter counts it, although causal kernels skip half of it;
 # element-wise work is left out.
-# needs sections 2, 4, 5, 6
+# needs sections 2, 5, 6, 7
 # --------------------------------------------------------------------------------------------------
 
 def num_params(model: nn.Module) -> int:
@@ -908,6 +1242,10 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
     count the tokens that each layer really processed; None: what the configuration says.
     """
     c, (B, T, _, height, width) = model.config, video_shape
+    if c.merges and aux is None:
+        raise ValueError('with merging the cost depends on the clip; wanted aux of a forward pass')
+    if c.inner_layer and questions > 1:                       # each question is a clip of its own
+        return count_flops(model, (B * questions, *video_shape[1:]), text_len, 1, aux)
     text, stem, size = questions * text_len, 0, (height, width)
     for conv in model.encoder.embed.stem:
         if isinstance(conv, nn.Conv2d):
@@ -920,11 +1258,14 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
         capacity(c.keep_ratio, N) if c.routing == 'sequence' else T * capacity(c.keep_ratio, P))
     tokens = aux['tokens'] if aux else [
         (K if i in model.mod_layers else N) + text for i in range(c.n_layer)]
-    scored = {'frame': N, 'sequence': N + text}.get(c.routing, 0) if model.routers else 0
+    scored = [route.logits.size(1) for route in aux['routes'].values()] if aux else (
+        [N] * len(model.mod_layers))
+    scored = [n + text * (c.routing == 'sequence') for n in scored] if model.routers else []
     flops = {
         'encoder': T * (stem + c.encoder_layers * block_flops(P, c.encoder_dim)),
         'projector': 2 * N * (c.encoder_dim * c.dim + c.dim * c.dim),
-        'routers': 2 * scored * c.dim * len(model.mod_layers),
+        'reduction': 2 * T * P * P * c.encoder_dim * (c.reduction == 'holitom'),    # saliency
+        'routers': 2 * sum(scored) * c.dim,
         'decoder': sum(block_flops(S, c.dim) for S in tokens),
         'head': 2 * (text + T * c.streaming) * c.dim * len(c.vocab)}
     flops = {part: B * n for part, n in flops.items()}
@@ -987,9 +1328,9 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Save, load, draw
+# 9. Save, load, draw
 # Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
-# needs sections 1, 3, 5, 6
+# needs sections 1, 3, 6, 7
 # --------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, model: ModVideo, **extra):
@@ -1065,7 +1406,7 @@ def main():
     for t in range(c.frames):                                           # a white square moves right
         video[:, t, :, 10:18, 2 + 2 * t:10 + 2 * t] = 0.9
     text = torch.tensor([[2, 3, 4], [2, 3, 0]]).expand(2, 2, 3)                # (B, Q, L)
-    vision, _ = model.encode_video(video)
+    vision, _, _ = model.encode_video(video)
     logits, loss, aux = model(video, text, torch.full_like(text, 4))
     answer = model.generate(video, text, max_new_tokens=2)
     route = aux['routes'][0]

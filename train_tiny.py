@@ -53,8 +53,11 @@ RUNS = {'tiny': dict(batch=8, steps=100, questions=4),
         'deep': dict(batch=32, steps=2500, questions=8),
         'long': dict(batch=8, steps=2500, questions=8)}
 PLACEMENTS = ['interleaved', 'interleaved-deep', 'all', 'all-deep', 'early-exit', 'layer-skip']
-RECIPES = {'mod': {}, 'dense': dict(placement='none'), 'stream': dict(streaming=True),
-           'gamma': dict(routing='sequence', gate='gamma')}      # what each asks of the configuration
+RECIPES = {                        # what each asks of the configuration, unless a flag says otherwise
+    'mod': dict(placement='interleaved'), 'dense': dict(placement='none'),
+    'stream': dict(placement='interleaved', streaming=True),
+    'gamma': dict(routing='sequence', gate='gamma'),
+    'holitom': dict(placement='none', reduction='holitom')}
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 ROUNDS = 7            # of a benchmark, behind two to warm up
 
@@ -73,7 +76,8 @@ def flag(default, group: str, text: str, choices=None, metavar=None):
 class Settings:
     """Every flag with its default. 0, '' and 'auto': as preset, recipe or machine say."""
     recipe: str = flag('mod', 'what to train', 'mod routes vision tokens past layers, dense does '
-                       'not, stream speaks between frames, gamma converts a dense model',
+                       'not, stream speaks between frames, gamma converts a dense model, holitom '
+                       'merges vision tokens before the decoder',
                        [*RECIPES])
     data: str = flag('shapes', 'what to train',
                      "'shapes', the synthetic world, or a folder with clips.jsonl")
@@ -81,14 +85,20 @@ class Settings:
     keep_ratio: float = flag(0.2, 'what to train',
                              "share of each frame's vision tokens that a routed layer processes")
     placement: str = flag('auto', 'what to train', f'which layers route: {", ".join(PLACEMENTS)}, '
-                          'or a list such as 1,3; auto: interleaved, by rank for gamma')
+                          'or a list such as 1,3; auto: as the recipe says, by rank for gamma')
     routing: str = flag('auto', 'what to train', 'who selects: a router in each frame or in the '
                         'sequence, or nobody', ['auto', *ROUTINGS])
     gate: str = flag('auto', 'what to train', "what a router's score does to an update",
                      ['auto', *GATES])
     layers: int = flag(0, 'what to train', "decoder layers, 0 = the preset's")
     window: int = flag(0, 'what to train', 'frames that a stream remembers, 0 = all')
-    init_from: str = flag('', 'what to train', 'run folder whose weights to begin with')
+    init_from: str = flag('', 'what to train', 'run folder whose weights to begin with; holitom '
+                          'then needs no training, unless --steps asks for some')
+    retain_ratio: float = flag(0.1, 'what to train', 'holitom: share of the vision tokens that stays')
+    tau: float = flag(0.8, 'what to train', 'holitom: similarity above which a patch stands still')
+    inner_layer: int = flag(0, 'what to train', 'holitom: decoder layer before which vision tokens '
+                            'merge once more, 0 = none')
+    inner_ratio: float = flag(0.5, 'what to train', 'holitom: share that is merged away there')
     skip_ratio: float = flag(0.51, 'what to train', 'gamma: share of all tokens that skip a '
                              'converted layer')
     dense_layers: int = flag(0, 'what to train', 'gamma: layers that stay dense, the last one and '
@@ -152,7 +162,7 @@ def parse(argv) -> Settings:
                                if f.name in saved and f.name not in ('resume', 'out')})
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
-    for name in ('steps', 'batch', 'seed', 'frames', 'layers', 'window', 'dense_layers'):
+    for name in ('steps', 'batch', 'seed', 'frames', 'layers', 'window', 'dense_layers', 'inner_layer'):
         if getattr(settings, name) < 0:
             raise ValueError(f'--{name.replace("_", "-")} must be at least 0, '
                              f'got {getattr(settings, name)}')
@@ -210,7 +220,9 @@ def pick_machine(s: Settings):
                          'or this torch was built without it')
     s.dtype = ('bfloat16' if s.device == 'cuda' else 'float32') if s.dtype == 'auto' else s.dtype
     s.preset = ('gpu' if s.device == 'cuda' else 'cpu') if s.preset == 'auto' else s.preset
-    s.steps, s.batch = s.steps or RUNS[s.preset]['steps'], s.batch or RUNS[s.preset]['batch']
+    if not (s.recipe == 'holitom' and s.init_from):                # merging alone needs no training
+        s.steps = s.steps or RUNS[s.preset]['steps']
+    s.batch = s.batch or RUNS[s.preset]['batch']
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
@@ -258,12 +270,13 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
     """The model of the recipe, its weights a function of the seed. changes: of its configuration."""
     torch.manual_seed(s.seed)
     config = dict(PRESETS[s.preset], frames=s.frames, keep_ratio=s.keep_ratio, window=s.window,
-                  placement='interleaved' if s.placement == 'auto' else s.placement)
-    config.update(RECIPES[s.recipe])
+                  retain_ratio=s.retain_ratio, tau=s.tau, inner_layer=s.inner_layer,
+                  inner_ratio=s.inner_ratio, **RECIPES[s.recipe])
     if s.layers:
         config['n_layer'] = s.layers
     if s.recipe != 'dense':
-        config.update({k: v for k, v in dict(routing=s.routing, gate=s.gate).items() if v != 'auto'})
+        flags = {name: getattr(s, name) for name in ('placement', 'routing', 'gate')}
+        config.update({name: value for name, value in flags.items() if value != 'auto'})
     config = ModVideoConfig(vocab=list(vocab), **{**config, **changes})
     model = ModVideo(config).to(s.device)
     if config.placement != 'none' and not model.mod_layers and not s.bench:
@@ -388,10 +401,15 @@ def wanted_words(batch):
         [batch.decisions, batch.targets[:, 0]], 1)
 
 
+def asked_words(targets):
+    """(B, Q, L) -> (B, Q): words of each question; the last of them predicts the answer's first."""
+    return (targets != IGNORE).int().argmax(-1) + 1
+
+
 def train_step(forward, model, optimizers: list, batch, autocast) -> torch.Tensor:
     """One step: (2,) loss and accuracy of the batch (questions, or whole streams), on the device."""
     with autocast():
-        logits, loss, _ = forward(*batch[:3], batch.after, batch.decisions)
+        logits, loss, _ = forward(*batch[:3], batch.after, batch.decisions, asked_words(batch.targets))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -491,7 +509,8 @@ def evaluate(model, data, split, s: Settings, autocast, clips: int = EVAL_CLIPS)
             for part in zip(videos.split(s.batch), batch.text.split(s.batch),
                             batch.targets.split(s.batch)):                 # as many as training fits
                 with autocast():
-                    scores.append(is_right(model(*part[:2])[0], part[2]).flatten())
+                    logits = model(*part[:2], asked=asked_words(part[2]))[0]
+                scores.append(is_right(logits, part[2]).flatten())
         if len(batch.video) == 1:                                          # no other clip to show
             blind[-1] = torch.full_like(blind[-1], float('nan'), dtype=torch.float)
         kind.append(batch.kind.flatten())
@@ -683,15 +702,22 @@ def draw_clip(model, video, text, path: Path, title: str):
     T, scale = len(video), max(1, 128 // video.size(-1))
     everything = pack(torch.ones(1, T * model.config.patches, dtype=torch.bool))
     frames = draw_tokens(video, everything, scale=scale)
-    rows = [label(frames, title)]
+    rows, merged = [label(frames, title)], aux.get('reduction')
+    if merged is not None:
+        rows.append(label(draw_tokens(video, merged, scale=scale), f'merged: {merged.position.size(1)} of '
+                          f'{merged.assign.size(1)} vision tokens'))
     for layer, route in aux['routes'].items():
-        rows.append(label(draw_tokens(video, route, scale=scale),
-                          f'layer {layer}: {route.index.size(1)} of {route.logits.size(1)} '
-                          'vision tokens processed'))
+        shown, K, n = route, route.index.size(1), route.logits.size(1)
+        if merged is not None:                             # the patches of the slots that are processed
+            chosen = torch.zeros(n + 1, dtype=torch.bool).index_fill(0, route.index[0], True)
+            shown = merged._replace(assign=merged.assign.where(chosen[merged.assign], -1))
+        rows.append(label(draw_tokens(video, shown, scale=scale),
+                          f'layer {layer}: {K} of {n} vision tokens processed'))
     stack(rows).save(f'{path}.png')
     width = frames.width // T + 2
     film = [stack([label(row.crop((t * width, 16, t * width + width - 2, row.height)), name)
-                   for row, name in zip(rows, ['clip', *(f'layer {i}' for i in aux['routes'])])])
+                   for row, name in zip(rows, ['clip', *['merged'] * (merged is not None),
+                                           *(f'layer {i}' for i in aux['routes'])])])
             for t in range(T)]
     film[0].save(f'{path}.gif', save_all=True, append_images=film[1:],
                  duration=300, loop=0)
@@ -761,32 +787,53 @@ def run_training(s: Settings, began: float = None) -> Path:
     run = open_run(s, model)
     batch = draw_batch(s, data, 'train', 0, 1)
     _, Q, L = batch.text.shape
-    flops = count_flops(model, batch.video.shape, L, Q)['total'] / 1e9
-    N, layers = batch.video.size(1) * model.config.patches, model.mod_layers
-    with torch.no_grad():
-        tokens = model(batch.video, batch.text)[2]['tokens']
-    routed = (f'layers {layers} process {min(tokens) - Q * L} of them' if layers
-              else 'all layers process all')
-    print(f'{num_params(model):,} parameters, {N} vision tokens, {routed}, {flops:.2f} GFLOPs '
-          f'a clip; {s.steps} steps of {s.batch} clips with {Q} questions -> {run}')
-    with catch_ctrl_c() as stop:
-        trained = train(s, model, data, run, autocast, stop)
+    N, cost = batch.video.size(1) * model.config.patches, clip_cost(s, model, data)
+    print(f'{num_params(model):,} parameters, {N} vision tokens, layers process '
+          f'{cost["vision_by_layer"]} of them, {cost["gflops"]:.2f} GFLOPs a clip; '
+          f'{s.steps} steps of {s.batch} clips with {Q} questions -> {run}')
+    if s.steps:
+        with catch_ctrl_c() as stop:
+            trained = train(s, model, data, run, autocast, stop)
+    else:
+        write_json(run / 'config.json', dict(settings=asdict(s), model=asdict(model.config)))
+        save_checkpoint(run / 'ckpt.pt', model)
+        trained = dict(log=[], seconds_before=0.0, steps=0, step_ms=0.0)
     log, before = trained.pop('log'), trained.pop('seconds_before')
     scores = evaluate(model, data, 'test', s, autocast,
                       clips=EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
     result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__,
                   dtype=s.dtype, preset=s.preset, data=s.data, placement=model.config.placement,
-                  **trained, **scores, vision_tokens=N, tokens_by_layer=tokens,
-                  gflops=round(flops, 4), parameters=num_params(model),
+                  **trained, **scores, vision_tokens=N, **cost, parameters=num_params(model),
                   peak_memory_mb=round(peak_memory_mb(s.device), 1))
     print_table(result)
     show_run(s, model.eval(), data, run)
-    draw_curve(log, run / 'curve.png')
+    if log:
+        draw_curve(log, run / 'curve.png')
     result['seconds'] = round(before + time.time() - began, 1)
     write_json(run / 'result.json', result)
     print(f'\n{result["seconds"]:.0f} s, {trained["step_ms"]:.0f} ms a step. In {run}: tokens.png '
           'and tokens.gif (what was processed), curve.png, result.json, log.csv, ckpt.pt')
     return run
+
+
+@torch.no_grad()
+def clip_cost(s: Settings, model, data, clips: int = 8) -> dict:
+    """Vision tokens of each layer and GFLOPs of a clip, mean over some; paper_share: of dense, by the
+    formula that merging papers use, 4 n C² + 2 n² C + 2 n C m for n vision tokens and an MLP of m."""
+    c, rows, flops = model.config, [], []
+    paper = lambda tokens: sum(4 * n * c.dim ** 2 + 2 * n * n * c.dim + 8 * n * c.dim ** 2 for n in tokens)
+    model.eval()
+    for step in range(clips if c.merges else 1):
+        batch = draw_batch(s, data, 'train', step, 1)
+        Q, L = batch.text.shape[1:]
+        aux = model(*batch[:2], asked=asked_words(batch.targets))[2]
+        flops.append(count_flops(model, batch.video.shape, L, Q, aux)['total'] / 1e9)
+        rows.append([n - L * (1 if c.inner_layer else Q) for n in aux['tokens']])
+    model.train()
+    N = batch.video.size(1) * c.patches
+    return dict(vision_by_layer=[round(statistics.mean(layer), 1) for layer in zip(*rows)],
+                gflops=round(statistics.mean(flops), 4),
+                paper_share=round(statistics.mean(map(paper, rows)) / paper([N] * c.n_layer), 4))
 
 
 def show_run(s: Settings, model, data, run: Path):
@@ -864,7 +911,8 @@ def run_ask(s: Settings):
     answer = model.generate(video, ids, max_new_tokens=16)[0, 0]
     answer = answer[:max(1, int((answer != PAD).sum()))]
     whole = torch.cat([ids[0, 0], answer])[None, None]
-    chances = F.softmax(model(video, whole)[0][0, 0, ids.size(2) - 1:], -1)    # (answer + 1, V)
+    logits = model(video, whole, asked=torch.tensor([[ids.size(2)]]))[0]
+    chances = F.softmax(logits[0, 0, ids.size(2) - 1:], -1)                    # (answer + 1, V)
     chance = chances[:-1].gather(1, answer[:, None]).prod().item()
     said = [c.vocab[i] for i in answer.tolist() if i not in (PAD, EOS)]
     print(f'{question.rstrip("?")}? {" ".join(said) or "(nothing)"}   {chance:.1%}')
@@ -986,7 +1034,7 @@ def print_bench(rows: dict, s: Settings):
 def cache_bytes(model, video) -> int:
     """Bytes of all keys and values that a clip leaves in the cache."""
     caches = [KVCache() for _ in model.blocks]
-    vision, position = model.encode_video(video)
+    vision, position, _ = model.encode_video(video)
     model.decode(vision, position, video.size(1), vision.size(1), caches=caches)
     return sum(a.nbytes for cache in caches if cache.k is not None for a in (cache.k, cache.v))
 

@@ -36,7 +36,7 @@ Legend, used everywhere:
 
 Sections:
     1 configuration   2 transformer bricks   3 token reduction   4 merging   5 vision encoder
-    6 Mixture-of-Depths   7 the model   8 accounting   9 save, load, draw
+    6 frame selection   7 Mixture-of-Depths   8 the model   9 accounting   10 save, load, draw
 
 Papers:
     Raposo et al., Mixture-of-Depths, arXiv 2404.02258    the routed update, equation 1
@@ -77,6 +77,9 @@ from torch.nn import functional as F
 PAD, EOS, IGNORE = 0, 1, -1  # '<pad>', '<eos>' in every vocabulary; the target that the loss skips
 # 'frame': a router in each layer, the best of every frame. 'sequence': one router for all layers, the
 # best of the clip. 'random', 'uniform': as many of every frame, without a router.
+# Before the decoder: 'holitom' merges, 'bvllm' selects by the question, 'uniform' keeps whole frames,
+# evenly spaced.
+REDUCTIONS = ['none', 'holitom', 'bvllm', 'uniform']
 ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
 
 PRESETS = {
@@ -115,12 +118,15 @@ class ModVideoConfig:
     routing: str = 'frame'            # one of ROUTINGS: who selects, among which tokens
     gate: str = 'raposo'              # one of GATES: what the router's score makes of an update
     routing_loss: float = 0.01        # weight of the router's own loss; 'sequence' only
-    # HoliTom
-    reduction: str = 'none'           # of the vision tokens before the decoder: 'none' or 'holitom'
+    # fewer vision tokens
+    reduction: str = 'none'           # one of REDUCTIONS, before the decoder
     retain_ratio: float = 0.1         # share of them that stays
     tau: float = 0.8                  # similarity above which a patch stands still
     inner_layer: int = 0              # decoder layer before which vision tokens merge again, 0 = none
     inner_ratio: float = 0.5          # share of them that is merged away there
+    budget: int = 32                  # 'bvllm', 'uniform': the most vision tokens of a clip
+    select_frames: int = 8            # 'bvllm': queries that look for frames
+    hard: bool = False                # 'bvllm': a query takes one frame whole in place of a mixture
     # streaming
     streaming: bool = False  # text stands between frames, a frame's last token decides about speech
     window: int = 0                   # frames that a token still sees besides the prompt, 0 = all
@@ -147,19 +153,26 @@ class ModVideoConfig:
         if self.routing == 'sequence' and self.streaming:
             raise ValueError("routing 'sequence' looks at the whole clip, "
                              'a stream does not have it yet')
-        if self.reduction not in ('none', 'holitom'):
-            raise ValueError(f"reduction must be 'none' or 'holitom', got {self.reduction!r}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f'reduction must be one of {", ".join(REDUCTIONS)}, got {self.reduction!r}')
+        if self.reduction == 'uniform' and self.budget < self.patches:
+            raise ValueError(f'a budget of {self.budget} tokens holds no frame of {self.patches}')
         if not (0 <= self.retain_ratio <= 1 and 0 <= self.inner_ratio <= 1):
             raise ValueError('retain_ratio and inner_ratio must be from 0 to 1, '
                              f'got {self.retain_ratio} and {self.inner_ratio}')
         if not 0 <= self.inner_layer < self.n_layer:
             raise ValueError(f'inner_layer must be from 0 to {self.n_layer - 1}, got {self.inner_layer}')
         if self.merges and (self.streaming or self.routing != 'frame'):
-            raise ValueError("HoliTom looks at the whole clip and goes with routing 'frame' alone, got "
+            raise ValueError("merging looks at the whole clip and goes with routing 'frame' alone, got "
                              f'streaming {self.streaming} and routing {self.routing!r}')
         if self.window < 0 or (self.window and not self.streaming):
             raise ValueError('window is a number of frames for streaming models, '
                              f'got {self.window}')
+
+    @property
+    def by_question(self) -> bool:
+        """Whether a clip's vision tokens depend on the question, so that each question has its own."""
+        return self.reduction == 'bvllm' or self.inner_layer > 0
 
     @property
     def merges(self) -> bool:
@@ -410,40 +423,45 @@ def unit(x: Tensor) -> Tensor:
 
 
 def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor = None,
-                            pairing='parity') -> Reduction:
+                            pairing='parity', mask: Tensor = None) -> Reduction:
     """ToMe: merge the r sources that resemble a destination most: N tokens -> N - r.
 
     metric (B, N, C), r int or (B,) int64, the first `protected` tokens never merge. pairing:
     'parity', the tokens at even places (protected ones counted) are sources, odd ones destinations;
     or (N,) bool, True for sources. size (B, N): what tokens stand for already, their weight in a
-    mean. At most half of the tokens merge. Slots: protected, sources that stay, destinations.
+    mean. mask (B, N) bool: False is padding, which is dropped. At most half of the tokens merge.
+    Slots: protected, sources that stay, destinations.
     """
     (B, N, _), device = metric.shape, metric.device
     place = torch.arange(N, device=device)
     source = (place % 2 == 0) if isinstance(pairing, str) else pairing.to(device)
     a, b = (place[(place >= protected) & (source == which)] for which in (True, False))
-    r = torch.as_tensor(r, device=device).expand(B).clamp(0, min(len(a), (N - protected) // 2))
+    M = None                                           # known here, or it waits for the device below
+    if isinstance(r, int) and mask is None:
+        M = N - max(0, min(r, len(a), (N - protected) // 2 if len(b) else 0))
+    real = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask
+    most = torch.minimum(real[:, a].sum(1), (real.sum(1) - protected) // 2) * real[:, b].any(1)
+    r = torch.minimum(torch.as_tensor(r, device=device), most).clamp(min=0)    # (B,)
     u = unit(metric.detach())
-    score = u[:, a] @ u[:, b].mT                                               # (B, A, D)
-    best, choice = score.max(-1) if len(b) else (score.new_zeros(B, len(a)), None)
-    rank = best.argsort(dim=-1, descending=True, stable=True).argsort(-1)      # (B, A) 0 = most alike
-    merged = rank < r[:, None]                                                 # (B, A)
-    stay = (~merged).cumsum(1) - 1                                             # (B, A) in order
-    slot_b = protected + (len(a) - r)[:, None] + torch.arange(len(b), device=device)   # (B, D)
-    slot_a = protected + stay
-    if len(b):
-        slot_a = torch.where(merged, slot_b.gather(1, choice), slot_a)
-    front = place[:protected].expand(B, -1)
+    score = (u[:, a] @ u[:, b].mT).masked_fill(~real[:, None, b], -math.inf)   # (B, A, D)
+    best, choice = score.max(-1) if len(b) else (score.new_zeros(B, len(a)), a.expand(B, -1))
+    rank = best.masked_fill(~real[:, a], -math.inf).argsort(
+        dim=-1, descending=True, stable=True).argsort(-1)                      # (B, A) 0 = most alike
+    gone = ~real
+    gone[:, a] |= rank < r[:, None]                                            # (B, N) without a slot
+    front = torch.cat([place[:protected], a, b])                               # (N,) in slot order
     assign = torch.empty(B, N, dtype=torch.long, device=device)
-    assign[:, :protected], assign[:, a], assign[:, b] = front, slot_a, slot_b
-    M = N - int(r.min())                                # waits for the device if r lives there
-    goes = torch.zeros(B, N, dtype=torch.bool, device=device)
-    goes[:, a] = merged                                                        # (B, N)
+    assign[:, front] = (~gone[:, front]).cumsum(1) - 1
+    M = int((~gone).sum(1).max()) if M is None else M
+    if len(b):
+        assign[:, a] = torch.where(gone[:, a], assign[:, b].gather(1, choice), assign[:, a])
+    assign = assign.masked_fill(~real, -1)
     position = torch.full((B, M + 1), N, device=device).scatter(
-        1, torch.where(goes, M, assign), place.expand(B, N))[:, :M]            # (B, M)
-    size = torch.ones(B, N, device=device) if size is None else size.float()
+        1, torch.where(gone, M, assign), place.expand(B, N))[:, :M]            # (B, M)
+    size = real.float() if size is None else size.float() * real
     plain = Reduction(assign, size, position, position < N)
-    return plain._replace(weight=size / slot_sizes(plain, size).gather(1, assign))
+    total = slot_sizes(plain, size).gather(1, assign.clamp(min=0)) if M else size
+    return plain._replace(weight=size / total.clamp(min=1e-6) * real)
 
 
 def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
@@ -670,7 +688,116 @@ class VisionEncoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Mixture-of-Depths
+# 6. Frame selection
+# Of many frames a question needs few. B-VLLM (Lu et al., arXiv 2412.09919): learned queries read the
+# question and a summary of each frame, mix the frames that matter, drop mixtures that repeat each
+# other, and sample a few tokens from each, never more than a budget. It looks at the whole clip.
+# needs sections 2, 3, 4
+# --------------------------------------------------------------------------------------------------
+
+def hashed(x: Tensor) -> Tensor:
+    """Whole numbers (int64, not negative) -> as if drawn at random from 0 to 2**32 - 1."""
+    x = (x + 1) * 1000003 % 2 ** 32
+    for _ in range(2):                         # mix the bits of 32-bit numbers; products fit 63 bits
+        x = ((x ^ (x >> 15)) * 1103515245 + 12345) % 2 ** 32
+    return x
+
+
+def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
+    """Rows that select alike become one: selector (B, K, T) -> Reduction of the K rows.
+
+    Row i repeats the earlier row j that it resembles most if (1 + cosine) / 2 is above threshold.
+    Chains end at their first row, with all their members.
+    """
+    B, K, _ = selector.shape
+    u, row = unit(selector), torch.arange(K, device=selector.device)
+    alike = ((1 + u @ u.mT) / 2).masked_fill(row >= row[:, None], -1)          # (B, K, K) earlier ones
+    value, parent = alike.max(-1)
+    root = torch.where(value > threshold, parent, row)                         # (B, K)
+    for _ in range(K.bit_length()):                                            # to the end of the chain
+        root = root.gather(1, root)
+    return from_clusters(root, K)
+
+
+class FrameSelector(nn.Module):
+    """B-VLLM: (B, T, P, C) and a question -> at most `budget` tokens of the frames that matter."""
+
+    def __init__(self, dim: int, n_head: int, budget: int, num_frames: int = 8, num_tokens: int = 16,
+                 temperature: float = 0.5, hard: bool = False):
+        super().__init__()
+        if not num_frames <= budget:
+            raise ValueError(f'a budget of {budget} tokens is too small for {num_frames} frames')
+        self.budget, self.temperature, self.hard = budget, temperature, hard
+        self.frame_queries = nn.Parameter(torch.randn(num_frames, dim))        # (K, C)
+        self.token_queries = nn.Parameter(torch.randn(num_tokens, dim))        # (n, C)
+        self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(2))
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
+
+    def read(self, block: Block, queries: Tensor, words: Tensor, known: Tensor, x: Tensor) -> Tensor:
+        """Queries (K, C) after one block together with words (B, L, C), mask (B, L), x (B, S, C)."""
+        B, K = len(x), len(queries)
+        both = torch.cat([queries.expand(B, -1, -1).to(x.dtype), words, x], 1)
+        seen = F.pad(F.pad(known, (K, 0), value=True), (0, x.size(1)), value=True)
+        place = [torch.arange(n, device=x.device) for n in (1, words.size(1), x.size(1))]
+        position = torch.cat([place[0].expand(K), *place[1:]])                 # queries stand at 0
+        both = both + block(both, position, seen[:, None, None, :].expand(-1, 1, both.size(1), -1))
+        return both[:, :K]
+
+    def forward(self, x: Tensor, words: Tensor, known: Tensor):
+        """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> tokens, position, selector.
+
+        tokens (B, M, C), M at most budget; position (B, M): strongest frame * P + place, NEVER at
+        padding; selector (B, K, T): what each query takes of each frame, rows sum to one. Training
+        adds Gumbel noise, a function of the number of calls; evaluation adds none.
+        """
+        B, T, P, C = x.shape
+        summary = x.mean(2)                                                    # (B, T, C)
+        asks = self.read(self.blocks[0], self.frame_queries, words, known, summary)
+        logits = (self.key(asks).float() @ summary.float().mT) / math.sqrt(C)  # (B, K, T)
+        if self.training:
+            index = torch.arange(logits.numel(), device=x.device).view_as(logits)
+            chance = (hashed(index + self.calls * 7919) + 0.5) / 2 ** 32
+            logits, self.calls = logits - (-chance.log()).log().to(logits.dtype), self.calls + 1
+        selector = (logits / self.temperature).softmax(-1)                     # (B, K, T)
+        if self.hard:                                                # straight-through: one frame each
+            one = F.one_hot(selector.argmax(-1), T).to(selector.dtype)
+            selector = one + selector - selector.detach()
+        kept = merge_duplicates(selector.detach())
+        k = int(kept.mask.sum(1).max())                      # waits for the device: how many differ
+        mixed = reduce_tokens(selector, kept)[:, :k]                           # (B, k, T)
+        frame = mixed.argmax(-1).masked_fill(~kept.mask[:, :k], T)             # (B, k) the strongest
+        frame, order = frame.sort(dim=1, stable=True)                          # in time, padding last
+        mixed = mixed.gather(1, order[..., None].expand_as(mixed))
+        mixed = (mixed.to(x.dtype) @ x.flatten(2)).view(-1, P, C)              # (B * k, P, C)
+        real = frame < T                                                       # (B, k)
+        words, known = words.repeat_interleave(k, 0), known.repeat_interleave(k, 0)
+        tokens = self.read(self.blocks[1], self.token_queries, words, known, mixed)  # (B * k, n, C)
+        tokens, mask = self.to_budget(tokens, real)                            # (B * k, m, C), (B * k, m)
+        m = tokens.size(1)
+        place = frame.clamp(max=T - 1)[..., None] * P + torch.arange(m, device=x.device).clamp(max=P - 1)
+        slots = pack(mask.view(B, k * m))
+        position = place.flatten(1).gather(1, slots.position.clamp(max=k * m - 1))
+        position = torch.where(slots.mask, position, NEVER)                    # (B, M)
+        return reduce_tokens(tokens.reshape(B, k * m, C), slots), position, selector
+
+    def to_budget(self, tokens: Tensor, real: Tensor):
+        """Merge each frame's tokens (B * k, n, C) down to budget // frames, by ToMe with sizes.
+
+        real (B, k): frames that exist -> tokens (B * k, m, C), mask (B * k, m).
+        """
+        share = self.budget // real.sum(1).clamp(min=1)                        # (B,) tokens a frame
+        quota = (share[:, None] * real).flatten()                              # (B * k,)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) & real.view(-1, 1)
+        size = mask.float()
+        for _ in range(tokens.size(1).bit_length()):                           # each at most halves
+            step = bipartite_soft_matching(tokens, mask.sum(1) - quota, size=size, mask=mask)
+            tokens, size, mask = reduce_tokens(tokens, step), slot_sizes(step, size), step.mask
+        return tokens, mask
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Mixture-of-Depths
 # A routed layer processes the K vision tokens that its router scores highest and leaves the others
 # as they are (Raposo et al., equation 1: x + r f(x) for the selected, r = w·x). VideoLLM-MoD chooses
 # frame by frame: it looks across one frame and never at a later one, so training, prefill and
@@ -804,9 +931,7 @@ def fixed_route(kind: str, position: Tensor, group: int, k: int, forced: Tensor 
         place = torch.arange(N, device=position.device) % (N // group)
         score = ((place + 1) * k // (N // group) - place * k // (N // group)).expand(B, N)
     else:
-        score = (position + 1) * 1000003 + layer * 7919
-        for _ in range(2):                     # mix the bits of 32-bit numbers; products fit 63 bits
-            score = ((score ^ (score >> 15)) * 1103515245 + 12345) % 2 ** 32
+        score = hashed(position + layer * 7919)
     index = select_tokens(score.float(), group, k, forced)
     return Route(index, torch.ones(index.shape, device=index.device), score.float())
 
@@ -880,11 +1005,11 @@ def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The model
+# 8. The model
 # Vision tokens stand first, in order of time; the questions of a clip follow, all starting at
 # position N: they read the vision tokens and themselves, never each other. In a stream words stand
 # between frames. Positions decide causality, so a skipped token leaves a gap, no shift.
-# needs sections 1 to 6
+# needs sections 1 to 7
 # --------------------------------------------------------------------------------------------------
 
 def question_mask(n_vision: int, Q: int, L: int, device=None) -> Tensor:
@@ -911,6 +1036,9 @@ class ModVideo(nn.Module):
             nn.Linear(c.encoder_dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
         keep_scale(self.projector)
         self.embed = nn.Embedding(len(c.vocab), c.dim)
+        if c.reduction == 'bvllm':
+            self.selector = FrameSelector(
+                c.dim, c.n_head, c.budget, c.select_frames, min(16, c.patches), hard=c.hard)
         self.mod_layers = mod_layers(c.placement, c.n_layer)
         self.skips_all = c.placement in ('early-exit', 'layer-skip')
         if not c.streaming and not self.skips_all:
@@ -930,24 +1058,38 @@ class ModVideo(nn.Module):
             if name.endswith(('attention.out.weight', 'mlp.down.weight')):
                 nn.init.normal_(p, std=0.5 / math.sqrt(2 * c.n_layer * p.size(1)))
 
-    def encode_video(self, video: Tensor, previous: Tensor = None):
+    def encode_video(self, video: Tensor, previous: Tensor = None, question: Tensor = None):
         """video (B, T, 3, frame_size, frame_size) -> tokens (B, N, C), positions (N,) int64, None.
 
-        With a reduction: tokens (B, M, C), positions (B, M), NEVER at padding, the Reduction.
-        previous (B, 1, 3, frame_size, frame_size): the frame before, None at the beginning.
+        With a reduction: tokens (B, M, C), positions (B, M), NEVER at padding, and the Reduction, or
+        of 'bvllm' the selector (B, K, T). question (B * Q, L) int64, if they depend on it: B becomes
+        B * Q. previous (B, 1, 3, frame_size, frame_size): the frame before, None at the beginning.
         """
         c, size, (B, T) = self.config, self.config.frame_size, video.shape[:2]
         if video.dim() != 5 or video.shape[2:] != (3, size, size):
             raise ValueError(f'video must be (B, T, 3, {size}, {size}), got {tuple(video.shape)}')
         x, saliency = self.encoder(video, previous, c.reduction == 'holitom')  # (B*T, P, C), (B*T, P)
         # The dtype of the text tokens, whatever autocast says.
-        x = self.projector(x).view(B, -1, c.dim).to(self.embed.weight.dtype)   # (B, N, C)
-        if c.reduction == 'none':
-            return x, torch.arange(x.size(1), device=x.device), None
-        with torch.no_grad():
-            reduction = holitom(x.view(B, T, -1, c.dim), saliency.view(B, T, -1), c.retain_ratio, c.tau)
-        position = torch.where(reduction.mask, reduction.position, NEVER)      # (B, M)
-        return reduce_tokens(x, reduction), position, reduction
+        x = self.projector(x).view(B, T, -1, c.dim).to(self.embed.weight.dtype)   # (B, T, P, C)
+        P, what = x.size(2), None
+        if c.reduction == 'bvllm':
+            x = x.repeat_interleave(len(question) // B, 0)
+            return self.selector(x, self.embed(question), question != PAD)
+        if c.reduction == 'holitom':
+            with torch.no_grad():
+                what = holitom(x, saliency.view(B, T, P), c.retain_ratio, c.tau)
+        if c.reduction == 'uniform':
+            n = min(T, c.budget // P)
+            frames = (torch.arange(n, device=x.device) * 2 + 1) * T // (2 * n)  # the middles of n parts
+            keep = torch.zeros(T, dtype=torch.bool, device=x.device).index_fill(0, frames, True)
+            what = pack(keep.repeat_interleave(P).expand(B, -1))
+        x, place = x.flatten(1, 2), torch.arange(T * P, device=x.device)       # (B, N, C), (N,)
+        if what is not None:
+            x, place = reduce_tokens(x, what), torch.where(what.mask, what.position, NEVER)
+        if c.by_question:
+            again = len(question) // B
+            x, place = (a.repeat_interleave(again, 0) for a in (x, place.expand(B, x.size(1))))
+        return x, place, what
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, after: Tensor = None,
                 decisions: Tensor = None, asked: Tensor = None):
@@ -958,18 +1100,18 @@ class ModVideo(nn.Module):
         targets, or None), aux: 'routes', a dict from routed layer to Route; 'tokens', the number of
         tokens that each layer processed; 'routing_loss'; 'reduction'. after, decisions: see
         forward_stream. asked (B, Q): words of each question without its answer; None: all of them.
+        Where vision depends on the question, what aux holds has B * Q samples.
         """
         if text.dim() != 3:
             raise ValueError(f'text must be (B, Q, L), got {tuple(text.shape)}')
         if self.config.streaming:
             return self.forward_stream(video, text, targets, after, decisions)
-        B, Q, L = text.shape
-        if self.config.inner_layer and Q > 1:     # merges by the question: each is a clip of its own
-            one = lambda a: None if a is None else a.view(B * Q, 1, *a.shape[2:])
-            logits, loss, aux = self.forward(
-                video.repeat_interleave(Q, 0), one(text), one(targets), asked=one(asked))
-            return logits.view(B, Q, L, -1), loss, aux
-        vision, place, reduction = self.encode_video(video)                    # (B, N, C), (N,)
+        (B, Q, L), shape, question = text.shape, text.shape, None
+        if self.config.by_question:                       # each question is a clip of its own from here
+            asked = (text != PAD).sum(-1) if asked is None else asked          # (B, Q)
+            text, asked, B, Q = text.view(B * Q, 1, L), asked.view(B * Q, 1), B * Q, 1
+            question = text[:, 0].where(torch.arange(L, device=text.device) < asked, PAD)  # (B, L)
+        vision, place, reduction = self.encode_video(video, None, question)    # (B, N, C), (N,)
         N, start = vision.size(1), video.size(1) * self.config.patches
         x = torch.cat([vision, self.embed(text).flatten(1, 2)], 1)             # (B, N + Q*L, C)
         word = start + torch.arange(L, device=x.device).repeat(Q)              # (Q*L,)
@@ -978,12 +1120,12 @@ class ModVideo(nn.Module):
         if self.config.merges:                               # padding behind the vision of some clips
             position = torch.cat([place.expand(B, N), word.expand(B, Q * L)], 1)
             mask = visible(position) if mask is None else visible(position) & mask
-            last = N - 1 + ((text != PAD).sum(-1) if asked is None else asked)[:, 0]   # (B,)
+            last = N - 1 + asked[:, 0] if self.config.inner_layer else None    # (B,)
         else:
             position = torch.cat([place, word])
         x, aux = self.decode(x, position, video.size(1), N, mask, last=last)
         aux['reduction'] = reduction
-        logits = self.head(self.norm(x[:, -Q * L:])).float().view(B, Q, L, -1)  # (B, Q, L, V)
+        logits = self.head(self.norm(x[:, -Q * L:])).float().view(*shape, -1)  # (B, Q, L, V)
         if targets is None:
             return logits, None, aux
         loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE)
@@ -1087,16 +1229,15 @@ class ModVideo(nn.Module):
         serve every question of the clip.
         """
         (B, Q, _), T = text.shape, video.size(1)
-        vision, place, _ = self.encode_video(video)
         caches, words = [KVCache() for _ in self.blocks], text.flatten(0, 1)   # (B*Q, L)
+        vision, place, _ = self.encode_video(video, None, words)
         start = torch.full((B * Q, 1), T * self.config.patches, device=text.device)
-        if self.config.inner_layer:               # merges by the question: each is a clip of its own
-            both = [a.repeat_interleave(Q, 0) for a in (vision, place.expand(B, vision.size(1)))]
-            answer, _ = self.say(words, start, caches, max_new_tokens, both)
+        if self.config.inner_layer:
+            answer, _ = self.say(words, start, caches, max_new_tokens, (vision, place))
         else:
             self.decode(vision, place, T, vision.size(1), caches=caches)
             for cache in caches:
-                cache.repeat(Q)
+                cache.repeat(Q if len(vision) == B else 1)
             answer, _ = self.say(words, start, caches, max_new_tokens)
         return F.pad(answer, (0, max_new_tokens - answer.size(1)), value=PAD).view(B, Q, -1)
 
@@ -1217,11 +1358,11 @@ def init_from(model: ModVideo, dense: ModVideo):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Accounting
+# 9. Accounting
 # What a forward pass costs, and the optimizer. A multiply-add counts as two FLOPs; attention is
 # counted in full, as torch.utils.flop_counter counts it, although causal kernels skip half of it;
 # element-wise work is left out.
-# needs sections 2, 5, 6, 7
+# needs sections 2, 5, 7, 8
 # --------------------------------------------------------------------------------------------------
 
 def num_params(model: nn.Module) -> int:
@@ -1244,9 +1385,8 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
     c, (B, T, _, height, width) = model.config, video_shape
     if c.merges and aux is None:
         raise ValueError('with merging the cost depends on the clip; wanted aux of a forward pass')
-    if c.inner_layer and questions > 1:                       # each question is a clip of its own
-        return count_flops(model, (B * questions, *video_shape[1:]), text_len, 1, aux)
-    text, stem, size = questions * text_len, 0, (height, width)
+    again = questions if c.by_question else 1                  # each question is a clip of its own
+    text, stem, size = questions * text_len // again, 0, (height, width)
     for conv in model.encoder.embed.stem:
         if isinstance(conv, nn.Conv2d):
             stride, kernel = conv.stride[0], conv.kernel_size[0]
@@ -1264,10 +1404,15 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
     flops = {
         'encoder': T * (stem + c.encoder_layers * block_flops(P, c.encoder_dim)),
         'projector': 2 * N * (c.encoder_dim * c.dim + c.dim * c.dim),
-        'reduction': 2 * T * P * P * c.encoder_dim * (c.reduction == 'holitom'),    # saliency
+        'reduction': 2 * T * P * P * c.encoder_dim if c.reduction == 'holitom' else 0,  # saliency
         'routers': 2 * sum(scored) * c.dim,
-        'decoder': sum(block_flops(S, c.dim) for S in tokens),
-        'head': 2 * (text + T * c.streaming) * c.dim * len(c.vocab)}
+        'decoder': again * sum(block_flops(S, c.dim) for S in tokens),
+        'head': again * 2 * (text + T * c.streaming) * c.dim * len(c.vocab)}
+    if c.reduction == 'bvllm':              # all queries' frames, though some turn out to be duplicates
+        K, n = len(model.selector.frame_queries), len(model.selector.token_queries)
+        flops['reduction'] = again * (
+            block_flops(K + text + T, c.dim) + K * block_flops(n + text + P, c.dim)
+            + 2 * K * c.dim * (c.dim + T + T * P))
     flops = {part: B * n for part, n in flops.items()}
     return {**flops, 'total': sum(flops.values())}
 
@@ -1328,9 +1473,9 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Save, load, draw
+# 10. Save, load, draw
 # Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
-# needs sections 1, 3, 6, 7
+# needs sections 1, 3, 7, 8
 # --------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, model: ModVideo, **extra):

@@ -1026,6 +1026,90 @@ def test_retain_all_of_a_moving_clip_is_dense():
     close(model(video, text)[0], plain(video, text)[0])
 
 
+# ---- frame selection: B-VLLM ---------------------------------------------------------------------
+
+def test_merging_of_duplicates_equals_bvllms_code_but_keeps_chains():
+    """Catches a threshold on the bare cosine, and the released code's loss: the end of a chain."""
+    g = golden('bvllm')
+    step = mv.merge_duplicates(g['soft']['sel'][None])
+    assert step.mask.sum() == len(g['soft']['y'])
+    close(mv.reduce_tokens(g['soft']['x'].flatten(1)[None], step)[step.mask], g['soft']['y'].flatten(1))
+    step = mv.merge_duplicates(g['chain']['sel'][None])
+    y = mv.reduce_tokens(g['chain']['x'][None], step)[step.mask]
+    close(y, torch.tensor([[37.0], [1000.0]]))                                 # (1 + 10 + 100) / 3
+    parent = [0, 0, 1, 3]                        # the released rule looks at direct parents alone
+    released = [[i for i in range(4) if parent[i] == row] for row in (0, 3)]
+    close(torch.stack([g['chain']['x'][rows].mean(0) for rows in released]), g['chain']['y'])
+
+
+def selecting(**changes):
+    return make('none', **{**dict(reduction='bvllm', budget=20, select_frames=4), **changes}).eval()
+
+
+def test_the_budget_is_kept_and_used():
+    """Catches more tokens than the budget, a whole token a frame left over, padding that is counted."""
+    for budget in (4, 7, 20, 64):
+        torch.manual_seed(budget)
+        selector = mv.FrameSelector(32, 2, budget, num_frames=4, num_tokens=16).eval()
+        x, words = torch.randn(6, 5, 16, 32) * 3, torch.randn(6, 3, 32)
+        tokens, position, picked = selector(x, words, torch.ones(6, 3, dtype=torch.bool))
+        frames = mv.merge_duplicates(picked).mask.sum(1)
+        count = (position < mv.NEVER).sum(1)
+        assert (count <= budget).all() and ((count > budget - frames) | (count == frames * 16)).all()
+        assert torch.equal(count, frames * (budget // frames).clamp(max=16)) and tokens.size(1) == count.max()
+        assert (position.diff(dim=1) >= 0).all() and (tokens[position == mv.NEVER] == 0).all()
+        close(picked.sum(-1), torch.ones(6, 4))
+    with pytest.raises(ValueError, match='too small for 8 frames'):
+        mv.FrameSelector(32, 2, 7)
+
+
+def test_selection_reads_the_question_and_not_the_answer():
+    """Catches a selector that sees the answer it should help to find, padding read as words."""
+    model, (video, text) = selecting(), sample(Q=2)
+    asked = torch.full((2, 2), 3)
+    words, other = text.clone(), text.clone()
+    words[:, :, 3:], other[:, :, 0] = 2 + (words[:, :, 3:] - 1) % 8, 2 + (other[:, :, 0] - 1) % 8
+    (a, _, aux), (b, _, aux_b), (c, _, aux_c) = (model(video, t, asked=asked) for t in (text, words, other))
+    close(a[:, :, :3], b[:, :, :3], 1e-6)
+    assert torch.equal(aux['reduction'], aux_b['reduction'])
+    assert not torch.equal(aux['reduction'], aux_c['reduction'])
+    close(model(video, F.pad(text, (0, 2)), asked=asked)[0][:, :, :5], a)
+    for i, q in itertools.product(range(2), range(2)):
+        close(model(video[i:i + 1], text[i:i + 1, q:q + 1], asked=asked[:1, :1])[0], a[i:i + 1, q:q + 1])
+    made = model.generate(video, text, max_new_tokens=1)
+    assert torch.equal(made[..., 0], model(video, text)[0][:, :, -1].argmax(-1))
+
+
+def test_gumbel_noise_in_training_alone_and_repeatable():
+    """Catches noise at evaluation, noise from the global generator, a selector without gradient."""
+    model, (video, text) = selecting(), sample(Q=1)
+    assert torch.equal(model(video, text)[0], model(video, text)[0])
+    model.train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    first, second = model(video, text)[2]['reduction'], model(video, text)[2]['reduction']
+    assert not torch.equal(first, second)
+    model.load_state_dict(state)                                     # the count of calls is saved, too
+    torch.manual_seed(99)
+    assert torch.equal(first, model(video, text)[2]['reduction'])
+    model(video, text, text)[1].backward()
+    for name in ('frame_queries', 'token_queries', 'key.weight'):
+        assert model.selector.get_parameter(name).grad.norm() > 1e-6, name
+    noise = mv.hashed(torch.arange(10 ** 5)) / 2 ** 32
+    assert abs(noise.mean() - 0.5) < 0.01 and abs(noise.std() - 12 ** -0.5) < 0.01
+    hard = selecting(hard=True)(video, text)[2]['reduction']
+    close(hard, F.one_hot(hard.argmax(-1), 4).float(), 1e-6)
+
+
+def test_uniform_frames_keep_to_the_budget():
+    """Catches a baseline with more tokens, or that takes the first frames in place of even ones."""
+    model, (video, text) = make('none', reduction='uniform', budget=33), sample()
+    aux = model(video, text)[2]
+    assert aux['tokens'] == [32 + 10] * 4
+    assert (aux['reduction'].position[0] // 16).unique().tolist() == [1, 3]
+    with pytest.raises(ValueError, match='holds no frame'):
+        make('none', reduction='uniform', budget=15)
+
+
 # ---- accounting, checkpoints, pictures -----------------------------------------------------------
 
 @pytest.mark.parametrize('preset,changes', [
@@ -1616,6 +1700,24 @@ def test_gamma_recipe_converts_a_dense_run(tmp_path, capsys):
     assert mv.load_checkpoint(run / 'ckpt.pt')[0].config == model.config
     assert train_tiny.main([*args[:-6], '--out', str(tmp_path / 'x'), '--init-from', str(run)]) == 2
     assert 'that model is not dense' in capsys.readouterr().err
+
+
+def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
+    """Catches recipes that do not run, a conversion without training that trains, costs of dense."""
+    dense = tmp_path / 'dense'
+    assert train_tiny.main([*TINY, '--recipe', 'dense', '--steps', '2', '--out', str(dense)]) == 0
+    for recipe, more in (('holitom', ['--init-from', str(dense), '--retain-ratio', '0.5', '--inner-layer', '1']),
+                         ('bvllm', ['--steps', '2', '--budget', '16']), ('uniform', ['--steps', '1']),
+                         ('holitom', ['--steps', '1', '--placement', 'all'])):
+        run = tmp_path / f'{recipe}{len(more)}'
+        assert train_tiny.main([*TINY, '--recipe', recipe, '--out', str(run), *more]) == 0
+        result = json.loads((run / 'result.json').read_text())
+        assert max(result['vision_by_layer']) < 64 and result['paper_share'] < 0.8, recipe
+        if '--init-from' in more:
+            a, b = (mv.load_checkpoint(r / 'ckpt.pt')[0].state_dict() for r in (dense, run))
+            assert all(torch.equal(a[k], b[k]) for k in a) and result['steps'] == 0
+    assert train_tiny.main(['--out', str(tmp_path / 'bvllm4'), '--ask',
+                            str(ROOT / 'data/natural/cockatoo.webp'), 'how many shapes']) == 0
 
 
 def test_study_compares_at_equal_flops(tmp_path, capsys, monkeypatch):

@@ -57,7 +57,9 @@ RECIPES = {                        # what each asks of the configuration, unless
     'mod': dict(placement='interleaved'), 'dense': dict(placement='none'),
     'stream': dict(placement='interleaved', streaming=True),
     'gamma': dict(routing='sequence', gate='gamma'),
-    'holitom': dict(placement='none', reduction='holitom')}
+    'holitom': dict(placement='none', reduction='holitom'),
+    'bvllm': dict(placement='none', reduction='bvllm'),
+    'uniform': dict(placement='none', reduction='uniform')}
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 ROUNDS = 7            # of a benchmark, behind two to warm up
 
@@ -77,7 +79,8 @@ class Settings:
     """Every flag with its default. 0, '' and 'auto': as preset, recipe or machine say."""
     recipe: str = flag('mod', 'what to train', 'mod routes vision tokens past layers, dense does '
                        'not, stream speaks between frames, gamma converts a dense model, holitom '
-                       'merges vision tokens before the decoder',
+                       'merges vision tokens before the decoder, bvllm selects them by the question, '
+                       'uniform keeps whole frames, evenly spaced',
                        [*RECIPES])
     data: str = flag('shapes', 'what to train',
                      "'shapes', the synthetic world, or a folder with clips.jsonl")
@@ -99,6 +102,8 @@ class Settings:
     inner_layer: int = flag(0, 'what to train', 'holitom: decoder layer before which vision tokens '
                             'merge once more, 0 = none')
     inner_ratio: float = flag(0.5, 'what to train', 'holitom: share that is merged away there')
+    budget: int = flag(32, 'what to train', 'bvllm, uniform: the most vision tokens of a clip')
+    hard: bool = flag(False, 'what to train', 'bvllm: take whole frames in place of mixtures')
     skip_ratio: float = flag(0.51, 'what to train', 'gamma: share of all tokens that skip a '
                              'converted layer')
     dense_layers: int = flag(0, 'what to train', 'gamma: layers that stay dense, the last one and '
@@ -271,7 +276,7 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
     torch.manual_seed(s.seed)
     config = dict(PRESETS[s.preset], frames=s.frames, keep_ratio=s.keep_ratio, window=s.window,
                   retain_ratio=s.retain_ratio, tau=s.tau, inner_layer=s.inner_layer,
-                  inner_ratio=s.inner_ratio, **RECIPES[s.recipe])
+                  inner_ratio=s.inner_ratio, budget=s.budget, hard=s.hard, **RECIPES[s.recipe])
     if s.layers:
         config['n_layer'] = s.layers
     if s.recipe != 'dense':
@@ -703,8 +708,11 @@ def draw_clip(model, video, text, path: Path, title: str):
     everything = pack(torch.ones(1, T * model.config.patches, dtype=torch.bool))
     frames = draw_tokens(video, everything, scale=scale)
     rows, merged = [label(frames, title)], aux.get('reduction')
+    if isinstance(merged, torch.Tensor):                  # B-VLLM's mixtures: the strongest frame of each
+        taken = merged[0].argmax(-1).cpu()[:, None] == torch.arange(T)                # (K, T)
+        merged = pack(taken.any(0).repeat_interleave(model.config.patches)[None])
     if merged is not None:
-        rows.append(label(draw_tokens(video, merged, scale=scale), f'merged: {merged.position.size(1)} of '
+        rows.append(label(draw_tokens(video, merged, scale=scale), f'kept: {merged.position.size(1)} of '
                           f'{merged.assign.size(1)} vision tokens'))
     for layer, route in aux['routes'].items():
         shown, K, n = route, route.index.size(1), route.logits.size(1)
@@ -716,7 +724,7 @@ def draw_clip(model, video, text, path: Path, title: str):
     stack(rows).save(f'{path}.png')
     width = frames.width // T + 2
     film = [stack([label(row.crop((t * width, 16, t * width + width - 2, row.height)), name)
-                   for row, name in zip(rows, ['clip', *['merged'] * (merged is not None),
+                   for row, name in zip(rows, ['clip', *['kept'] * (merged is not None),
                                            *(f'layer {i}' for i in aux['routes'])])])
             for t in range(T)]
     film[0].save(f'{path}.gif', save_all=True, append_images=film[1:],
@@ -828,7 +836,7 @@ def clip_cost(s: Settings, model, data, clips: int = 8) -> dict:
         Q, L = batch.text.shape[1:]
         aux = model(*batch[:2], asked=asked_words(batch.targets))[2]
         flops.append(count_flops(model, batch.video.shape, L, Q, aux)['total'] / 1e9)
-        rows.append([n - L * (1 if c.inner_layer else Q) for n in aux['tokens']])
+        rows.append([n - L * (1 if c.by_question else Q) for n in aux['tokens']])
     model.train()
     N = batch.video.size(1) * c.patches
     return dict(vision_by_layer=[round(statistics.mean(layer), 1) for layer in zip(*rows)],

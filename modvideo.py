@@ -1500,11 +1500,12 @@ def load_checkpoint(path, device='cpu'):
     return model, data
 
 
-def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3):
+def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None):
     """Draw what became of the patches of a clip: a PIL image, the frames in a row.
 
     video (T, 3, height, width) in [0, 1]; tokens: a Route (skipped patches are dimmed) or Reduction
     (dropped ones are dimmed, ones merged into a slot share a colour), of which `sample` is drawn.
+    segment (T,): a black gap separates frames of different segments.
     """
     import colorsys
 
@@ -1536,6 +1537,8 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3):
     row = np.ones((height, T * (width + 2) - 2, 3))
     for t in range(T):
         row[:, t * (width + 2):t * (width + 2) + width] = picture[t]
+        if segment is not None and t and segment[t] != segment[t - 1]:
+            row[:, t * (width + 2) - 6:t * (width + 2) + 4] = 0
     return Image.fromarray((row * 255).round().astype('uint8'))
 
 

@@ -1019,6 +1019,17 @@ def test_saliency_is_the_attention_received():
     close(y, block.attention(block.norm1(before)))                        # the weights are what it uses
 
 
+def test_a_picture_shows_merged_regions_and_cuts():
+    """Catches merged patches in different colours through time, a cut that leaves no gap."""
+    video, segment = torch.full((4, 3, 16, 16), 0.8), torch.tensor([0, 0, 1, 1])
+    assign = torch.arange(64)
+    assign[16:32] = assign[:16]                                      # the second frame repeats the first
+    picture = mv.draw_tokens(video, mv.from_clusters(assign[None], 64), scale=2, segment=segment)
+    value = lambda t, patch: picture.getpixel((t * 34 + patch % 4 * 8 + 4, patch // 4 * 8 + 4))
+    assert value(0, 5) == value(1, 5) != value(2, 5) == (204, 204, 204)
+    assert picture.getpixel((2 * 34 - 1, 20)) == (0, 0, 0) != picture.getpixel((34 - 1, 20))
+
+
 def test_retain_all_of_a_moving_clip_is_dense():
     """Catches merging that touches tokens which nothing resembles."""
     video, text = sample()
@@ -1630,6 +1641,8 @@ def test_bench_prints_ratios(capsys, monkeypatch):
     assert train_tiny.main([*TINY, '--bench', '--recipe', 'stream']) == 0
     held = re.search(r'keys held (\d+) and (\d+)', capsys.readouterr().out).groups()
     assert held[0] == held[1]
+    assert train_tiny.main([*TINY, '--bench', '--recipe', 'holitom']) == 0
+    assert re.search(r'holitom .* to the first token, .* tokens/s', capsys.readouterr().out)
 
 
 def test_turn_scores_by_hand():

@@ -980,9 +980,11 @@ def run_bench(s: Settings):
         sync()
         return time.perf_counter() - start
 
+    batch = draw_batch(s, data, 'train', 0, s.batch)
+    if 'reduction' in RECIPES[s.recipe]:
+        return bench_answers(s, data, batch, seconds)
     making = statistics.median(
         seconds(lambda: draw_batch(s, data, 'train', i, s.batch)) for i in range(5))
-    batch = draw_batch(s, data, 'train', 0, s.batch)
     variants = {'dense': dict(placement='none'), **{name: dict(placement=name) for name in PLACEMENTS}}
     if s.recipe != 'stream':
         depth = s.layers or PRESETS[s.preset]['n_layer']
@@ -1045,6 +1047,25 @@ def cache_bytes(model, video) -> int:
     vision, position, _ = model.encode_video(video)
     model.decode(vision, position, video.size(1), vision.size(1), caches=caches)
     return sum(a.nbytes for cache in caches if cache.k is not None for a in (cache.k, cache.v))
+
+
+@torch.no_grad()
+def bench_answers(s: Settings, data, batch, seconds, words: int = 32):
+    """Time to the first token of an answer, and speed of the rest, against dense, in turn."""
+    models = {'dense': build_model(replace(s, recipe='dense'), data.vocab), s.recipe: build_model(s, data.vocab)}
+    text, times = batch.text[:, :1], {name: ([], []) for name in models}
+    for model in models.values():
+        model.eval().head.weight[:2] = 0                                      # hardly ever an end mark
+    for _ in range(ROUNDS // 2 + 2):                                           # one to warm up
+        for name, model in models.items():
+            for n, measured in zip((1, words + 1), times[name]):
+                measured.append(seconds(lambda: model.generate(batch.video, text, n)))
+    first, rest = ({name: statistics.median((b - a if which else a) for a, b in list(zip(*times[name]))[1:])
+                    for name in models} for which in (0, 1))
+    for name in models:
+        print(f'{name:8} {1000 * first[name]:8.0f} ms to the first token, {first["dense"] / first[name]:.2f} times '
+              f'as fast as dense; {len(text) * words / rest[name]:8.1f} tokens/s, '
+              f'{rest["dense"] / rest[name]:.2f} times')
 
 
 def bench_long_stream(model, s: Settings, frames: int = 1000):

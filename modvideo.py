@@ -10,6 +10,8 @@ alone, the pictures numpy and Pillow.
     - streams: frames come one by one, words stand between them, the model speaks when it matters;
       a window keeps speed and memory level, layers cache only the tokens that they processed
     - gamma-MoD: a trained dense model converted, in the layers whose attention has the lowest rank
+    - fewer vision tokens: HoliTom merges what stands still and keeps what is looked at, without any
+      training, before and inside the decoder; B-VLLM selects frames and tokens by the question
     - one description, `Reduction`, for every way of merging, clustering or dropping tokens
     - several questions per clip that share the vision tokens and do not see each other
     - exact FLOP counts, safe checkpoints, pictures of what was processed
@@ -20,6 +22,8 @@ alone, the pictures numpy and Pillow.
        |  VisionEncoder: n blocks, no mask             |
     patches (B*T, P, C)                                |
        |  projector                                    |
+    vision tokens (B, N, C)                            |
+       |  HoliTom, B-VLLM: N -> M tokens, if asked for |
     vision tokens (B, N, C) ---- concatenated ---- text tokens (B, Q*L, C)
                                   |
                       (B, N + Q*L, C)  decoder layer 0      all tokens
@@ -43,6 +47,9 @@ Papers:
     Wu et al., VideoLLM-MoD, arXiv 2408.16730             selection per frame, on vision tokens only
     Chen et al., VideoLLM-online, arXiv 2406.11816        when to speak: the streaming loss
     Luo et al., gamma-MoD, arXiv 2410.13859               rank of attention, one router for all layers
+    Shao et al., HoliTom, arXiv 2505.21334                segments, static tokens, merging in a layer
+    Bolya et al., ToMe, arXiv 2210.09461                  merging in pairs
+    Lu et al., B-VLLM, arXiv 2412.09919                   frames by the question, a budget of tokens
 
 Usage:
     vocab = ['<pad>', '<eos>', 'what', 'moves']
@@ -59,6 +66,7 @@ Usage:
 
 Left out: distributed training, tokenizers (a word is a token), pretrained weights, dropout.
 """
+import functools
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -417,11 +425,21 @@ def pack(keep: Tensor) -> Reduction:
 # needs section 3
 # --------------------------------------------------------------------------------------------------
 
+def exact(function):
+    """Run it outside autocast: what is alike is decided in float32, whatever the compute dtype."""
+    @functools.wraps(function)
+    def run(x: Tensor, *args, **more):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **more)
+    return run
+
+
 def unit(x: Tensor) -> Tensor:
     """Vectors of length one, in float32; zero stays zero."""
     return F.normalize(x.float(), dim=-1, eps=1e-6)
 
 
+@exact
 def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor = None,
                             pairing='parity', mask: Tensor = None) -> Reduction:
     """ToMe: merge the r sources that resemble a destination most: N tokens -> N - r.
@@ -464,6 +482,7 @@ def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor 
     return plain._replace(weight=size / total.clamp(min=1e-6) * real)
 
 
+@exact
 def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
     """Density-peak clustering: centres are dense and far from anything denser.
 
@@ -536,6 +555,7 @@ def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
     return begins[:, :T].cumsum(1) - 1, best[T]
 
 
+@exact
 def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float = 0.8,
             beta: float = 0.6, k: int = 7, max_len: int = None) -> Reduction:
     """HoliTom before the decoder: merge what stands still, keep what is looked at. No training.
@@ -595,6 +615,7 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     return pack(stands)._replace(assign=assign, weight=weight)
 
 
+@exact
 def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 0.5,
                   mask: Tensor = None) -> Reduction:
     """HoliTom inside the decoder: of the vision tokens the best by score stay and take in the others.
@@ -703,6 +724,7 @@ def hashed(x: Tensor) -> Tensor:
     return x
 
 
+@exact
 def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
     """Rows that select alike become one: selector (B, K, T) -> Reduction of the K rows.
 
@@ -754,7 +776,8 @@ class FrameSelector(nn.Module):
         B, T, P, C = x.shape
         summary = x.mean(2)                                                    # (B, T, C)
         asks = self.read(self.blocks[0], self.frame_queries, words, known, summary)
-        logits = (self.key(asks).float() @ summary.float().mT) / math.sqrt(C)  # (B, K, T)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.key(asks.float()) @ summary.float().mT / math.sqrt(C)    # (B, K, T)
         if self.training:
             index = torch.arange(logits.numel(), device=x.device).view_as(logits)
             chance = (hashed(index + self.calls * 7919) + 0.5) / 2 ** 32
@@ -1260,19 +1283,17 @@ class ModVideo(nn.Module):
             raise ValueError(f'a stream has one line of text, wanted (B, 1, L), got {Q} lines')
         after = torch.full_like(text, T - 1) if after is None else after
         vision, place, _ = self.encode_video(video)                            # (B, N, C), (N,)
-        (N, C), P, device = vision.shape[1:], self.config.patches, text.device
-        frame = (place // P).expand(B, N)                                      # (B, N)
-        real = text != PAD
+        N, P, device, real = vision.size(1), self.config.patches, text.device, text != PAD
         before = (real[:, None] & (after[:, None] < torch.arange(T, device=device)[:, None])).sum(-1)
         word = torch.where(real, torch.arange(L, device=device) + P * (after + 1), NEVER)  # (B, L)
         position = torch.cat([place + before.repeat_interleave(P, 1), word], 1)    # (B, N + L)
-        frame = torch.cat([frame, after], 1)                                       # (B, N + L)
-        mask = position[:, None, :] <= position[:, :, None]                    # (B, N + L, N + L)
+        mask = visible(position)                                           # (B, 1, N + L, N + L)
         if self.config.window:
+            frame = torch.cat([(place // P).expand(B, N), after], 1)               # (B, N + L)
             gone = frame[:, None, :] <= frame[:, :, None] - self.config.window
-            mask = mask & ~(gone & (frame >= 0)[:, None, :])                   # the prompt stays
+            mask = mask & ~(gone & (frame >= 0)[:, None, :])[:, None]          # the prompt stays
         x = torch.cat([vision, self.embed(text)], 1)                           # (B, N + L, C)
-        x, aux = self.decode(x, position, T, N, mask[:, None])
+        x, aux = self.decode(x, position, T, N, mask)
         pick = torch.cat([torch.arange(P - 1, N, P, device=device),
                           torch.arange(N, N + L, device=device)])              # (T + L,)
         aux['position'] = position[:, pick]

@@ -901,6 +901,18 @@ def test_holitom_in_a_batch_and_at_its_edges():
         mv.holitom(x, saliency, -0.1)
 
 
+def test_similarities_are_float32_under_autocast():
+    """Catches merging by bfloat16 similarities, which differ between batch sizes and machines."""
+    x, saliency = moving_clip()
+    flat, vision = x.flatten(1, 2), torch.ones(3, 54, dtype=torch.bool)
+    for decide in (lambda: mv.bipartite_soft_matching(flat, 20), lambda: mv.holitom(x, saliency, 0.4),
+                   lambda: mv.holitom_inner(flat, saliency.flatten(1), vision),
+                   lambda: mv.merge_duplicates(flat.softmax(-1))):
+        with torch.autocast('cpu', torch.bfloat16):
+            inside = decide()
+        assert torch.equal(inside.assign, decide().assign) and torch.equal(inside.weight, decide().weight)
+
+
 def test_cuts_of_real_clips_are_found():
     """Catches segments that miss a scene cut: both natural clips with one have it at frame 8."""
     for name, cut in (('city_cut', 8), ('rocket_cut', 8), ('pedestrians', None)):

@@ -893,7 +893,7 @@ def select_ragged(score: Tensor, frame: Tensor, ratio: float) -> Tensor:
     home = torch.where(real, frame, N)                                         # (B, N)
     count = torch.zeros(len(score), N + 1, dtype=torch.long, device=score.device).scatter_add(
         1, home, real.long())                                                  # (B, frames) of each
-    k = (ratio * count.double() - 1e-9).ceil().clamp(min=1)
+    k = (ratio * count.double() - 1e-9).ceil()                 # capacity() of each; 0 of an empty one
     order = score.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, home.gather(1, order).argsort(dim=1, stable=True))  # by frame, then score
     rank = order.argsort(1) - (count.cumsum(1) - count).gather(1, home)        # (B, N) in its frame

@@ -14,7 +14,7 @@ alone, the pictures numpy and Pillow.
       training, before and inside the decoder; B-VLLM selects frames and tokens by the question
     - one description, `Reduction`, for every way of merging, clustering or dropping tokens
     - several questions per clip that share the vision tokens and do not see each other
-    - exact FLOP counts, safe checkpoints, pictures of what was processed
+    - FLOP counts, safe checkpoints, pictures of what was processed
 
     video (B, T, 3, height, width)                   text (B, Q, L) word ids
        |  PatchEmbed, per frame                        |  embedding
@@ -85,10 +85,10 @@ from torch.nn import functional as F
 PAD, EOS, IGNORE = 0, 1, -1  # '<pad>', '<eos>' in every vocabulary; the target that the loss skips
 # 'frame': a router in each layer, the best of every frame. 'sequence': one router for all layers, the
 # best of the clip. 'random', 'uniform': as many of every frame, without a router.
+ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
 # Before the decoder: 'holitom' merges, 'bvllm' selects by the question, 'uniform' keeps whole frames,
 # evenly spaced.
 REDUCTIONS = ['none', 'holitom', 'bvllm', 'uniform']
-ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
 
 PRESETS = {
     'tiny': dict(frames=4, frame_size=32, encoder_layers=1, encoder_dim=64, encoder_heads=2,
@@ -153,21 +153,21 @@ class ModVideoConfig:
                                  f'got {dim} channels and {heads} heads')
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f'keep_ratio must be above 0 and at most 1, got {self.keep_ratio}')
-        if self.routing not in ROUTINGS:
-            raise ValueError(f'routing must be one of {", ".join(ROUTINGS)}, got {self.routing!r}')
+        for name, known in (('routing', ROUTINGS), ('gate', GATES), ('reduction', REDUCTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name} must be one of {", ".join(known)}, '
+                                 f'got {getattr(self, name)!r}')
         if self.routing == 'frame' and self.gate == 'none':
             raise ValueError("gate 'none' would leave the routers without a gradient; "
                              "routing 'frame' wants another gate")
         if self.routing == 'sequence' and self.streaming:
             raise ValueError("routing 'sequence' looks at the whole clip, "
                              'a stream does not have it yet')
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f'reduction must be one of {", ".join(REDUCTIONS)}, got {self.reduction!r}')
         if self.reduction == 'uniform' and self.budget < self.patches:
             raise ValueError(f'a budget of {self.budget} tokens holds no frame of {self.patches}')
-        if not (0 <= self.retain_ratio <= 1 and 0 <= self.inner_ratio <= 1):
-            raise ValueError('retain_ratio and inner_ratio must be from 0 to 1, '
-                             f'got {self.retain_ratio} and {self.inner_ratio}')
+        if not (0 < self.retain_ratio <= 1 and 0 <= self.inner_ratio < 1):
+            raise ValueError('retain_ratio must be above 0 and at most 1, inner_ratio from 0 to below '
+                             f'1, got {self.retain_ratio} and {self.inner_ratio}')
         if not 0 <= self.inner_layer < self.n_layer:
             raise ValueError(f'inner_layer must be from 0 to {self.n_layer - 1}, got {self.inner_layer}')
         if self.merges and (self.streaming or self.routing != 'frame'):
@@ -216,6 +216,20 @@ def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)   # (B, H, S, D)
 
 
+def visible(query: Tensor, key: Tensor = None) -> Tensor:
+    """Positions (B, S), (B, S') -> (B, 1, S, S') bool: which keys are not later than each query."""
+    key = query if key is None else key
+    return (key[:, None, :] <= query[:, :, None])[:, None]
+
+
+def hashed(x: Tensor) -> Tensor:
+    """Whole numbers (int64, not negative) -> as if drawn at random from 0 to 2**32 - 1."""
+    x = (x + 1) * 1000003 % 2 ** 32
+    for _ in range(2):                         # mix the bits of 32-bit numbers; products fit 63 bits
+        x = ((x ^ (x >> 15)) * 1103515245 + 12345) % 2 ** 32
+    return x
+
+
 class KVCache:
     """Keys, values, positions that an attention layer has seen. Layers may hold unequal numbers."""
 
@@ -230,7 +244,7 @@ class KVCache:
             return k, v, None
         self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
         self.position = torch.cat([self.position, position], 1)
-        return self.k, self.v, self.position[:, None, None, :] <= position[:, None, :, None]
+        return self.k, self.v, visible(position, self.position)
 
     def trim(self, keep):
         """Forget what keep: position (B, S) -> (B, S) bool says no to, and padding.
@@ -335,7 +349,8 @@ class Block(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 class Reduction(NamedTuple):
-    """Where every one of N tokens goes. Slots are in ascending position, padding last."""
+    """Where every one of N tokens goes. Padding is last; unless its maker says otherwise, slots are
+    in ascending position."""
     assign: Tensor      # (B, N) int64: output slot of each input token; -1 = dropped
     weight: Tensor      # (B, N) float32: its share of that slot; the shares of a slot sum to 1
     position: Tensor    # (B, M) int64: the input index at which the slot stands; N for padding
@@ -402,9 +417,14 @@ def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) ->
     position, order = position.sort(dim=1, stable=True)          # (B, K) ascending, empty ones last
     slot = order.argsort(1)                                                 # (B, K) cluster -> slot
     assign = torch.where(assign < 0, -1, slot.gather(1, assign.clamp(min=0)))  # (B, N)
-    plain = Reduction(assign, (assign >= 0).float(), position, position < N)
-    share = 1 / slot_sizes(plain).clamp(min=1)                                 # (B, K)
-    return plain._replace(weight=plain.weight * share.gather(1, assign.clamp(min=0)))
+    return mean_of(Reduction(assign, (assign >= 0).float(), position, position < N))
+
+
+def mean_of(reduction: Reduction) -> Reduction:
+    """The same slots, each the plain mean of its members."""
+    share = 1 / slot_sizes(reduction).clamp(min=1)                             # (B, M)
+    weight = share.gather(1, reduction.assign.clamp(min=0)) * (reduction.assign >= 0)  # (B, N)
+    return reduction._replace(weight=weight)
 
 
 def pack(keep: Tensor) -> Reduction:
@@ -428,10 +448,15 @@ def pack(keep: Tensor) -> Reduction:
 def exact(function):
     """Run it outside autocast: what is alike is decided in float32, whatever the compute dtype."""
     @functools.wraps(function)
-    def run(x: Tensor, *args, **more):
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **more)
+    def run(*args, **more):
+        with torch.autocast((*args, *more.values())[0].device.type, enabled=False):
+            return function(*args, **more)
     return run
+
+
+def precise(x: Tensor) -> Tensor:
+    """float64, so that ratios round as they do in Python; Apple's GPUs have float32 at most."""
+    return x.float() if x.device.type == 'mps' else x.double()
 
 
 def unit(x: Tensor) -> Tensor:
@@ -487,10 +512,10 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
     """Density-peak clustering: centres are dense and far from anything denser.
 
     x (B, N, C), num_clusters int or (B,) int64, mask (B, N) bool: the tokens that take part.
-    density = exp(-mean squared distance to the k nearest, itself included); centres have the
-    highest density * distance to the nearest denser token. -> centers (B, K) int64, ascending, N
-    where a sample has fewer; assign (B, N) int64: the nearest centre's place in the list, -1
-    outside the mask. Ties: the earlier token.
+    density = exp(-mean squared distance to the k nearest, itself included, k at most the number of
+    clusters); centres have the highest density * distance to the nearest denser token.
+    -> centers (B, K) int64, ascending, N where a sample has fewer; assign (B, N) int64: the nearest
+    centre's place in the list, -1 outside the mask. Ties: the earlier token.
     """
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -573,8 +598,8 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     u, N, device = unit(x), T * P, x.device
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
     segment, gain = temporal_segments(similarity, tau, max_len)
-    share = (N - gain).double() / N
-    ratio = (retain_ratio / share).clamp(max=1)                                # (B,) float64
+    share = precise(N - gain) / N                                              # (B,)
+    ratio = (retain_ratio / share).clamp(max=1)                                # (B,)
 
     # Of every segment s: which patches stand still all through it, and their means over time.
     S = int(segment.max()) + 1                                                 # waits for the device
@@ -626,7 +651,7 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     """
     B, S, _ = h.shape
     count = vision.sum(1)                                                      # (B,)
-    keep = (count.double() * (1 - drop_ratio)).round()[:, None]                # (B, 1) half to even
+    keep = (precise(count) * (1 - drop_ratio)).round()[:, None]                # (B, 1) half to even
     rank = score.float().masked_fill(~vision, -math.inf).argsort(
         dim=1, descending=True, stable=True).argsort(1)
     kept = vision & (rank < keep)                                              # (B, S)
@@ -637,9 +662,7 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     goes = torch.where(stays, index, torch.where(vision & (keep > 0), alike.argmax(-1), -1))
     slots = pack(stays)
     assign = torch.where(goes < 0, -1, slots.assign.gather(1, goes.clamp(min=0)))
-    plain = slots._replace(assign=assign, weight=(assign >= 0).float())
-    share = 1 / slot_sizes(plain).clamp(min=1)
-    return plain._replace(weight=plain.weight * share.gather(1, assign.clamp(min=0)))
+    return mean_of(slots._replace(assign=assign, weight=(assign >= 0).float()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -716,14 +739,6 @@ class VisionEncoder(nn.Module):
 # needs sections 2, 3, 4
 # --------------------------------------------------------------------------------------------------
 
-def hashed(x: Tensor) -> Tensor:
-    """Whole numbers (int64, not negative) -> as if drawn at random from 0 to 2**32 - 1."""
-    x = (x + 1) * 1000003 % 2 ** 32
-    for _ in range(2):                         # mix the bits of 32-bit numbers; products fit 63 bits
-        x = ((x ^ (x >> 15)) * 1103515245 + 12345) % 2 ** 32
-    return x
-
-
 @exact
 def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
     """Rows that select alike become one: selector (B, K, T) -> Reduction of the K rows.
@@ -742,7 +757,11 @@ def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
 
 
 class FrameSelector(nn.Module):
-    """B-VLLM: (B, T, P, C) and a question -> at most `budget` tokens of the frames that matter."""
+    """B-VLLM: (B, T, P, C) and a question -> at most `budget` tokens of the frames that matter.
+
+    Unlike the paper's, the queries start evenly spread in time: alike at first, they would all be one
+    blurred frame after de-duplication, and learn from there slowly.
+    """
 
     def __init__(self, dim: int, n_head: int, budget: int, num_frames: int = 8, num_tokens: int = 16,
                  temperature: float = 0.5, hard: bool = False):
@@ -754,6 +773,7 @@ class FrameSelector(nn.Module):
         self.token_queries = nn.Parameter(torch.randn(num_tokens, dim))        # (n, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(2))
         self.key = nn.Linear(dim, dim, bias=False)
+        self.focus = nn.Parameter(torch.tensor(2.0))           # how strongly queries keep to their time
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
     def read(self, block: Block, queries: Tensor, words: Tensor, known: Tensor, x: Tensor) -> Tensor:
@@ -761,8 +781,8 @@ class FrameSelector(nn.Module):
         B, K = len(x), len(queries)
         both = torch.cat([queries.expand(B, -1, -1).to(x.dtype), words, x], 1)
         seen = F.pad(F.pad(known, (K, 0), value=True), (0, x.size(1)), value=True)
-        place = [torch.arange(n, device=x.device) for n in (1, words.size(1), x.size(1))]
-        position = torch.cat([place[0].expand(K), *place[1:]])                 # queries stand at 0
+        position = torch.cat([torch.arange(n, device=x.device) for n in (K, words.size(1), x.size(1))])
+        position[:K] = 0                                                       # queries stand at 0
         both = both + block(both, position, seen[:, None, None, :].expand(-1, 1, both.size(1), -1))
         return both[:, :K]
 
@@ -777,10 +797,13 @@ class FrameSelector(nn.Module):
         summary = x.mean(2)                                                    # (B, T, C)
         asks = self.read(self.blocks[0], self.frame_queries, words, known, summary)
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.key(asks.float()) @ summary.float().mT / math.sqrt(C)    # (B, K, T)
+            logits = self.key(asks.float()) @ unit(summary - summary.mean(1, keepdim=True)).mT
+        K = len(self.frame_queries)
+        own, time = ((torch.arange(n, device=x.device) + 0.5) / n for n in (K, T))     # in (0, 1)
+        logits = logits - self.focus * (K * (own[:, None] - time)).square()            # (B, K, T)
         if self.training:
             index = torch.arange(logits.numel(), device=x.device).view_as(logits)
-            chance = (hashed(index + self.calls * 7919) + 0.5) / 2 ** 32
+            chance = ((hashed(index + self.calls * index.numel()) >> 9) + 0.5) / 2 ** 23  # in (0, 1)
             logits, self.calls = logits - (-chance.log()).log().to(logits.dtype), self.calls + 1
         selector = (logits / self.temperature).softmax(-1)                     # (B, K, T)
         if self.hard:                                                # straight-through: one frame each
@@ -826,7 +849,7 @@ class FrameSelector(nn.Module):
 # frame by frame: it looks across one frame and never at a later one, so training, prefill and
 # streaming choose alike. gamma-MoD chooses among a whole clip (offline use only), with one router
 # for all layers and for text, in the layers of a trained model whose attention has the lowest rank.
-# MoDBlock stands alone, around any block that returns its update
+# needs sections 2, 3; MoDBlock works around any block that returns its update
 # --------------------------------------------------------------------------------------------------
 
 def mod_layers(placement: str, depth: int) -> list:
@@ -889,15 +912,14 @@ def select_ragged(score: Tensor, frame: Tensor, ratio: float) -> Tensor:
 
     frame: int64 from 0 on, ascending, -1 for padding behind.
     """
-    N, real = score.size(1), frame >= 0
-    home = torch.where(real, frame, N)                                         # (B, N)
-    count = torch.zeros(len(score), N + 1, dtype=torch.long, device=score.device).scatter_add(
-        1, home, real.long())                                                  # (B, frames) of each
-    k = (ratio * count.double() - 1e-9).ceil()                 # capacity() of each; 0 of an empty one
+    real = frame >= 0
+    home = torch.where(real, frame, NEVER)                                     # (B, N) padding last
+    first = torch.searchsorted(home, home)                         # (B, N) where its frame begins
+    count = torch.searchsorted(home, home, right=True) - first                 # (B, N) of its frame
     order = score.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, home.gather(1, order).argsort(dim=1, stable=True))  # by frame, then score
-    rank = order.argsort(1) - (count.cumsum(1) - count).gather(1, home)        # (B, N) in its frame
-    return real & (rank < k.gather(1, home))
+    rank = order.argsort(1) - first                                            # (B, N) in its frame
+    return real & (rank < (ratio * count - 1e-4).ceil().clamp(min=1))          # as capacity() says
 
 
 class Router(nn.Module):
@@ -905,8 +927,6 @@ class Router(nn.Module):
 
     def __init__(self, dim: int, gate: str = 'raposo'):
         super().__init__()
-        if gate not in GATES:
-            raise ValueError(f'gate must be one of {", ".join(GATES)}, got {gate!r}')
         self.gate, width = gate, 0 if gate == 'zero' else 1 / math.sqrt(dim)
         self.weight = nn.Parameter(torch.empty(dim).uniform_(-width, width))   # (C,)
 
@@ -993,8 +1013,8 @@ class MoDBlock(nn.Module):
         if route.mask is not None:                         # padding: seen by none, updates nothing
             real = F.pad(route.mask, (0, S - N), value=True)                   # (B, K + S - N)
             place = torch.where(real, place, NEVER)
-            mask = place[:, None, None, :] <= place[..., None][:, None] if mask is None else (
-                mask & real[:, None, None, :] | torch.eye(len(real[0]), dtype=torch.bool, device=x.device))
+            alone = torch.eye(real.size(1), dtype=torch.bool, device=x.device)
+            mask = visible(place) if mask is None else mask & real[:, None, None, :] | alone
         gate = F.pad(route.gate, (0, S - N), value=1.0)[..., None]  # (B, K + S - N, 1) one for text
         if self.gates_mlp:
             update = self.block(chosen, place, mask, cache, gate)
@@ -1040,11 +1060,6 @@ def question_mask(n_vision: int, Q: int, L: int, device=None) -> Tensor:
     place = torch.arange(n_vision + Q * L, device=device)
     owner = torch.where(place < n_vision, -1, (place - n_vision) // L)  # (S,) question, -1 = vision
     return (place <= place[:, None]) & ((owner == -1) | (owner == owner[:, None]))
-
-
-def visible(position: Tensor) -> Tensor:
-    """position (B, S) -> (B, 1, S, S) bool: which tokens are not later; NEVER is later than all."""
-    return (position[:, None, :] <= position[:, :, None])[:, None]
 
 
 class ModVideo(nn.Module):
@@ -1094,25 +1109,25 @@ class ModVideo(nn.Module):
         x, saliency = self.encoder(video, previous, c.reduction == 'holitom')  # (B*T, P, C), (B*T, P)
         # The dtype of the text tokens, whatever autocast says.
         x = self.projector(x).view(B, T, -1, c.dim).to(self.embed.weight.dtype)   # (B, T, P, C)
-        P, what = x.size(2), None
+        P, reduction = x.size(2), None
         if c.reduction == 'bvllm':
             x = x.repeat_interleave(len(question) // B, 0)
             return self.selector(x, self.embed(question), question != PAD)
         if c.reduction == 'holitom':
             with torch.no_grad():
-                what = holitom(x, saliency.view(B, T, P), c.retain_ratio, c.tau)
+                reduction = holitom(x, saliency.view(B, T, P), c.retain_ratio, c.tau)
         if c.reduction == 'uniform':
             n = min(T, c.budget // P)
             frames = (torch.arange(n, device=x.device) * 2 + 1) * T // (2 * n)  # the middles of n parts
             keep = torch.zeros(T, dtype=torch.bool, device=x.device).index_fill(0, frames, True)
-            what = pack(keep.repeat_interleave(P).expand(B, -1))
+            reduction = pack(keep.repeat_interleave(P).expand(B, -1))
         x, place = x.flatten(1, 2), torch.arange(T * P, device=x.device)       # (B, N, C), (N,)
-        if what is not None:
-            x, place = reduce_tokens(x, what), torch.where(what.mask, what.position, NEVER)
+        if reduction is not None:
+            x, place = reduce_tokens(x, reduction), torch.where(reduction.mask, reduction.position, NEVER)
         if c.by_question:
             again = len(question) // B
             x, place = (a.repeat_interleave(again, 0) for a in (x, place.expand(B, x.size(1))))
-        return x, place, what
+        return x, place, reduction
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, after: Tensor = None,
                 decisions: Tensor = None, asked: Tensor = None):
@@ -1121,7 +1136,7 @@ class ModVideo(nn.Module):
         video (B, T, 3, height, width) float, text (B, Q, L) int64, targets (B, Q, L) int64 with -1
         where nothing is to be learned -> logits (B, Q, L, V), loss (mean cross-entropy over the
         targets, or None), aux: 'routes', a dict from routed layer to Route; 'tokens', the number of
-        tokens that each layer processed; 'routing_loss'; 'reduction'. after, decisions: see
+        tokens that each layer processed; 'routing_loss'; 'reduction'; 'inner'. after, decisions: see
         forward_stream. asked (B, Q): words of each question without its answer; None: all of them.
         Where vision depends on the question, what aux holds has B * Q samples.
         """
@@ -1132,7 +1147,7 @@ class ModVideo(nn.Module):
         (B, Q, L), shape, question = text.shape, text.shape, None
         if self.config.by_question:                       # each question is a clip of its own from here
             asked = (text != PAD).sum(-1) if asked is None else asked          # (B, Q)
-            text, asked, B, Q = text.view(B * Q, 1, L), asked.view(B * Q, 1), B * Q, 1
+            text, asked, B, Q = text.reshape(B * Q, 1, L), asked.reshape(B * Q, 1), B * Q, 1
             question = text[:, 0].where(torch.arange(L, device=text.device) < asked, PAD)  # (B, L)
         vision, place, reduction = self.encode_video(video, None, question)    # (B, N, C), (N,)
         N, start = vision.size(1), video.size(1) * self.config.patches
@@ -1159,20 +1174,22 @@ class ModVideo(nn.Module):
         c = self.config
         if i not in self.mod_layers or not (N or c.routing == 'sequence'):
             return None
-        if c.routing == 'sequence' and not self.skips_all:          # scores what the layer will see
+        if self.skips_all:
+            none = x.new_zeros(len(x), 0)
+            return Route(none.long(), none, x.new_zeros(len(x), N))
+        if c.routing == 'sequence':                                 # scores what the layer will see
             return self.routers['shared'](
                 self.blocks[i].block.norm1(x), 1, c.keep_ratio, text=x.size(1) - N)
-        if c.merges and not self.skips_all:                        # frames have unequal numbers left
-            place = position[:, :N]
-            frame = torch.where(place < NEVER, place // c.patches, -1)         # (B, N)
+        if c.merges:                                               # frames have unequal numbers left
+            frame = torch.where(position < NEVER, position // c.patches, -1)[:, :N]    # (B, N)
             return self.routers[str(i)](x[:, :N], frame, c.keep_ratio)
-        T = max(T, 1)                                                   # it only matters where k > 0
-        place = torch.arange(N, device=x.device) % (N // T)                    # (N,) in the frame
-        forced = place == N // T - 1 if c.streaming else None        # the token that decides, speech
-        if c.routing == 'frame' and not self.skips_all:
+        n = N // T                                                             # tokens of a frame
+        # The last token of a frame of a stream decides about speech.
+        forced = torch.arange(N, device=x.device) % n == n - 1 if c.streaming else None    # (N,)
+        if c.routing == 'frame':
             return self.routers[str(i)](x[:, :N], T, c.keep_ratio, forced=forced)
-        k = 0 if self.skips_all else capacity(c.keep_ratio, N // T)
-        return fixed_route(c.routing, position.expand(x.size(0), -1)[:, :N], T, k, forced, i)
+        position = position.expand(x.size(0), -1)[:, :N]                       # (B, N)
+        return fixed_route(c.routing, position, T, capacity(c.keep_ratio, n), forced, i)
 
     def merge_again(self, i: int, before: Tensor, x: Tensor, position: Tensor, N: int, last: Tensor):
         """HoliTom's merging at layer i > 0: x (B, S, C), position (B, S) and N, all with fewer vision.
@@ -1188,7 +1205,7 @@ class ModVideo(nn.Module):
         stands = place.gather(1, merged.position.clamp(max=N - 1))             # (B, M)
         position = torch.cat([torch.where(merged.mask, stands, NEVER), position[:, N:]], 1)
         x = torch.cat([reduce_tokens(x[:, :N], merged), x[:, N:]], 1)
-        return x, position, stands.size(1)
+        return x, position, stands.size(1), merged
 
     def decode(self, x: Tensor, position: Tensor, T: int, N: int, mask: Tensor = None, caches=None,
                last: Tensor = None):
@@ -1196,8 +1213,8 @@ class ModVideo(nn.Module):
         aux = {'routes': {}, 'tokens': [], 'routing_loss': 0.0}
         text, before = x.size(1) - N, None
         for i, block in enumerate(self.blocks):
-            if i == self.config.inner_layer and last is not None and i > 0:
-                x, position, N = self.merge_again(i, before, x, position, N, last)
+            if i == self.config.inner_layer and last is not None:          # of models that merge inside
+                x, position, N, aux['inner'] = self.merge_again(i, before, x, position, N, last)
                 mask = visible(position)
             cache, before = caches[i] if caches else None, x
             route = self.route(i, x, position, T, N)
@@ -1236,7 +1253,7 @@ class ModVideo(nn.Module):
                                    visible(place), caches, N - 1 + count[:, 0])
                 x = x[:, -word.size(1):]
             position = position + count
-            if len(said) == max_new_tokens or bool(ended.all()):
+            if len(said) >= max_new_tokens or bool(ended.all()):
                 break
             last = (count - 1).clamp(min=0)[..., None].expand(-1, 1, x.size(2))
             word = self.head(self.norm(x.gather(1, last))).argmax(-1).masked_fill(ended, PAD)
@@ -1258,9 +1275,10 @@ class ModVideo(nn.Module):
         if self.config.inner_layer:
             answer, _ = self.say(words, start, caches, max_new_tokens, (vision, place))
         else:
-            self.decode(vision, place, T, vision.size(1), caches=caches)
+            mask = visible(place) if self.config.merges else None
+            self.decode(vision, place, T, vision.size(1), mask, caches)
             for cache in caches:
-                cache.repeat(Q if len(vision) == B else 1)
+                cache.repeat(1 if self.config.by_question else Q)
             answer, _ = self.say(words, start, caches, max_new_tokens)
         return F.pad(answer, (0, max_new_tokens - answer.size(1)), value=PAD).view(B, Q, -1)
 
@@ -1284,7 +1302,8 @@ class ModVideo(nn.Module):
         after = torch.full_like(text, T - 1) if after is None else after
         vision, place, _ = self.encode_video(video)                            # (B, N, C), (N,)
         N, P, device, real = vision.size(1), self.config.patches, text.device, text != PAD
-        before = (real[:, None] & (after[:, None] < torch.arange(T, device=device)[:, None])).sum(-1)
+        earlier = after[:, None] < torch.arange(T, device=device)[:, None]     # (B, T, L)
+        before = (real[:, None] & earlier).sum(-1)                             # (B, T) words
         word = torch.where(real, torch.arange(L, device=device) + P * (after + 1), NEVER)  # (B, L)
         position = torch.cat([place + before.repeat_interleave(P, 1), word], 1)    # (B, N + L)
         mask = visible(position)                                           # (B, 1, N + L, N + L)
@@ -1367,14 +1386,15 @@ def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None
 
 
 def init_from(model: ModVideo, dense: ModVideo):
-    """Copy the weights of `dense` into a model that differs in routing; its routers stay new."""
+    """Copy the weights of `dense` into a model that differs in what it skips, merges or selects."""
     plain = {name.replace('.block.', '.'): p for name, p in dense.state_dict().items()}
     own = {name: plain.get(name.replace('.block.', '.')) for name in model.state_dict()
-           if not name.startswith('routers.')}
-    odd = [name for name, p in own.items() if p is None or p.shape != model.state_dict()[name].shape]
-    if odd or dense.config.n_layer != model.config.n_layer:
-        raise ValueError('the other model has another shape, or another vocabulary: its '
-                         f'{odd[0] if odd else "number of layers"} differs')
+           if not name.startswith(('routers.', 'selector.'))}           # these stay new
+    for name in ('vocab', 'n_layer', 'n_head', 'dim', 'encoder_layers', 'encoder_heads', 'encoder_dim',
+                 'frame_size', 'patch_size'):
+        mine, other = getattr(model.config, name), getattr(dense.config, name)
+        if mine != other:
+            raise ValueError(f'the weights are of a model with another {name}: {other}, wanted {mine}')
     model.load_state_dict(own, strict=False)
 
 
@@ -1401,7 +1421,9 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
     """FLOPs of one forward pass by part, and their 'total'.
 
     video_shape: (B, T, 3, height, width); text_len: L; questions: Q. aux: of a forward pass, to
-    count the tokens that each layer really processed; None: what the configuration says.
+    count the tokens that each layer really processed; None: what the configuration says. Dense and
+    routed models: exactly as torch counts. With merging: the padded tokens of the batch; what finding
+    the clusters costs is left out, and of 'bvllm' the queries' frames count before de-duplication.
     """
     c, (B, T, _, height, width) = model.config, video_shape
     if c.merges and aux is None:
@@ -1426,7 +1448,7 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
         'encoder': T * (stem + c.encoder_layers * block_flops(P, c.encoder_dim)),
         'projector': 2 * N * (c.encoder_dim * c.dim + c.dim * c.dim),
         'reduction': 2 * T * P * P * c.encoder_dim if c.reduction == 'holitom' else 0,  # saliency
-        'routers': 2 * sum(scored) * c.dim,
+        'routers': again * 2 * sum(scored) * c.dim,
         'decoder': again * sum(block_flops(S, c.dim) for S in tokens),
         'head': again * 2 * (text + T * c.streaming) * c.dim * len(c.vocab)}
     if c.reduction == 'bvllm':              # all queries' frames, though some turn out to be duplicates

@@ -444,7 +444,7 @@ def test_zero_gate_converts_without_a_change(routing):
     back = make('none')
     mv.init_from(back, model)                                                   # and the other way
     assert torch.equal(back(video, text)[0], dense(video, text)[0])
-    with pytest.raises(ValueError, match='another shape'):
+    with pytest.raises(ValueError, match='another n_layer: 4, wanted 3'):
         mv.init_from(make('all', n_layer=3), dense)
 
 
@@ -1108,6 +1108,24 @@ def test_selection_reads_the_question_and_not_the_answer():
     assert torch.equal(made[..., 0], model(video, text)[0][:, :, -1].argmax(-1))
 
 
+def test_every_reduction_goes_with_mixture_of_depths():
+    """Catches more frames than tokens left, mixtures at equal positions, layers that skip all."""
+    video, text = sample(B=2, T=24, Q=2)
+    for reduction, more in (('bvllm', dict(budget=8)), ('holitom', dict(inner_layer=2, inner_ratio=0.9)),
+                            ('uniform', dict(budget=16))):
+        for placement in ('all', 'early-exit'):
+            model = make(placement, reduction=reduction, **more).eval()
+            made, logits = model.generate(video, text, 1), model(video, text)[0]
+            assert torch.equal(made[..., 0], logits[:, :, -1].argmax(-1)), (reduction, placement)
+            assert logits.isfinite().all()
+    make('early-exit', routing='sequence', gate='gamma').generate(video, text, 1)
+    hashes = torch.tensor([24702298, 0, 2 ** 24])                        # the first one is all ones
+    noise = -(-(((mv.hashed(hashes) >> 9) + 0.5) / 2 ** 23).log()).log()
+    assert noise.isfinite().all()
+    assert mv.holitom_inner(h=torch.randn(1, 4, 8), score=torch.rand(1, 4),
+                            vision=torch.ones(1, 4, dtype=torch.bool)).position.shape == (1, 2)
+
+
 def test_gumbel_noise_in_training_alone_and_repeatable():
     """Catches noise at evaluation, noise from the global generator, a selector without gradient."""
     model, (video, text) = selecting(), sample(Q=1)
@@ -1738,15 +1756,19 @@ def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
     assert train_tiny.main([*TINY, '--recipe', 'dense', '--steps', '2', '--out', str(dense)]) == 0
     for recipe, more in (('holitom', ['--init-from', str(dense), '--retain-ratio', '0.5', '--inner-layer', '1']),
                          ('bvllm', ['--steps', '2', '--budget', '16']), ('uniform', ['--steps', '1']),
-                         ('holitom', ['--steps', '1', '--placement', 'all'])):
-        run = tmp_path / f'{recipe}{len(more)}'
+                         ('holitom', ['--steps', '1', '--placement', 'all']),
+                         ('holitom', ['--steps', '1', '--placement', 'all', '--inner-layer', '1']),
+                         ('bvllm', ['--steps', '1', '--placement', '0,1', '--budget', '8'])):
+        run = tmp_path / '-'.join([recipe, *more]).replace('/', '')[-60:]
         assert train_tiny.main([*TINY, '--recipe', recipe, '--out', str(run), *more]) == 0
         result = json.loads((run / 'result.json').read_text())
         assert max(result['vision_by_layer']) < 64 and result['paper_share'] < 0.8, recipe
         if '--init-from' in more:
             a, b = (mv.load_checkpoint(r / 'ckpt.pt')[0].state_dict() for r in (dense, run))
             assert all(torch.equal(a[k], b[k]) for k in a) and result['steps'] == 0
-    assert train_tiny.main(['--out', str(tmp_path / 'bvllm4'), '--ask',
+            assert train_tiny.main(['--resume', str(run)]) == 2                # and keeps them
+            assert train_tiny.main(['--resume', str(run), '--steps', '2']) == 0
+    assert train_tiny.main(['--out', str(run), '--ask',
                             str(ROOT / 'data/natural/cockatoo.webp'), 'how many shapes']) == 0
 
 
@@ -1821,6 +1843,9 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
              (['--recipe', 'gamma', '--skip-ratio', '0.9', '--init-from', str(trained)], 'not dense'),
              (['--recipe', 'stream', '--data', str(tmp_path / 'one')], 'questions about whole clips'),
              (['--question', 'x', 'how many shapes'], 'wants the number of a frame'),
+             (['--question', '2', 'how many shapes'], '--question goes with --stream'),
+             (['--inner-layer', '1'], '--inner-layer goes with'), (['--gate', 'best'], 'invalid choice'),
+             (['--recipe', 'dense', '--placement', 'all'], '--placement does not go with'),
              (['--placement', 'interleaved-deep'], 'routes no layer'), (['--lr', 'nan'], '--lr must be'),
              (['--device', 'cuda'], 'this machine has none'),
              (['--resume', str(tmp_path / 'no')], 'does not exist'),

@@ -42,9 +42,9 @@ from tqdm import tqdm
 from data.clips import ClipFolder, read_clip, read_rows, resample, words
 from data.shapes import PROMPT, ShapeWorld
 from modvideo import (EOS, GATES, IGNORE, PAD, PRESETS, ROUTINGS, Block, KVCache, MoDBlock, ModVideo,
-                      ModVideoConfig, Router, choose_mod_layers, configure_optimizer, count_flops,
-                      draw_tokens, init_from, layer_ranks, load_checkpoint, num_params, pack,
-                      save_checkpoint)
+                      ModVideoConfig, Reduction, Router, choose_mod_layers, compose,
+                      configure_optimizer, count_flops, draw_tokens, init_from, layer_ranks,
+                      load_checkpoint, num_params, pack, save_checkpoint)
 
 # What a preset trains with: clips a step, steps, questions a clip.
 RUNS = {'tiny': dict(batch=8, steps=100, questions=4),
@@ -102,7 +102,8 @@ class Settings:
     inner_layer: int = flag(0, 'what to train', 'holitom: decoder layer before which vision tokens '
                             'merge once more, 0 = none')
     inner_ratio: float = flag(0.5, 'what to train', 'holitom: share that is merged away there')
-    budget: int = flag(32, 'what to train', 'bvllm, uniform: the most vision tokens of a clip')
+    budget: int = flag(0, 'what to train', 'bvllm, uniform: the most vision tokens of a clip, 0 = a '
+                       'quarter')
     hard: bool = flag(False, 'what to train', 'bvllm: take whole frames in place of mixtures')
     skip_ratio: float = flag(0.51, 'what to train', 'gamma: share of all tokens that skip a '
                              'converted layer')
@@ -167,7 +168,8 @@ def parse(argv) -> Settings:
                                if f.name in saved and f.name not in ('resume', 'out')})
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
-    for name in ('steps', 'batch', 'seed', 'frames', 'layers', 'window', 'dense_layers', 'inner_layer'):
+    for name in ('steps', 'batch', 'seed', 'frames', 'layers', 'window', 'dense_layers', 'inner_layer',
+                 'budget'):
         if getattr(settings, name) < 0:
             raise ValueError(f'--{name.replace("_", "-")} must be at least 0, '
                              f'got {getattr(settings, name)}')
@@ -181,6 +183,14 @@ def parse(argv) -> Settings:
         raise ValueError(f'--resume goes on in its own folder, {settings.resume}; leave --out away')
     if settings.compile and settings.bench:
         raise ValueError('--bench times the model as it is; leave --compile away')
+    reduces = 'reduction' in RECIPES[settings.recipe]
+    for name, wrong, where in (('question', settings.question and not settings.stream, '--stream'),
+                               ('inner_layer', settings.inner_layer and not reduces, '--recipe holitom')):
+        if wrong and not (name == 'question' and not settings.question[0].isdecimal()):
+            raise ValueError(f'--{name.replace("_", "-")} goes with {where}')
+    for name in ('placement', 'routing', 'gate'):
+        if settings.recipe == 'dense' and getattr(settings, name) != 'auto' and not settings.bench:
+            raise ValueError(f'--{name} does not go with --recipe dense, which routes nothing')
     if settings.question and not settings.question[0].isdecimal():
         raise ValueError(f'--question wants the number of a frame first, got {settings.question[0]!r}')
     parse_grid(settings.grid)
@@ -275,8 +285,12 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
     """The model of the recipe, its weights a function of the seed. changes: of its configuration."""
     torch.manual_seed(s.seed)
     config = dict(PRESETS[s.preset], frames=s.frames, keep_ratio=s.keep_ratio, window=s.window,
-                  retain_ratio=s.retain_ratio, tau=s.tau, inner_layer=s.inner_layer,
-                  inner_ratio=s.inner_ratio, budget=s.budget, hard=s.hard, **RECIPES[s.recipe])
+                  retain_ratio=s.retain_ratio, tau=s.tau, budget=s.budget, hard=s.hard,
+                  inner_ratio=s.inner_ratio, **RECIPES[s.recipe])
+    if 'reduction' in config:
+        config['inner_layer'] = s.inner_layer
+        config['budget'] = s.budget or config['frames'] * (
+            config['frame_size'] // ModVideoConfig.patch_size) ** 2 // 4
     if s.layers:
         config['n_layer'] = s.layers
     if s.recipe != 'dense':
@@ -302,7 +316,8 @@ def prepare_model(s: Settings, data) -> ModVideo:
         return build_model(s, data.vocab, placement=saved['placement'], keep_ratio=saved['keep_ratio'])
     if not s.init_from:
         print('--recipe gamma without --init-from: the dense model is trained first')
-        s.init_from = str(run_training(replace(s, recipe='dense', out=s.out and f'{s.out}-dense')))
+        s.init_from = str(run_training(replace(
+            s, recipe='dense', placement='auto', out=s.out and f'{s.out}-dense')))
     dense, _ = load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'), s.device)
     if dense.mod_layers or dense.config.streaming:
         raise ValueError(f'--init-from {s.init_from}: that model is not dense')
@@ -332,6 +347,8 @@ def arank_layers(s: Settings, dense: ModVideo, data, clips: int = 16) -> str:
         ranks.append(layer_ranks(dense, batch.video, batch.text[:, :1]))
     ranks = torch.stack(ranks).mean(0).cpu()                                   # (2, layers)
     num_dense = s.dense_layers or max(1, len(ranks[0]) // 8)
+    if num_dense >= len(ranks[0]):
+        raise ValueError(f'--dense-layers {num_dense}: the model has {len(ranks[0])} layers, one must route')
     chosen = choose_mod_layers(ranks[0, :-1], num_dense - 1)
     print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
     for i, (rank, effective) in enumerate(ranks.T.tolist()):
@@ -381,7 +398,7 @@ def save_run(run: Path, model, optimizers: list, log: list, step: int, seconds: 
     save_checkpoint(run / 'ckpt.pt', model, optimizers=[o.state_dict() for o in optimizers],
                     step=step, log=log, seconds=seconds)
     with open(run / 'log.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(log[0]))
+        writer = csv.DictWriter(file, ['step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'])
         writer.writeheader()
         writer.writerows(log)
 
@@ -704,29 +721,33 @@ def stack(images: list) -> Image.Image:
 def draw_clip(model, video, text, path: Path, title: str):
     """The patches each routed layer processed: path.png has all frames, path.gif one at a time."""
     _, _, aux = model(video[None], text[None])
-    T, scale = len(video), max(1, 128 // video.size(-1))
-    everything = pack(torch.ones(1, T * model.config.patches, dtype=torch.bool))
-    frames = draw_tokens(video, everything, scale=scale)
-    rows, merged = [label(frames, title)], aux.get('reduction')
-    if isinstance(merged, torch.Tensor):                  # B-VLLM's mixtures: the strongest frame of each
-        taken = merged[0].argmax(-1).cpu()[:, None] == torch.arange(T)                # (K, T)
-        merged = pack(taken.any(0).repeat_interleave(model.config.patches)[None])
-    if merged is not None:
-        rows.append(label(draw_tokens(video, merged, scale=scale), f'kept: {merged.position.size(1)} of '
-                          f'{merged.assign.size(1)} vision tokens'))
+    T, scale, P, video = len(video), max(1, 128 // video.size(-1)), model.config.patches, video.cpu()
+    frames = draw_tokens(video, pack(torch.ones(1, T * P, dtype=torch.bool)), scale=scale)
+    rows, names, kept = [label(frames, title)], ['clip'], aux.get('reduction')
+    inner, at = aux.get('inner'), model.config.inner_layer
+    if isinstance(kept, torch.Tensor):                    # B-VLLM's mixtures: the strongest frame of each
+        taken = kept[0].argmax(-1).cpu()[:, None] == torch.arange(T)                  # (K, T)
+        kept = pack(taken.any(0).repeat_interleave(P)[None])
+        aux['routes'], inner = {}, None                               # of its tokens, which are no patches
+    shown = {} if kept is None else {'kept': kept}
+    if inner is not None:
+        inner = inner if kept is None else compose(kept, inner)
+        shown[f'left behind layer {at - 1}'] = inner
     for layer, route in aux['routes'].items():
-        shown, K, n = route, route.index.size(1), route.logits.size(1)
-        if merged is not None:                             # the patches of the slots that are processed
-            chosen = torch.zeros(n + 1, dtype=torch.bool).index_fill(0, route.index[0], True)
-            shown = merged._replace(assign=merged.assign.where(chosen[merged.assign], -1))
-        rows.append(label(draw_tokens(video, shown, scale=scale),
-                          f'layer {layer}: {K} of {n} vision tokens processed'))
+        slots = kept if inner is None or layer < at else inner
+        if slots is not None:                              # the patches of the slots that are processed
+            chosen = torch.zeros(route.logits.size(1) + 1, dtype=torch.bool, device=text.device)
+            chosen[route.index[0] if route.mask is None else route.index[0][route.mask[0]]] = True
+            route = slots._replace(assign=slots.assign.where(chosen[slots.assign], -1))  # -1 reads False
+        shown[f'processed by layer {layer}'] = route
+    for name, what in shown.items():
+        n = int((what.assign >= 0).sum()) if isinstance(what, Reduction) else what.index.size(1)
+        rows.append(label(draw_tokens(video, what, scale=scale), f'{name}: {n} of {T * P} patches'))
+        names.append(name)
     stack(rows).save(f'{path}.png')
     width = frames.width // T + 2
     film = [stack([label(row.crop((t * width, 16, t * width + width - 2, row.height)), name)
-                   for row, name in zip(rows, ['clip', *['kept'] * (merged is not None),
-                                           *(f'layer {i}' for i in aux['routes'])])])
-            for t in range(T)]
+                   for row, name in zip(rows, names)]) for t in range(T)]
     film[0].save(f'{path}.gif', save_all=True, append_images=film[1:],
                  duration=300, loop=0)
 
@@ -803,8 +824,10 @@ def run_training(s: Settings, began: float = None) -> Path:
         with catch_ctrl_c() as stop:
             trained = train(s, model, data, run, autocast, stop)
     else:
+        if s.resume:
+            raise ValueError(f'{run} needed no training; ask for some with --steps')
         write_json(run / 'config.json', dict(settings=asdict(s), model=asdict(model.config)))
-        save_checkpoint(run / 'ckpt.pt', model)
+        save_run(run, model, configure_optimizer(model, s.lr), [], 0, 0.0)
         trained = dict(log=[], seconds_before=0.0, steps=0, step_ms=0.0)
     log, before = trained.pop('log'), trained.pop('seconds_before')
     scores = evaluate(model, data, 'test', s, autocast,
@@ -858,7 +881,7 @@ def show_run(s: Settings, model, data, run: Path):
     else:
         show_answers(model, data, s)
         asked, told = split_question(test.text[b, 0], test.targets[b, 0])
-        title, text = f'{words_of(asked)}? {words_of(told)}', test.text[b]
+        title, text = f'{words_of(asked)}? {words_of(told)}', asked[None]       # (1, L) without its answer
         command = f'--ask {run}/clip.webp "{words_of(asked)}"'
     draw_clip(model, video.to(text.device), text, run / 'tokens', title)
     print(f'\ngo on with: python train_tiny.py --out {run} {command}')
@@ -882,6 +905,8 @@ def run_stream(s: Settings):
     """Let a model narrate a clip while it plays."""
     run, model, video = open_clip(s, s.stream, streaming=True)
     asked = {int(s.question[0]): s.question[1].rstrip('?')} if s.question else {}
+    for question in asked.values():
+        encode_question(question, model.config.vocab)                    # unknown words are named now
     if asked and not 1 <= min(asked) <= len(video):
         raise ValueError(f'--question: the frames are 1 to {len(video)}, got {min(asked)}')
     path = run / f'stream-{Path(s.stream).stem}.png'
@@ -956,8 +981,12 @@ def run_study(s: Settings):
                          ('random', luck.sort().values.tolist())):
         placement = ','.join(map(str, chosen))
         trial = replace(s, placement=placement, out=str(folder / name.replace(' ', '-')))
-        price = lambda k: cost(build_model(trial, data.vocab, placement=placement, keep_ratio=k / N))
-        k = min(range(1, N + 1, max(1, N // 128)), key=lambda k: abs(price(k)['total'] - wanted))
+        model = build_model(trial, data.vocab, placement=placement)
+
+        def price(k):
+            model.config.keep_ratio = k / N
+            return cost(model)['total']
+        k = min(range(1, N + 1, max(1, N // 128)), key=lambda k: abs(price(k) - wanted))
         trial.skip_ratio = (1 - k / N) * N / (N + batch.text[0].numel())
         result = json.loads((run_training(trial) / 'result.json').read_text())
         rows.append((name, placement, 1 - k / N, result['gflops'], result['accuracy']))
@@ -982,7 +1011,7 @@ def run_bench(s: Settings):
 
     batch = draw_batch(s, data, 'train', 0, s.batch)
     if 'reduction' in RECIPES[s.recipe]:
-        return bench_answers(s, data, batch, seconds)
+        return bench_answers(s, data, batch, seconds, autocast)
     making = statistics.median(
         seconds(lambda: draw_batch(s, data, 'train', i, s.batch)) for i in range(5))
     variants = {'dense': dict(placement='none'), **{name: dict(placement=name) for name in PLACEMENTS}}
@@ -1002,10 +1031,9 @@ def run_bench(s: Settings):
         return lambda: train_step(model, model, optimizers, batch, autocast), look
 
     runs, times = {name: runner(name) for name in variants}, {name: ([], []) for name in variants}
-    for i in tqdm(range(ROUNDS + 2), desc='bench', dynamic_ncols=True):
-        for name in variants:
-            for run, measured in zip(runs[name], times[name]):
-                measured.append(seconds(run))
+    for _ in tqdm(range(ROUNDS + 2), desc='bench', dynamic_ncols=True):
+        for name, which in itertools.product(variants, (0, 1)):
+            times[name][which].append(seconds(runs[name][which]))
     del runs                                                       # each alone for its memory
     rows = {}
     for name in variants:
@@ -1022,7 +1050,7 @@ def run_bench(s: Settings):
     print_bench(rows, s)
     print(f'{s.batch} clips a step, keep ratio {s.keep_ratio}; making them takes {1000 * making:.1f} ms')
     if s.recipe == 'stream':
-        return bench_long_stream(build_model(replace(s, window=s.window or 16), data.vocab), s)
+        return bench_long_stream(build_model(replace(s, window=s.window or 16), data.vocab), s, autocast)
     for what, ratio in routing_overhead(s.device, sync).items():
         print('one MoD block, 512 channels, 208 of 1,040 tokens, against the block on those alone: '
               f'{ratio:.2f} {what}')
@@ -1050,7 +1078,7 @@ def cache_bytes(model, video) -> int:
 
 
 @torch.no_grad()
-def bench_answers(s: Settings, data, batch, seconds, words: int = 32):
+def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
     """Time to the first token of an answer, and speed of the rest, against dense, in turn."""
     models = {'dense': build_model(replace(s, recipe='dense'), data.vocab), s.recipe: build_model(s, data.vocab)}
     text, times = batch.text[:, :1], {name: ([], []) for name in models}
@@ -1059,26 +1087,30 @@ def bench_answers(s: Settings, data, batch, seconds, words: int = 32):
     for _ in range(ROUNDS // 2 + 2):                                           # one to warm up
         for name, model in models.items():
             for n, measured in zip((1, words + 1), times[name]):
-                measured.append(seconds(lambda: model.generate(batch.video, text, n)))
-    first, rest = ({name: statistics.median((b - a if which else a) for a, b in list(zip(*times[name]))[1:])
-                    for name in models} for which in (0, 1))
+                with autocast():
+                    measured.append(seconds(lambda: model.generate(batch.video, text, n)))
+    first = {name: statistics.median(times[name][0][1:]) for name in models}
+    rest = {name: statistics.median(b - a for a, b in zip(*times[name])) for name in models}
     for name in models:
         print(f'{name:8} {1000 * first[name]:8.0f} ms to the first token, {first["dense"] / first[name]:.2f} times '
               f'as fast as dense; {len(text) * words / rest[name]:8.1f} tokens/s, '
               f'{rest["dense"] / rest[name]:.2f} times')
 
 
-def bench_long_stream(model, s: Settings, frames: int = 1000):
+def bench_long_stream(model, s: Settings, autocast, frames: int = 1000):
     """Frames per second and keys held along a stream, its frames in turn from a random clip."""
     c = model.config
+    if c.window > frames - 200:
+        raise ValueError(f'--window must be at most {frames - 200} to be timed, got {c.window}')
     clip = torch.rand(16, 1, 3, c.frame_size, c.frame_size, device=s.device)
     ticks, held = [], []
     prompt = torch.full((1, 1), c.vocab.index(PROMPT), device=s.device)
-    for moment in model.stream(((clip[t % 16], None) for t in range(frames)), prompt, theta=0.0):
-        float(moment['silence'])                                           # waits for the device
-        ticks.append(time.perf_counter())
-        held.append(sum(moment['held']))
-    speed = [100 / (ticks[t + 99] - ticks[t]) for t in range(c.window, frames - 99, 50)]
+    with autocast():
+        for moment in model.stream(((clip[t % 16], None) for t in range(frames)), prompt, theta=0.0):
+            float(moment['silence'])                                       # waits for the device
+            ticks.append(time.perf_counter())
+            held.append(sum(moment['held']))
+    speed = [99 / (ticks[t + 99] - ticks[t]) for t in (c.window, frames - 100)]
     print(f'\nstream of {frames} frames, window {c.window}: {speed[0]:.1f} frames/s over the first 100 '
           f'behind the window, {speed[-1]:.1f} over the last 100 ({speed[-1] / speed[0]:.2f}); keys held '
           f'{held[c.window]} and {held[-1]}')

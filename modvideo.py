@@ -759,8 +759,9 @@ def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
 class FrameSelector(nn.Module):
     """B-VLLM: (B, T, P, C) and a question -> at most `budget` tokens of the frames that matter.
 
-    Unlike the paper's, the queries start evenly spread in time: alike at first, they would all be one
-    blurred frame after de-duplication, and learn from there slowly.
+    Unlike the paper's, the queries start evenly spread over the frames, and over the patches of one:
+    alike at first, they would all be one blurred frame after de-duplication. And what a query takes of
+    a frame is a mean of its tokens, not a new feature, so a trained decoder can read it at once.
     """
 
     def __init__(self, dim: int, n_head: int, budget: int, num_frames: int = 8, num_tokens: int = 16,
@@ -772,19 +773,27 @@ class FrameSelector(nn.Module):
         self.frame_queries = nn.Parameter(torch.randn(num_frames, dim))        # (K, C)
         self.token_queries = nn.Parameter(torch.randn(num_tokens, dim))        # (n, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(2))
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.focus = nn.Parameter(torch.tensor(2.0))           # how strongly queries keep to their time
+        self.keys = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(2))
+        self.focus = nn.Parameter(torch.tensor([2.0, 2.0]))   # how strongly queries keep to their place
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
-    def read(self, block: Block, queries: Tensor, words: Tensor, known: Tensor, x: Tensor) -> Tensor:
-        """Queries (K, C) after one block together with words (B, L, C), mask (B, L), x (B, S, C)."""
-        B, K = len(x), len(queries)
+    def ask(self, i: int, queries: Tensor, words: Tensor, known: Tensor, x: Tensor) -> Tensor:
+        """How much queries (K, C) want of each of x (B, S, C): logits (B, K, S) float32.
+
+        They read words (B, L, C), mask known (B, L), and x in block i, then compare themselves with x.
+        """
+        (B, S, _), K, device = x.shape, len(queries), x.device
         both = torch.cat([queries.expand(B, -1, -1).to(x.dtype), words, x], 1)
-        seen = F.pad(F.pad(known, (K, 0), value=True), (0, x.size(1)), value=True)
-        position = torch.cat([torch.arange(n, device=x.device) for n in (K, words.size(1), x.size(1))])
+        seen = F.pad(F.pad(known, (K, 0), value=True), (0, S), value=True)     # (B, K + L + S)
+        position = torch.cat([torch.arange(n, device=device) for n in (K, words.size(1), S)])
         position[:K] = 0                                                       # queries stand at 0
-        both = both + block(both, position, seen[:, None, None, :].expand(-1, 1, both.size(1), -1))
-        return both[:, :K]
+        both = both + self.blocks[i](
+            both, position, seen[:, None, None, :].expand(-1, 1, both.size(1), -1))
+        with torch.autocast(device.type, enabled=False):
+            wish = self.keys[i](both[:, :K].float())                           # (B, K, C)
+            logits = wish @ unit(x - x.mean(1, keepdim=True)).mT               # (B, K, S)
+        own, place = ((torch.arange(n, device=device) + 0.5) / n for n in (K, S))      # in (0, 1)
+        return logits - self.focus[i] * (K * (own[:, None] - place)).square()
 
     def forward(self, x: Tensor, words: Tensor, known: Tensor):
         """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> tokens, position, selector.
@@ -794,13 +803,7 @@ class FrameSelector(nn.Module):
         adds Gumbel noise, a function of the number of calls; evaluation adds none.
         """
         B, T, P, C = x.shape
-        summary = x.mean(2)                                                    # (B, T, C)
-        asks = self.read(self.blocks[0], self.frame_queries, words, known, summary)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.key(asks.float()) @ unit(summary - summary.mean(1, keepdim=True)).mT
-        K = len(self.frame_queries)
-        own, time = ((torch.arange(n, device=x.device) + 0.5) / n for n in (K, T))     # in (0, 1)
-        logits = logits - self.focus * (K * (own[:, None] - time)).square()            # (B, K, T)
+        logits = self.ask(0, self.frame_queries, words, known, x.mean(2))      # (B, K, T)
         if self.training:
             index = torch.arange(logits.numel(), device=x.device).view_as(logits)
             chance = ((hashed(index + self.calls * index.numel()) >> 9) + 0.5) / 2 ** 23  # in (0, 1)
@@ -818,7 +821,8 @@ class FrameSelector(nn.Module):
         mixed = (mixed.to(x.dtype) @ x.flatten(2)).view(-1, P, C)              # (B * k, P, C)
         real = frame < T                                                       # (B, k)
         words, known = words.repeat_interleave(k, 0), known.repeat_interleave(k, 0)
-        tokens = self.read(self.blocks[1], self.token_queries, words, known, mixed)  # (B * k, n, C)
+        shares = self.ask(1, self.token_queries, words, known, mixed) / self.temperature
+        tokens = shares.softmax(-1).to(x.dtype) @ mixed                        # (B * k, n, C)
         tokens, mask = self.to_budget(tokens, real)                            # (B * k, m, C), (B * k, m)
         m = tokens.size(1)
         place = frame.clamp(max=T - 1)[..., None] * P + torch.arange(m, device=x.device).clamp(max=P - 1)

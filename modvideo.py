@@ -611,8 +611,12 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
 
     # Density peaks among them; center: the patch that the group of each static patch stands at.
     peaks = (static.sum(-1) * ratio[:, None]).round().long()                   # (B, S)
-    peak, group = dpc_knn(mean, peaks.flatten(), k, static.view(B * S, P))     # (B*S, K), (B*S, P)
-    center = F.pad(peak, (0, 1), value=P).gather(1, group % (peak.size(1) + 1)).view(B, S, P)
+    some = peaks.flatten().nonzero()[:, 0]                  # (n,) segments in which anything stays
+    center = torch.full((B * S, P), P, device=device)
+    if len(some):
+        peak, group = dpc_knn(mean[some], peaks.flatten()[some], k, static.view(B * S, P)[some])
+        center[some] = F.pad(peak, (0, 1), value=P).gather(1, group % (peak.size(1) + 1))
+    center = center.view(B, S, P)
     members = torch.zeros(B, S, P + 1, device=device).scatter_add(
         2, center, torch.ones(B, S, P, device=device)).gather(2, center)       # (B, S, P) of its group
     alone = 1 / members

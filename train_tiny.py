@@ -1110,7 +1110,8 @@ def bench_long_stream(model, s: Settings, autocast, frames: int = 1000):
             float(moment['silence'])                                       # waits for the device
             ticks.append(time.perf_counter())
             held.append(sum(moment['held']))
-    speed = [99 / (ticks[t + 99] - ticks[t]) for t in (c.window, frames - 100)]
+    speed = [1 / statistics.median(b - a for a, b in zip(ticks[t:], ticks[t + 1:t + 100]))
+             for t in (c.window, frames - 100)]
     print(f'\nstream of {frames} frames, window {c.window}: {speed[0]:.1f} frames/s over the first 100 '
           f'behind the window, {speed[-1]:.1f} over the last 100 ({speed[-1] / speed[0]:.2f}); keys held '
           f'{held[c.window]} and {held[-1]}')

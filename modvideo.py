@@ -590,12 +590,10 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     with weight beta (None: a plain mean). Of the other tokens the most salient stay. What time saves,
     space may spend: the ratio is retain_ratio over the share that time leaves, at most one.
     """
-    B, T, P, C = x.shape
-    if not retain_ratio >= 0:
-        raise ValueError(f'retain_ratio must be at least 0, got {retain_ratio}')
-    if not (x.isfinite().all() and saliency.isfinite().all()):
-        raise ValueError('the tokens or their saliency hold NaN or infinity')
-    u, N, device = unit(x), T * P, x.device
+    (B, T, P, C), N, u, device = x.shape, x.size(1) * x.size(2), unit(x), x.device
+    if not (retain_ratio >= 0 and x.isfinite().all() and saliency.isfinite().all()):
+        raise ValueError(f'retain_ratio must be at least 0, got {retain_ratio}, and no token or saliency '
+                         'NaN or infinite')
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
     segment, gain = temporal_segments(similarity, tau, max_len)
     share = precise(N - gain) / N                                              # (B,)

@@ -1723,6 +1723,7 @@ def test_ask_answers_in_words(trained, capsys):
 def test_bench_prints_ratios(capsys, monkeypatch):
     """Catches a bench that does not compare, and a long stream whose cache grows."""
     monkeypatch.setattr(train_tiny, 'ROUNDS', 1)
+    monkeypatch.setattr(train_tiny, 'LONG_STREAM', 250)
     assert train_tiny.main([*TINY, '--bench']) == 0
     out = capsys.readouterr().out
     assert re.search(r'dense +0 .* 1\.00 .* 1\.00', out) and 'all-deep' in out and 'gamma' in out
@@ -1987,6 +1988,7 @@ def test_readme_python_blocks_run(tmp_path, monkeypatch):
     """Catches examples that drifted from the code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
+    (tmp_path / 'data').symlink_to(ROOT / 'data')
     blocks = re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
     assert blocks
     for block in blocks:

@@ -62,6 +62,7 @@ RECIPES = {                        # what each asks of the configuration, unless
     'uniform': dict(placement='none', reduction='uniform')}
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 ROUNDS = 7            # of a benchmark, behind two to warm up
+LONG_STREAM = 1000    # frames
 
 
 # --------------------------------------------------------------------------------------------------
@@ -492,7 +493,7 @@ def train(s: Settings, model, data, run: Path, autocast, stop: list) -> dict:
         times.append((time.time() - tick) / len(recent))
         recent, val = [], ''
         if done % (10 * every) == 0 or done == s.steps:
-            val = round(evaluate(model, data, 'val', s, autocast, clips=128)['accuracy'], 4)
+            val = round(evaluate(model, data, 'val', s, autocast, clips=min(128, EVAL_CLIPS))['accuracy'], 4)
             bar.write(f'step {done:5}  loss {loss:.3f}  accuracy {accuracy:6.1%}  '
                       f'held-out {val:6.1%}')
         seconds = round(before + time.time() - start, 1)
@@ -682,7 +683,7 @@ def split_question(text, targets):
 @torch.no_grad()
 def show_answers(model, data, s: Settings, count: int = 5):
     """Print answers in words, a mistake among them if there is one."""
-    batch = data.batch('test', 0, 64, s.device)
+    batch = data.batch('test', 0, 8, s.device)
     say = lambda ids: ' '.join(
         data.vocab[i] for i in ids.tolist() if i not in (PAD, EOS)) or '(nothing)'
     lines = []
@@ -1097,9 +1098,9 @@ def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
               f'{rest["dense"] / rest[name]:.2f} times')
 
 
-def bench_long_stream(model, s: Settings, autocast, frames: int = 1000):
+def bench_long_stream(model, s: Settings, autocast):
     """Frames per second and keys held along a stream, its frames in turn from a random clip."""
-    c = model.config
+    c, frames = model.config, LONG_STREAM
     if c.window > frames - 200:
         raise ValueError(f'--window must be at most {frames - 200} to be timed, got {c.window}')
     clip = torch.rand(16, 1, 3, c.frame_size, c.frame_size, device=s.device)

@@ -562,22 +562,20 @@ def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
     table.scatter_add_(2, run, torch.ones_like(run))                           # patches by run length
     still = table.flip(2).cumsum(2).flip(2)                   # (B, T - 1, T) patches with run >= n
     gains = still * torch.arange(T, device=device)            # of the segment of n + 1 frames
-    best, length = [torch.zeros(B, dtype=torch.long, device=device)], []       # best[i]: i frames
-    for i in range(1, T + 1):
+    best = torch.zeros(B, T + 1, dtype=torch.long, device=device)              # of the first i frames
+    length = torch.ones(B, T, dtype=torch.long, device=device)      # of the segment that ends there
+    for i in range(2, T + 1):
         w = min(i, longest)
-        before = torch.stack(best[i - w:], 1).flip(1)                          # (B, w)
-        total = before + (gains[:, i - 2, :w] if i > 1 else 0)
-        value, choice = total.max(1)      # the first of equals: the shortest
-        best.append(value)
-        length.append(choice + 1)
-    length = torch.stack(length, 1)                                            # (B, T) ending there
+        total = best[:, i - w:i].flip(1) + gains[:, i - 2, :w]                 # (B, w)
+        best[:, i], choice = total.max(1)      # the first of equals: the shortest
+        length[:, i - 1] = choice + 1
     begins = torch.zeros(B, T + 1, dtype=torch.long, device=device)
     end = torch.full((B, 1), T, device=device)                                 # one behind the last
     for _ in range(T):
         end = end - length.gather(1, (end - 1).clamp(min=0))
         end = end.clamp(min=0)
         begins.scatter_(1, end, 1)
-    return begins[:, :T].cumsum(1) - 1, best[T]
+    return begins[:, :T].cumsum(1) - 1, best[:, T]
 
 
 @exact

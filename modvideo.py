@@ -557,7 +557,6 @@ def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
     step = torch.arange(1, T, device=device)[:, None]                          # (T - 1, 1)
     broken = torch.where(similarity > tau, 0, step)                            # (B, T - 1, P)
     run = step - broken.cummax(1).values if steps else broken.long()           # still steps up to here
-    run = run.clamp(max=T - 1)
     table = torch.zeros(B, steps, T, dtype=torch.long, device=device)
     table.scatter_add_(2, run, torch.ones_like(run))                           # patches by run length
     still = table.flip(2).cumsum(2).flip(2)                   # (B, T - 1, T) patches with run >= n
@@ -635,9 +634,9 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     weight = torch.where(still, alone.gather(1, own) / length.gather(1, segment)[..., None],
                          kept.float()).flatten(1) * (goes >= 0)
     stands = torch.zeros(B, N + 1, dtype=torch.bool, device=device).scatter(1, goes % (N + 1), True)
-    stands = stands[:, :N]                                                     # (B, N) has a slot
-    assign = torch.where(goes < 0, -1, (stands.cumsum(1) - 1).gather(1, goes.clamp(min=0)))
-    return pack(stands)._replace(assign=assign, weight=weight)
+    slots = pack(stands[:, :N])
+    assign = torch.where(goes < 0, -1, slots.assign.gather(1, goes.clamp(min=0)))
+    return slots._replace(assign=assign, weight=weight)
 
 
 @exact

@@ -11,7 +11,9 @@ alone, the pictures numpy and Pillow.
       a window keeps speed and memory level, layers cache only the tokens that they processed
     - gamma-MoD: a trained dense model converted, in the layers whose attention has the lowest rank
     - fewer vision tokens: HoliTom merges what stands still and keeps what is looked at, without any
-      training, before and inside the decoder; B-VLLM selects frames and tokens by the question
+      training, before and inside the decoder; B-VLLM selects frames and tokens by the question;
+      VQToken turns a clip into a dozen cluster means and a map of where they came from
+    - vector quantization with a learned codebook: straight-through, moving averages, revival
     - one description, `Reduction`, for every way of merging, clustering or dropping tokens
     - several questions per clip that share the vision tokens and do not see each other
     - FLOP counts, safe checkpoints, pictures of what was processed
@@ -23,7 +25,7 @@ alone, the pictures numpy and Pillow.
     patches (B*T, P, C)                                |
        |  projector                                    |
     vision tokens (B, N, C)                            |
-       |  HoliTom, B-VLLM: N -> M tokens, if asked for |
+       |  HoliTom, B-VLLM, VQToken: N -> M tokens      |
     vision tokens (B, N, C) ---- concatenated ---- text tokens (B, Q*L, C)
                                   |
                       (B, N + Q*L, C)  decoder layer 0      all tokens
@@ -39,8 +41,9 @@ Legend, used everywhere:
     Video is float in [0, 1].
 
 Sections:
-    1 configuration   2 transformer bricks   3 token reduction   4 merging   5 vision encoder
-    6 frame selection   7 Mixture-of-Depths   8 the model   9 accounting   10 save, load, draw
+    1 configuration   2 transformer bricks   3 token reduction   4 merging and clustering
+    5 quantization   6 vision encoder   7 frame selection   8 Mixture-of-Depths   9 the model
+    10 accounting   11 save, load, draw
 
 Papers:
     Raposo et al., Mixture-of-Depths, arXiv 2404.02258    the routed update, equation 1
@@ -50,6 +53,8 @@ Papers:
     Shao et al., HoliTom, arXiv 2505.21334                segments, static tokens, merging in a layer
     Bolya et al., ToMe, arXiv 2210.09461                  merging in pairs
     Lu et al., B-VLLM, arXiv 2412.09919                   frames by the question, a budget of tokens
+    Zhang et al., VQToken, arXiv 2503.16980               a codebook for each clip, an index map
+    van den Oord et al., VQ-VAE, arXiv 1711.00937         a learned codebook
 
 Usage:
     vocab = ['<pad>', '<eos>', 'what', 'moves']
@@ -86,9 +91,10 @@ PAD, EOS, IGNORE = 0, 1, -1  # '<pad>', '<eos>' in every vocabulary; the target 
 # 'frame': a router in each layer, the best of every frame. 'sequence': one router for all layers, the
 # best of the clip. 'random', 'uniform': as many of every frame, without a router.
 ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
-# Before the decoder: 'holitom' merges, 'bvllm' selects by the question, 'uniform' keeps whole frames,
-# evenly spaced.
-REDUCTIONS = ['none', 'holitom', 'bvllm', 'uniform']
+# Before the decoder: 'holitom' merges, 'bvllm' selects by the question, 'vqtoken' clusters a clip, 'vq'
+# replaces each token by a code. Baselines: 'uniform' keeps whole frames, evenly spaced, 'prune' the most
+# looked-at tokens, 'tome' merges in pairs, 'pool' averages over a grid.
+REDUCTIONS = ['none', 'holitom', 'bvllm', 'vqtoken', 'vq', 'uniform', 'prune', 'tome', 'pool']
 
 PRESETS = {
     'tiny': dict(frames=4, frame_size=32, encoder_layers=1, encoder_dim=64, encoder_heads=2,
@@ -132,7 +138,8 @@ class ModVideoConfig:
     tau: float = 0.8                  # similarity above which a patch stands still
     inner_layer: int = 0              # decoder layer before which vision tokens merge again, 0 = none
     inner_ratio: float = 0.5          # share of them that is merged away there
-    budget: int = 32                  # 'bvllm', 'uniform': the most vision tokens of a clip
+    budget: int = 32                  # 'bvllm' and the baselines: the most vision tokens of a clip
+    codes: int = 12                   # 'vqtoken': tokens of a clip, 0 = found for each; 'vq': all codes
     select_frames: int = 8            # 'bvllm': queries that look for frames
     hard: bool = False                # 'bvllm': a query takes one frame whole in place of a mixture
     # streaming
@@ -168,8 +175,12 @@ class ModVideoConfig:
         if not (0 < self.retain_ratio <= 1 and 0 <= self.inner_ratio < 1):
             raise ValueError('retain_ratio must be above 0 and at most 1, inner_ratio from 0 to below '
                              f'1, got {self.retain_ratio} and {self.inner_ratio}')
+        if self.codes < (self.reduction == 'vq') or self.budget < 1:
+            raise ValueError(f'budget and codes must be at least 1, got {self.budget} and {self.codes}')
         if not 0 <= self.inner_layer < self.n_layer:
             raise ValueError(f'inner_layer must be from 0 to {self.n_layer - 1}, got {self.inner_layer}')
+        if self.streaming and self.reduction == 'vq':
+            raise ValueError("reduction 'vq' is for whole clips, not for streams")
         if self.merges and (self.streaming or self.routing != 'frame'):
             raise ValueError("merging looks at the whole clip and goes with routing 'frame' alone, got "
                              f'streaming {self.streaming} and routing {self.routing!r}')
@@ -185,7 +196,7 @@ class ModVideoConfig:
     @property
     def merges(self) -> bool:
         """Whether a clip's vision tokens become fewer, and a different number in each clip."""
-        return self.reduction != 'none' or self.inner_layer > 0
+        return self.reduction not in ('none', 'vq') or self.inner_layer > 0
 
     @property
     def patches(self) -> int:
@@ -438,10 +449,11 @@ def pack(keep: Tensor) -> Reduction:
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Merging
+# 4. Merging and clustering
 # Which tokens say the same? In pairs (ToMe, Bolya et al., arXiv 2210.09461), around density peaks
-# (DPC-KNN, Du et al., 2016), over time (HoliTom, Shao et al., arXiv 2505.21334). Similarities and
-# distances are float32. HoliTom looks at the whole clip: for offline use only.
+# (DPC-KNN, Du et al., 2016) or means (k-means, Lloyd, 1982), over time (HoliTom, Shao et al., arXiv
+# 2505.21334). Similarities and distances are float32. All but pairs in a frame look at the whole
+# clip: for offline use only.
 # needs section 3
 # --------------------------------------------------------------------------------------------------
 
@@ -449,7 +461,8 @@ def exact(function):
     """Run it outside autocast: what is alike is decided in float32, whatever the compute dtype."""
     @functools.wraps(function)
     def run(*args, **more):
-        with torch.autocast((*args, *more.values())[0].device.type, enabled=False):
+        first = next(a for a in (*args, *more.values()) if isinstance(a, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
             return function(*args, **more)
     return run
 
@@ -507,6 +520,31 @@ def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor 
     return plain._replace(weight=size / total.clamp(min=1e-6) * real)
 
 
+def tome(x: Tensor, budget: int) -> Reduction:
+    """ToMe until `budget` of x (B, N, C) remain: rounds in which at most half of the tokens merge."""
+    size, whole = None, pack(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+    while x.size(1) > budget:
+        step = bipartite_soft_matching(x, x.size(1) - budget, size=size)
+        x, size, whole = reduce_tokens(x, step), slot_sizes(step, size), compose(whole, step)
+    return from_clusters(whole.assign, x.size(1))
+
+
+def pool_grid(T: int, side: int, budget: int) -> Tensor:
+    """Uniform pooling: the cell of each token of T frames of side * side patches, (N,) int64.
+
+    Frames fall into a equal parts, both sides of a frame into b, with the most cells a * b² of at most
+    `budget`; of equals the one with the most parts of time.
+    """
+    b = max(range(1, side + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
+    return grid_cells(T, side, min(T, budget // b ** 2), b)
+
+
+def grid_cells(T: int, side: int, a: int, b: int) -> Tensor:
+    """(T * side * side,) int64: which of a * b * b cells of time and space each patch is in."""
+    time, place = torch.arange(T) * a // T, torch.arange(side) * b // side
+    return ((time[:, None, None] * b + place[:, None]) * b + place).flatten()
+
+
 @exact
 def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
     """Density-peak clustering: centres are dense and far from anything denser.
@@ -540,6 +578,121 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
     reach = reach.masked_fill((centers == N)[:, None], math.inf)
     assign = reach.argmin(-1) if centers.size(1) else torch.full((B, N), -1, device=x.device)
     return centers, torch.where(mask & (count > 0)[:, None], assign, -1)
+
+
+def cluster_sums(x: Tensor, assign: Tensor, K: int):
+    """x (B, N, C), assign (B, N), -1 = none of them -> sums (B, K, C) and counts (B, K) of clusters."""
+    (B, N, C), flat = x.shape, _flat_slots(assign, K)
+    sums = x.new_zeros(B * (K + 1), C).index_add(0, flat, x.reshape(B * N, C))
+    count = torch.bincount(flat, minlength=B * (K + 1)).to(x.dtype)
+    return sums.view(B, K + 1, C)[:, :K], count.view(B, K + 1)[:, :K]
+
+
+def nearest(x: Tensor, centers: Tensor, metric: str) -> Tensor:
+    """The centre of each token: x (B, N, C), centers (B, K, C) -> (B, N) int64. Ties: the first.
+
+    |x - c|² is smallest where x·c - |c|²/2 is largest; the angle, where x·c/|c| is.
+    """
+    if metric == 'cosine':
+        return torch.bmm(x, unit(centers).mT).argmax(-1)
+    return torch.baddbmm(-0.5 * centers.square().sum(-1)[:, None], x, centers.mT).argmax(-1)
+
+
+def spread_centers(x: Tensor, K: int, mask: Tensor, generator: torch.Generator = None,
+                   trials: int = 8) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii, 2007), greedy: x (B, N, C), mask (B, N) -> (B, K, C).
+
+    A token becomes the next centre with a chance in proportion to its squared distance to the nearest
+    centre so far; of `trials` such tokens the one stays that leaves the smallest sum of them. The
+    first k of K centres are what K = k would give. The same chances for each sample of a batch.
+    """
+    (B, N, C), device = x.shape, x.device
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    luck = torch.rand(K, trials, generator=generator).to(precise(x[:0]))       # in [0, 1)
+    square, rows = x.square().sum(-1), torch.arange(B, device=device)          # (B, N), (B,)
+    far, chosen = mask.to(x.dtype), []                     # (B, N) squared distance; at first any token
+    for k in range(K):
+        edge = precise(far).cumsum(1)                                          # (B, N)
+        pick = torch.searchsorted(edge, luck[k] * edge[:, -1:], right=True).clamp(max=N - 1)
+        tried = x[rows[:, None], pick]                                         # (B, trials, C)
+        gap = square[..., None] - 2 * x @ tried.mT + square.gather(1, pick)[:, None]
+        gap = gap.clamp(min=0).masked_fill(~mask[..., None], 0)                # (B, N, trials)
+        gap = gap if k == 0 else torch.minimum(gap, far[..., None])
+        best = gap.sum(1).argmin(-1)                                           # (B,)
+        far = gap[rows, :, best]
+        chosen.append(tried[rows, best])
+    return torch.stack(chosen, 1)
+
+
+@exact
+@torch.no_grad()
+def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, metric: str = 'l2',
+           generator: torch.Generator = None, mask: Tensor = None):
+    """Lloyd's algorithm: x (B, N, C) -> centroids (B, K, C) float32, assign (B, N) int64.
+
+    init (B, K, C), or None: spread_centers with the generator, or with a seed of 0. metric 'l2', or
+    'cosine': of tokens of length one, but means as they come. mask (B, N) bool: tokens that take part;
+    the others get -1. assign is the nearest of the centroids that are returned. Clusters are in order
+    of their first token; an empty one keeps its centre, those stand last. ValueError: another metric.
+    """
+    if metric not in ('l2', 'cosine'):
+        raise ValueError(f"metric must be 'l2' or 'cosine', got {metric!r}")
+    (B, N, _), device = x.shape, x.device
+    x = unit(x) if metric == 'cosine' else x.float()
+    mask = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask
+    K = num_clusters
+    centers = spread_centers(x, K, mask, generator) if init is None else init.float()
+    for _ in range(iters):
+        sums, members = cluster_sums(x, nearest(x, centers, metric).where(mask, -1), K)
+        centers = torch.where(members[..., None] > 0, sums / members[..., None].clamp(min=1), centers)
+    assign = nearest(x, centers, metric).where(mask, -1)                # (B, N)
+    first = torch.full((B * (K + 1),), N, device=device).scatter_reduce(
+        0, _flat_slots(assign, K), torch.arange(N, device=device).repeat(B), 'amin')
+    order = first.view(B, K + 1)[:, :K].argsort(dim=1, stable=True)            # (B, K)
+    rank = F.pad(order.argsort(1), (0, 1), value=-1)                           # cluster -> its new id
+    centers = centers.gather(1, order[..., None].expand_as(centers))
+    return centers, rank.gather(1, assign % (K + 1))
+
+
+@exact
+@torch.no_grad()
+def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
+    """Mean silhouette by cosine distance, exact in O(N K C): x (B, N, C), assign (B, N) -> (B,).
+
+    (b - a) / max(a, b): a, mean distance to the other tokens of the own cluster; b, to those of the
+    nearest other cluster (Rousseeuw, 1987). A mean of 1 - u·v over v is 1 - u·(sum of v)/n.
+    """
+    u, real = unit(x), assign >= 0
+    sums, count = cluster_sums(u, assign, K)                                   # (B, K, C), (B, K)
+    along = u @ sums.mT                                                        # (B, N, K)
+    own = assign.clamp(min=0)[..., None]                                       # (B, N, 1)
+    n = count.gather(1, own[..., 0])                                           # (B, N)
+    itself = u.square().sum(-1)                                                # 1, or 0 of a zero token
+    a = 1 - (along.gather(2, own)[..., 0] - itself) / (n - 1).clamp(min=1)
+    apart = (1 - along / count.clamp(min=1)[:, None]).masked_fill((count == 0)[:, None], math.inf)
+    b = apart.scatter(2, own, math.inf).amin(-1)                               # (B, N)
+    score = (b - a) / torch.maximum(a, b).clamp(min=1e-6)
+    score = score.masked_fill(~real | (n < 2) | b.isinf(), 0)    # alone in a cluster: 0 by definition
+    return score.sum(1) / real.sum(1).clamp(min=1)
+
+
+def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 10, mask: Tensor = None):
+    """k-means by cosine with the number of clusters that has the best silhouette, for each sample.
+
+    x (B, N, C), mask (B, N) -> count (B,) int64, centroids (B, most, C), assign (B, N) of that very
+    fit. All fits begin with the same k-means++ centres, as many of them as they need.
+    """
+    u = unit(x)
+    init = spread_centers(u, most, torch.ones_like(u[..., 0], dtype=torch.bool) if mask is None else mask)
+    best = None
+    for k in range(least, most + 1):
+        centers, assign = kmeans(u, k, iters, init[:, :k], 'cosine', mask=mask)
+        score = silhouette(u, assign, k)                                       # (B,)
+        fit = score, torch.full_like(assign[:, 0], k), F.pad(centers, (0, 0, 0, most - k)), assign
+        better = None if best is None else score > best[0]
+        best = fit if best is None else [
+            torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(fit, best)]
+    return best[1:]
 
 
 def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
@@ -665,7 +818,161 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Vision encoder
+# 5. Quantization
+# How few vectors can stand for a clip? VQToken (Zhang et al., arXiv 2503.16980): a codebook for each
+# clip, by k-means, and a map of where every code occurs. Standard vector quantization (van den Oord
+# et al., arXiv 1711.00937): one learned codebook for all clips. One step of the second with decay 0
+# is one step of k-means. VQToken looks at the whole clip: for offline use only.
+# needs sections 3, 4
+# --------------------------------------------------------------------------------------------------
+
+def code_usage(indices: Tensor, num_codes: int):
+    """Share of the codes that occur, and their perplexity, exp(-sum p log p): 0-dim tensors."""
+    count = torch.bincount(indices.flatten(), minlength=num_codes).float()
+    p = count / count.sum().clamp(min=1)
+    return (count > 0).float().mean(), torch.special.entr(p).sum().exp()
+
+
+class Quantized(NamedTuple):
+    """What became of the tokens of a clip."""
+    index_map: Tensor   # (B, T, P) int64: the code of each token
+    loss: Tensor        # (): the commitment loss
+
+
+class VectorQuantizer(nn.Module):
+    """Replace each vector by the nearest of num_codes codes, which follow the vectors as they change.
+
+    codebook (K, C) = embed_avg / cluster_size, two moving averages. In training the first batch places
+    the codes (k-means), and a code that falls below `revive` vectors a batch starts anew at one of them.
+    """
+
+    def __init__(self, num_codes: int, dim: int, decay: float = 0.99, commitment: float = 0.25,
+                 revive: float = 0.1, eps: float = 1e-5):
+        super().__init__()
+        self.decay, self.commitment, self.revive, self.eps = decay, commitment, revive, eps
+        self.register_buffer('codebook', torch.randn(num_codes, dim))          # (K, C)
+        self.register_buffer('embed_avg', self.codebook.clone())               # m: sum of its vectors
+        self.register_buffer('cluster_size', torch.ones(num_codes))            # n: how many they are
+        self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the revival
+        self.started = False
+
+    def get_extra_state(self):
+        return self.started
+
+    def set_extra_state(self, state):
+        self.started = state
+
+    @exact
+    def find(self, x: Tensor) -> Tensor:
+        """x (n, C) -> (n,) int64: the nearest code, argmin of |x - e|²."""
+        return torch.addmm(-0.5 * self.codebook.square().sum(-1), x.float(), self.codebook.T).argmax(-1)
+
+    def forward(self, x: Tensor):
+        """x (..., C) -> quantized (..., C), indices (...), commit_loss.
+
+        Straight-through: x + sg(code - x), whose gradient is that of x. The loss pulls x towards its
+        code: commitment * mean (x - sg(code))². In training the codes move, behind that.
+        """
+        flat = x.reshape(-1, x.size(-1)).float()                               # (n, C)
+        if self.training and not self.started:
+            centers, assign = kmeans(flat[None], len(self.codebook))
+            self.move(*(a[0] for a in cluster_sums(flat.detach()[None], assign, len(self.codebook))), 0.0)
+            self.started = True
+        indices = self.find(flat.detach())                                     # (n,)
+        code = self.codebook.index_select(0, indices)                          # (n, C)
+        loss = self.commitment * F.mse_loss(flat, code)
+        if self.training:
+            K = len(self.codebook)
+            self.move(*(a[0] for a in cluster_sums(flat.detach()[None], indices[None], K)), self.decay)
+            self.revive_dead(flat.detach())
+        quantized = (flat + (code - flat).detach()).to(x.dtype)
+        return quantized.view_as(x), indices.view(x.shape[:-1]), loss
+
+    @torch.no_grad()
+    def move(self, sums: Tensor, count: Tensor, decay: float):
+        """Towards the batch's sums (K, C) and counts (K,): averages first, then the division."""
+        self.embed_avg.lerp_(sums, 1 - decay)
+        self.cluster_size.lerp_(count, 1 - decay)
+        total = self.cluster_size.sum()                  # Laplace smoothing leaves it as it is
+        size = (self.cluster_size + self.eps) / (total + len(count) * self.eps) * total
+        self.codebook.copy_(self.embed_avg / size[:, None])
+
+    @torch.no_grad()
+    def revive_dead(self, x: Tensor):
+        """Codes that hardly occur become rows of x (n, C), chosen by the number of calls."""
+        K, dead = len(self.codebook), self.cluster_size < self.revive
+        row = hashed(torch.arange(K, device=x.device) + self.calls * K) % len(x)
+        self.codebook.copy_(torch.where(dead[:, None], x[row], self.codebook))
+        self.embed_avg.copy_(torch.where(dead[:, None], self.revive * x[row], self.embed_avg))
+        self.cluster_size.clamp_(min=self.revive)
+        self.calls += 1
+
+
+class VQToken(nn.Module):
+    """A clip in K tokens: means of its clusters, each told by attention where the codes occur.
+
+    VQ-Attention takes queries and keys from the codes and values from an MLP over the map of a code.
+    The paper flattens the map of ids; their order is arbitrary, and other ids for the same clusters
+    would give other tokens. Here a code's map is its share of every cell of a small grid of time and
+    space, so that ids do not matter, and there are K tokens for a clip of any length.
+    """
+
+    def __init__(self, dim: int, num_codes: int = 12, n_head: int = 4, grid=(8, 4), iters: int = 10,
+                 least: int = 4, most: int = 32):
+        super().__init__()
+        self.num_codes, self.n_head, self.grid, self.iters = num_codes, n_head, grid, iters
+        self.least, self.most = least, most
+        self.norm = nn.RMSNorm(dim)
+        self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
+        nn.init.normal_(self.out.weight, std=0.1 / math.sqrt(dim))             # at first mostly the means
+
+    def cluster(self, x: Tensor) -> Tensor:
+        """x (B, N, C) -> (B, N) int64. num_codes 0: least to most clusters, by the best silhouette."""
+        if self.num_codes:
+            return kmeans(x, self.num_codes, self.iters, metric='cosine')[1]
+        return select_k(x, self.least, self.most, self.iters)[2]
+
+    def occupancy(self, index_map: Tensor, K: int) -> Tensor:
+        """(B, T, P) -> (B, K, cells): how much of each cell of the grid a code fills, 0 to 1."""
+        (B, T, P), (a, b) = index_map.shape, self.grid
+        cells, cell = a * b * b, grid_cells(T, math.isqrt(P), a, b).to(index_map.device)       # (N,)
+        table = torch.zeros(B, (K + 1) * cells, device=cell.device)
+        slot = (index_map.flatten(1) % (K + 1)) * cells + cell                 # -1 goes to row K
+        table = table.scatter_add(1, slot, torch.ones_like(slot, dtype=torch.float))
+        size = torch.bincount(cell, minlength=cells).clamp(min=1)              # (cells,)
+        return table.view(B, K + 1, cells)[:, :K] / size
+
+    def forward(self, x: Tensor):
+        """x (B, T, P, C) -> tokens (B, K, C), mask (B, K), index_map (B, T, P) int64.
+
+        Codes are in order of their first token. mask is False, and the token zero, where a clip has
+        fewer codes than the others or fewer different tokens than codes.
+        """
+        B, T, P, C = x.shape
+        x = x.flatten(1, 2)                                                    # (B, N, C)
+        assign = self.cluster(x.detach())
+        K = self.num_codes or int(assign.max()) + 1              # waits for the device: K is data
+        reduction = from_clusters(assign, K)
+        codes, mask = reduce_tokens(x, reduction), reduction.mask              # (B, K, C), (B, K)
+        index_map = reduction.assign.view(B, T, P)
+        split = lambda y: y.view(B, K, self.n_head, -1).transpose(1, 2)        # (B, H, K, D)
+        near = self.norm(codes)
+        value = self.value(self.occupancy(index_map, K).to(codes.dtype))       # (B, K, C)
+        seen = mask | ~mask.any(1, keepdim=True)
+        y = F.scaled_dot_product_attention(split(self.query(near)), split(self.key(near)), split(value),
+                                           attn_mask=seen[:, None, None, :].expand(-1, 1, K, -1))
+        tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
+        return tokens * mask[..., None], mask, index_map
+
+
+def token_density(accuracy_percent: float, tokens: float) -> float:
+    """TokDense of VQToken: percentage points of accuracy for each token that the decoder is given."""
+    return accuracy_percent / tokens
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Vision encoder
 # A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is
 # convolutional (Xiao et al., arXiv 2106.14881) and also reads the change since the previous frame,
 # the only place where motion is cheap.
@@ -731,7 +1038,7 @@ class VisionEncoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Frame selection
+# 7. Frame selection
 # Of many frames a question needs few. B-VLLM (Lu et al., arXiv 2412.09919): learned queries read the
 # question and a summary of each frame, mix the frames that matter, drop mixtures that repeat each
 # other, and sample a few tokens from each, never more than a budget. It looks at the whole clip.
@@ -846,7 +1153,7 @@ class FrameSelector(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Mixture-of-Depths
+# 8. Mixture-of-Depths
 # A routed layer processes the K vision tokens that its router scores highest and leaves the others
 # as they are (Raposo et al., equation 1: x + r f(x) for the selected, r = w·x). VideoLLM-MoD chooses
 # frame by frame: it looks across one frame and never at a later one, so training, prefill and
@@ -1051,11 +1358,11 @@ def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The model
+# 9. The model
 # Vision tokens stand first, in order of time; the questions of a clip follow, all starting at
 # position N: they read the vision tokens and themselves, never each other. In a stream words stand
 # between frames. Positions decide causality, so a skipped token leaves a gap, no shift.
-# needs sections 1 to 7
+# needs sections 1 to 8
 # --------------------------------------------------------------------------------------------------
 
 def question_mask(n_vision: int, Q: int, L: int, device=None) -> Tensor:
@@ -1080,6 +1387,10 @@ class ModVideo(nn.Module):
         if c.reduction == 'bvllm':
             self.selector = FrameSelector(
                 c.dim, c.n_head, c.budget, c.select_frames, min(16, c.patches), hard=c.hard)
+        if c.reduction == 'vqtoken':
+            self.vqtoken = VQToken(c.dim, c.codes, c.n_head)
+        if c.reduction == 'vq':
+            self.quantizer = VectorQuantizer(c.codes, c.dim)
         self.mod_layers = mod_layers(c.placement, c.n_layer)
         self.skips_all = c.placement in ('early-exit', 'layer-skip')
         if not c.streaming and not self.skips_all:
@@ -1103,34 +1414,56 @@ class ModVideo(nn.Module):
         """video (B, T, 3, frame_size, frame_size) -> tokens (B, N, C), positions (N,) int64, None.
 
         With a reduction: tokens (B, M, C), positions (B, M), NEVER at padding, and the Reduction, or
-        of 'bvllm' the selector (B, K, T). question (B * Q, L) int64, if they depend on it: B becomes
-        B * Q. previous (B, 1, 3, frame_size, frame_size): the frame before, None at the beginning.
+        of 'bvllm' the selector (B, K, T), of 'vq' the Quantized. question (B * Q, L) int64, if they
+        depend on it: B becomes B * Q. previous (B, 1, 3, frame_size, frame_size): the frame before,
+        None at the beginning.
         """
         c, size, (B, T) = self.config, self.config.frame_size, video.shape[:2]
         if video.dim() != 5 or video.shape[2:] != (3, size, size):
             raise ValueError(f'video must be (B, T, 3, {size}, {size}), got {tuple(video.shape)}')
-        x, saliency = self.encoder(video, previous, c.reduction == 'holitom')  # (B*T, P, C), (B*T, P)
+        looks = c.reduction in ('holitom', 'prune')
+        x, saliency = self.encoder(video, previous, looks)                     # (B*T, P, C), (B*T, P)
         # The dtype of the text tokens, whatever autocast says.
         x = self.projector(x).view(B, T, -1, c.dim).to(self.embed.weight.dtype)   # (B, T, P, C)
-        P, reduction = x.size(2), None
         if c.reduction == 'bvllm':
             x = x.repeat_interleave(len(question) // B, 0)
             return self.selector(x, self.embed(question), question != PAD)
-        if c.reduction == 'holitom':
+        place = torch.arange(T * x.size(2), device=x.device)                   # (N,)
+        if c.reduction == 'vq':
+            x, index_map, loss = self.quantizer(x)
+            return x.flatten(1, 2), place, Quantized(index_map, loss)
+        if c.reduction == 'vqtoken':
+            tokens, mask, index_map = self.vqtoken(x)                          # (B, K, C), (B, K)
+            reduction = from_clusters(index_map.flatten(1), mask.size(1))
+        else:
             with torch.no_grad():
-                reduction = holitom(x, saliency.view(B, T, P), c.retain_ratio, c.tau)
-        if c.reduction == 'uniform':
-            n = min(T, c.budget // P)
-            frames = (torch.arange(n, device=x.device) * 2 + 1) * T // (2 * n)  # the middles of n parts
-            keep = torch.zeros(T, dtype=torch.bool, device=x.device).index_fill(0, frames, True)
-            reduction = pack(keep.repeat_interleave(P).expand(B, -1))
-        x, place = x.flatten(1, 2), torch.arange(T * P, device=x.device)       # (B, N, C), (N,)
+                reduction = self.reduce(x, saliency)
+            tokens = x.flatten(1, 2) if reduction is None else reduce_tokens(x.flatten(1, 2), reduction)
         if reduction is not None:
-            x, place = reduce_tokens(x, reduction), torch.where(reduction.mask, reduction.position, NEVER)
+            place = torch.where(reduction.mask, reduction.position, NEVER)     # (B, M)
         if c.by_question:
             again = len(question) // B
-            x, place = (a.repeat_interleave(again, 0) for a in (x, place.expand(B, x.size(1))))
-        return x, place, reduction
+            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place.expand(B, tokens.size(1))))
+        return tokens, place, reduction
+
+    def reduce(self, x: Tensor, saliency: Tensor):
+        """What becomes of tokens x (B, T, P, C) with saliency (B*T, P) before the decoder; None: all stay."""
+        (B, T, P, _), c, device = x.shape, self.config, x.device
+        if c.reduction == 'holitom':
+            return holitom(x, saliency.view(B, T, P), c.retain_ratio, c.tau)
+        if c.reduction == 'tome':
+            return tome(x.flatten(1, 2), c.budget)
+        if c.reduction == 'pool':
+            cell = pool_grid(T, math.isqrt(P), c.budget).to(device)
+            return from_clusters(cell.expand(B, -1), min(T * P, c.budget))
+        if c.reduction == 'prune':
+            best = select_tokens(saliency.view(B, -1), 1, min(T * P, c.budget))
+            return pack(torch.zeros(B, T * P, dtype=torch.bool, device=device).scatter(1, best, True))
+        if c.reduction == 'uniform':
+            n = min(T, c.budget // P)
+            frames = (torch.arange(n, device=device) * 2 + 1) * T // (2 * n)   # the middles of n parts
+            keep = torch.zeros(T, dtype=torch.bool, device=device).index_fill(0, frames, True)
+            return pack(keep.repeat_interleave(P).expand(B, -1))
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, after: Tensor = None,
                 decisions: Tensor = None, asked: Tensor = None):
@@ -1170,6 +1503,8 @@ class ModVideo(nn.Module):
         if targets is None:
             return logits, None, aux
         loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE)
+        if self.config.reduction == 'vq':
+            loss = loss + reduction.loss
         return logits, loss + self.config.routing_loss * aux['routing_loss'], aux
 
     def route(self, i: int, x: Tensor, position: Tensor, T: int, N: int):
@@ -1392,7 +1727,7 @@ def init_from(model: ModVideo, dense: ModVideo):
     """Copy the weights of `dense` into a model that differs in what it skips, merges or selects."""
     plain = {name.replace('.block.', '.'): p for name, p in dense.state_dict().items()}
     own = {name: plain.get(name.replace('.block.', '.')) for name in model.state_dict()
-           if not name.startswith(('routers.', 'selector.'))}           # these stay new
+           if not name.startswith(('routers.', 'selector.', 'vqtoken.', 'quantizer.'))}   # these stay new
     for name in ('vocab', 'n_layer', 'n_head', 'dim', 'encoder_layers', 'encoder_heads', 'encoder_dim',
                  'frame_size', 'patch_size'):
         mine, other = getattr(model.config, name), getattr(dense.config, name)
@@ -1402,11 +1737,11 @@ def init_from(model: ModVideo, dense: ModVideo):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Accounting
+# 10. Accounting
 # What a forward pass costs, and the optimizer. A multiply-add counts as two FLOPs; attention is
 # counted in full, as torch.utils.flop_counter counts it, although causal kernels skip half of it;
 # element-wise work is left out.
-# needs sections 2, 5, 7, 8
+# needs sections 2, 6, 8, 9
 # --------------------------------------------------------------------------------------------------
 
 def num_params(model: nn.Module) -> int:
@@ -1450,7 +1785,7 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
     flops = {
         'encoder': T * (stem + c.encoder_layers * block_flops(P, c.encoder_dim)),
         'projector': 2 * N * (c.encoder_dim * c.dim + c.dim * c.dim),
-        'reduction': 2 * T * P * P * c.encoder_dim if c.reduction == 'holitom' else 0,  # saliency
+        'reduction': 2 * T * P * P * c.encoder_dim if c.reduction in ('holitom', 'prune') else 0,  # saliency
         'routers': again * 2 * sum(scored) * c.dim,
         'decoder': again * sum(block_flops(S, c.dim) for S in tokens),
         'head': again * 2 * (text + T * c.streaming) * c.dim * len(c.vocab)}
@@ -1459,6 +1794,14 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
         flops['reduction'] = again * (
             block_flops(K + text + T, c.dim) + K * block_flops(n + text + P, c.dim)
             + 2 * K * c.dim * (c.dim + T + T * P))
+    if c.reduction == 'vqtoken':
+        K, n = aux['reduction'].position.size(1), c.dim
+        fits = [K] if c.codes else range(model.vqtoken.least, model.vqtoken.most + 1)
+        search = 2 * 8 * max(fits) + sum(2 * k * (model.vqtoken.iters + 1 + (not c.codes)) for k in fits)
+        cells = model.vqtoken.value[0].in_features
+        flops['reduction'] = N * n * search + 2 * K * (cells * n + 4 * n * n) + 4 * K * K * n
+    if c.reduction == 'vq':
+        flops['reduction'] = 2 * N * c.codes * c.dim
     flops = {part: B * n for part, n in flops.items()}
     return {**flops, 'total': sum(flops.values())}
 
@@ -1519,9 +1862,9 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Save, load, draw
+# 11. Save, load, draw
 # Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
-# needs sections 1, 3, 7, 8
+# needs sections 1, 3, 8, 9
 # --------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, model: ModVideo, **extra):

@@ -1107,6 +1107,279 @@ def test_retain_all_of_a_moving_clip_is_dense():
     close(model(video, text)[0], plain(video, text)[0])
 
 
+# ---- clustering and quantization -----------------------------------------------------------------
+
+def by_first(centers, assign):
+    """Clusters in the order of their first token, empty ones last."""
+    order = torch.tensor(list(dict.fromkeys(assign.tolist())))
+    order = torch.cat([order, torch.tensor([k for k in range(len(centers)) if k not in order])]).long()
+    return centers[order], order.argsort()[assign]
+
+
+def test_kmeans_equals_vqtokens_code_step_by_step():
+    """Catches labels one step behind their centres, centres normalized again, plain distances."""
+    g = golden('vq')['kmeans']
+    x, fit = g['tokens'].flatten(0, 1)[None], lambda n: mv.kmeans(
+        g['tokens'].flatten(0, 1)[None], 6, n, g['init'][None], 'cosine')
+    close(mv.unit(x)[0], g['x_unit'], 1e-6)
+    for steps in (1, 2, 50):
+        _, labels = fit(steps - 1)                       # the released labels are of the step before
+        wanted, _ = by_first(g[f'centroids_{steps}'], fit(steps)[1][0])
+        close(by_first(fit(steps)[0][0], fit(steps)[1][0])[0].sort(0).values, wanted.sort(0).values)
+        assert torch.equal(labels[0], by_first(g['init'], g[f'labels_{steps}'])[1])
+    g = golden('vq')['km_l2']
+    centers, assign = mv.kmeans(g['x'], 10, 10, g['init'])
+    mine = torch.cat([centers[0], torch.bincount(assign[0], minlength=10)[:, None].float()], 1)
+    theirs = torch.cat([g['means'][0], g['bins'][0][:, None].float()], 1)
+    close(mine[mine[:, 0].argsort()], theirs[theirs[:, 0].argsort()])
+
+
+def test_kmeans_finds_what_brute_force_finds():
+    """Catches centres that are not means, tokens outside the mask that pull, other ids for a batch."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 9, 2, generator=g)
+    centers, assign = mv.kmeans(x, 2, 10)
+    for b in range(4):
+        loss = lambda side: sum(((p - p.mean(0)) ** 2).sum() for p in (x[b][side], x[b][~side]))
+        sides = [torch.tensor(s, dtype=torch.bool) for s in itertools.product([0, 1], repeat=9)]
+        best = min(loss(s) for s in sides if s.any() and not s.all())
+        assert best <= loss(assign[b] == 0) <= 1.3 * best                     # a local optimum, a good one
+        for k in (0, 1):
+            close(centers[b, k], x[b][assign[b] == k].mean(0))
+        assert assign[b, 0] == 0 and torch.equal(assign[b:b + 1], mv.kmeans(x[b:b + 1], 2, 10)[1])
+    mask = torch.arange(9) < torch.tensor([[9], [7], [3], [1]])
+    _, ragged = mv.kmeans(torch.where(mask[..., None], x, 1e3), 2, 10, mask=mask)
+    for b, n in enumerate([9, 7, 3, 1]):
+        assert torch.equal(ragged[b, :n], mv.kmeans(x[b:b + 1, :n], 2, 10)[1][0]) and (ragged[b, n:] == -1).all()
+    again = mv.kmeans(x, 2, 10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again[1], assign)
+    with pytest.raises(ValueError, match="got 'l1'"):
+        mv.kmeans(x, 2, metric='l1')
+
+
+def test_clusters_of_few_different_tokens():
+    """Catches empty clusters that become NaN or zero tokens, and half precision in the distances."""
+    for x in (torch.zeros(1, 6, 4), torch.ones(1, 6, 4), torch.eye(4)[None, :3].repeat(1, 2, 1)):
+        for metric in ('l2', 'cosine'):
+            centers, assign = mv.kmeans(x, 5, metric=metric)
+            different = len(x[0].unique(dim=0))
+            assert centers.isfinite().all() and assign.max() == different - 1
+            close(centers[0][assign[0]], x[0] if metric == 'l2' else mv.unit(x[0]))
+    x = torch.randn(2, 6, 8)
+    _, few = mv.kmeans(x, 9)                                          # fewer tokens than clusters
+    assert torch.equal(few, torch.arange(6).expand(2, -1))
+    turned = torch.randn(8, 6, 2).bfloat16().permute(2, 1, 0)          # neither contiguous nor float32
+    assert mv.kmeans(turned, 3)[0].dtype == torch.float32
+    assert torch.equal(mv.kmeans(turned, 3)[1], mv.kmeans(turned.float().contiguous(), 3)[1])
+
+
+def planted(K, seed, noise=0.1):
+    """512 unit tokens around K random directions of 32 dimensions, noise of each coordinate before."""
+    g = torch.Generator().manual_seed(1000 * K + seed)
+    centers = mv.unit(torch.randn(K, 32, generator=g))
+    return mv.unit(centers[torch.arange(512) % K] + noise * torch.randn(512, 32, generator=g))
+
+
+def test_the_number_of_planted_clusters_is_found():
+    """Catches a score that ignores the labels, an offset, a fit thrown away and made again."""
+    x = torch.stack([planted(K, seed) for seed in range(5) for K in (5, 9, 14, 18, 23, 28)])
+    wanted = torch.tensor([5, 9, 14, 18, 23, 28] * 5)
+    count, centers, assign = mv.select_k(x, 2, 32)
+    assert ((count - wanted).abs() <= 1).float().mean() >= 0.9
+    some = count.argmin()
+    k = int(count[some])
+    fit = mv.kmeans(x[some:some + 1], k, init=mv.spread_centers(
+        x[some:some + 1], 32, torch.ones(1, 512, dtype=torch.bool))[:, :k], metric='cosine')
+    assert torch.equal(assign[some], fit[1][0])
+    close(centers[some, :k], fit[0][0])
+
+
+def test_silhouette_equals_its_definition():
+    """Catches a token counted among its own neighbours, singletons that score one."""
+    x, assign = torch.randn(1, 12, 5), torch.tensor([[0, 1, 2, 2, 1, 1, 0, 2, 3, 1, 2, 0]])
+    far, scores = 1 - mv.unit(x[0]) @ mv.unit(x[0]).T, []
+    for i in range(12):
+        mates = [j for j in range(12) if assign[0, j] == assign[0, i] and j != i]
+        if not mates:
+            scores.append(0.0)
+            continue
+        a = far[i, mates].mean().item()
+        b = min(far[i, assign[0] == k].mean().item() for k in range(4) if k != assign[0, i])
+        scores.append((b - a) / max(a, b))
+    close(mv.silhouette(x, assign, 4), torch.tensor([sum(scores) / 12]))
+
+
+def test_vector_quantizer_equals_a_widely_used_library():
+    """Catches sums divided before the average, no smoothing, a gradient that reaches the codes."""
+    for name, g in golden('vq').items():
+        if not name.startswith('vq_'):
+            continue
+        vq = mv.VectorQuantizer(6, 8, g['decay'].item(), g['beta'].item(), revive=0.0, eps=g['eps'].item())
+        for buffer, field in (('codebook', 'embed0'), ('cluster_size', 'cluster_size0'),
+                              ('embed_avg', 'embed_avg0')):
+            getattr(vq, buffer).copy_(g[field])
+        vq.started = True
+        x = g['x'].clone().requires_grad_()
+        quantized, indices, loss = vq(x)
+        assert torch.equal(indices, g['indices'])
+        close(quantized, g['quantized'])
+        close(loss, g['loss'])
+        close(torch.autograd.grad(loss, x, retain_graph=True)[0], g['grad_x_from_loss'])
+        close(torch.autograd.grad(quantized, x, g['grad_out'])[0], g['grad_x_from_q'])
+        assert mv.code_usage(indices, 6)[1].item() == pytest.approx(g['perplexity'].item(), abs=1e-4)
+        vq(x)
+        close(vq.codebook, g['embed2'])
+        close(vq.cluster_size, g['cluster_size2'])
+        quantized, indices, _ = vq.eval()(x)
+        assert torch.equal(indices, g['eval_indices_after2']) and torch.equal(vq.codebook, vq(x) and vq.codebook)
+        close(quantized, g['eval_quantized_after2'])
+
+
+def test_one_step_without_memory_is_a_step_of_kmeans():
+    """Catches an average that is not one: with decay 0 the codes become the means of what they caught."""
+    x, vq = torch.randn(1, 200, 8), mv.VectorQuantizer(10, 8, decay=0.0, revive=0.0)
+    vq.codebook.copy_(x[0, :10])
+    vq.started = True
+    vq(x)
+    centers, _ = mv.kmeans(x, 10, 1, x[:, :10])
+    close(vq.codebook.sort(0).values, centers[0].sort(0).values, 1e-4)
+
+
+def test_codes_start_at_clusters_and_dead_ones_revive():
+    """Catches codes that die for good, a revival that the average overwrites, another one every run."""
+    centers = 5 * torch.randn(8, 4)
+    x = centers[torch.arange(400) % 8] + 0.01 * torch.randn(400, 4)
+    def trained(seed):
+        torch.manual_seed(seed)
+        vq = mv.VectorQuantizer(8, 4)
+        vq(x)
+        assert (torch.cdist(centers, vq.codebook).amin(1) < 0.1).all()           # k-means at first
+        vq.codebook[3:].fill_(1e4)                                               # five of them get lost
+        vq.embed_avg[3:], vq.cluster_size[3:] = 0, 0
+        vq(x)
+        assert (vq.codebook.abs() < 100).all() and (vq.cluster_size >= vq.revive).all()
+        for _ in range(30):
+            vq(x)
+        return vq
+    vq = trained(0)
+    assert torch.equal(vq.codebook, trained(5).codebook)
+    assert mv.code_usage(vq(x)[1], 8)[0] >= 0.75
+    before = vq.codebook.clone()
+    vq.eval()(x)
+    assert torch.equal(vq.codebook, before)
+    copy = mv.VectorQuantizer(8, 4)
+    copy.load_state_dict(vq.state_dict())
+    assert copy.started and torch.equal(copy.train()(x)[1], vq.train()(x)[1])
+
+
+def test_vqtoken_alone_in_a_batch_and_at_its_edges():
+    """Catches ids that change the tokens, padding that is attended to, K that depends on T."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 16, 32)
+    x[1, :, 3:] = x[1, :1, 3:4]                                       # few different tokens
+    x[2] = x[2, :1, :1]                                                     # one
+    for codes in (6, 0):
+        vq = mv.VQToken(32, codes)
+        tokens, mask, index_map = vq(x)
+        assert mask[2].sum() == 1 and (tokens[~mask] == 0).all() and tokens.isfinite().all()
+        for b in range(3):
+            one, real, where = vq(x[b:b + 1])
+            close(tokens[b:b + 1, :int(mask[b].sum())], one[:, :int(real.sum())])
+            assert torch.equal(where[0], index_map[b])
+    vq = mv.VQToken(32, 6)
+    for T in (1, 2, 11):
+        assert vq(torch.randn(2, T, 16, 32))[0].shape == (2, 6, 32)
+    assert torch.equal(vq(x)[0], vq(x)[0])
+    # Other ids for the same clusters are the same tokens in another order.
+    y, order = torch.randn(2, 5, 16, 32), torch.tensor([3, 0, 5, 1, 4, 2])
+    occupied = vq.occupancy(vq(y)[2], 6)
+    close(vq.occupancy(order[vq(y)[2]], 6)[:, order], occupied)
+    close(occupied.sum(1)[:, occupied.sum((0, 1)) > 0], torch.ones(2, int((occupied.sum((0, 1)) > 0).sum())))
+    # The codebook is the mean of the tokens as they are, and the gradient goes through it.
+    nn.init.zeros_(vq.out.weight)
+    y.requires_grad_()
+    tokens, _, index_map = vq(y)
+    close(tokens[0, 2], y[0][index_map[0] == 2].mean(0))
+    tokens.square().sum().backward()
+    assert (y.grad.abs().sum(-1) > 0).all()
+
+
+def test_learned_and_adaptive_codes_in_the_model():
+    """Catches parameters without a gradient, a commitment loss that is dropped, costs left out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    video, text = sample(B=3, Q=2)
+    for codes, changes in ((5, {}), (0, {}), (5, dict(placement='all'))):
+        model = make(**{**dict(placement='none', reduction='vqtoken', codes=codes), **changes})
+        _, loss, aux = model(video, text, text)
+        loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.vqtoken.parameters())
+        assert all(p.grad is not None for p in model.parameters())
+        whole = model.eval()(video, text)[0]
+        close(whole[1:2], model(video[1:2], text[1:2])[0])
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            aux = model(video, text)[2]
+        if not changes:
+            assert mv.count_flops(model, video.shape, 5, 2, aux)['total'] == counter.get_total_flops()
+        assert model.generate(video, text, 2).shape == (3, 2, 2)
+    model = make('none', reduction='vq', codes=16)
+    _, loss, aux = model(video, text, text)
+    plain = F.cross_entropy(model.eval()(video, text)[0].flatten(0, 2), text.flatten())
+    assert aux['reduction'].loss > 0 and aux['reduction'].index_map.shape == (3, 4, 16)
+    assert aux['tokens'] == [64 + 10] * 4 and plain.isfinite()
+    _, loss, aux = model(video, text, text)
+    close(loss, F.cross_entropy(model(video, text)[0].flatten(0, 2), text.flatten()) + aux['reduction'].loss)
+    with pytest.raises(ValueError, match='not for streams'):
+        make('none', reduction='vq', streaming=True)
+
+
+def test_baselines_keep_to_the_budget():
+    """Catches a pooling grid over the budget, ToMe that drops tokens, pruning by frame, not by clip."""
+    for T, side, budget in ((8, 4, 12), (8, 4, 32), (8, 4, 64), (8, 4, 500), (3, 5, 1), (16, 8, 7), (7, 3, 20)):
+        cell = mv.pool_grid(T, side, budget)
+        used = cell.unique()
+        assert len(cell) == T * side ** 2 and torch.equal(used, torch.arange(len(used)))
+        assert min(budget, T * side ** 2) / 2.3 < len(used) <= budget, (T, side, budget, len(used))
+    assert len(mv.pool_grid(8, 4, 12).unique()) == 12 and len(mv.pool_grid(8, 4, 500).unique()) == 128
+    x = torch.randn(2, 50, 8)
+    for n in (50, 30, 7, 1):
+        merged = mv.tome(x, n)
+        assert merged.mask.all() and merged.position.size(1) == n and (merged.assign >= 0).all()
+        for slot in range(n):
+            close(mv.reduce_tokens(x, merged)[0, slot], x[0][merged.assign[0] == slot].mean(0))
+    video, text = sample(B=2)
+    for name in ('prune', 'tome', 'pool', 'uniform'):
+        model = make('none', reduction=name, budget=20).eval()
+        kept = model(video, text)[2]['reduction']
+        assert kept.mask.sum(1).max() <= 20
+        close(model(video, text)[0][1:], model(video[1:], text[1:])[0])
+        if name == 'prune':
+            looked = model.encoder(video, None, True)[1].view(2, -1)
+            assert torch.equal(kept.position, looked.topk(20).indices.sort(1).values)
+
+
+def test_quantization_takes_little_more_than_its_distances(capsys):
+    """Catches one-hot products, a second pass over the tokens, copies: against the product they need."""
+    def share(step, product, rounds=9):
+        times = [[], []]
+        for _ in range(rounds):
+            for run, mine in zip((step, product), times):
+                start = time.perf_counter()
+                run()
+                mine.append(time.perf_counter() - start)
+        return np.median([a / b for a, b in zip(*times)][2:])
+    g = torch.Generator().manual_seed(0)
+    x, vq = torch.randn(8, 1024, 64, generator=g), mv.VectorQuantizer(256, 64)
+    vq(x)
+    learned = share(lambda: vq(x), lambda: (x.view(-1, 64) @ vq.codebook.T).min(-1), 21)
+    x = torch.randn(1, 23328, 896, generator=g)
+    centers = x[:, :32].clone()
+    lloyd = share(lambda: mv.cluster_sums(x, mv.nearest(x, centers, 'l2'), 32), lambda: x @ centers.mT)
+    with capsys.disabled():
+        print(f'\nquantizer {learned:.2f} of its distances, k-means step {lloyd:.2f}', end=' ')
+    assert learned < 4 and lloyd < 4                        # 1.6 and 1.9 wanted; machines are noisy
+
+
 # ---- frame selection: B-VLLM ---------------------------------------------------------------------
 
 def test_merging_of_duplicates_equals_bvllms_code_but_keeps_chains():
@@ -1812,18 +2085,29 @@ def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
                          ('bvllm', ['--steps', '2', '--budget', '16']), ('uniform', ['--steps', '1']),
                          ('holitom', ['--steps', '1', '--placement', 'all']),
                          ('holitom', ['--steps', '1', '--placement', 'all', '--inner-layer', '1']),
-                         ('bvllm', ['--steps', '1', '--placement', '0,1', '--budget', '8'])):
+                         ('bvllm', ['--steps', '1', '--placement', '0,1', '--budget', '8']),
+                         ('pool', ['--init-from', str(dense), '--budget', '12']),
+                         ('prune', ['--steps', '1', '--budget', '12']), ('tome', ['--steps', '1']),
+                         ('vqtoken', ['--steps', '1', '--codes', '8', '--placement', '0,1']),
+                         ('vqtoken', ['--steps', '1', '--codes', 'adaptive'])):
         run = tmp_path / '-'.join([recipe, *more]).replace('/', '')[-60:]
         assert train_tiny.main([*TINY, '--recipe', recipe, '--out', str(run), *more]) == 0
         result = json.loads((run / 'result.json').read_text())
         assert max(result['vision_by_layer']) < 64 and result['paper_share'] < 0.8, recipe
+        assert result['tok_density'] == pytest.approx(
+            100 * result['accuracy'] / result['vision_by_layer'][0], abs=1e-3)
         if '--init-from' in more:
             a, b = (mv.load_checkpoint(r / 'ckpt.pt')[0].state_dict() for r in (dense, run))
             assert all(torch.equal(a[k], b[k]) for k in a) and result['steps'] == 0
             assert train_tiny.main(['--resume', str(run)]) == 2                # and keeps them
             assert train_tiny.main(['--resume', str(run), '--steps', '2']) == 0
-    assert train_tiny.main(['--out', str(run), '--ask',
-                            str(ROOT / 'data/natural/cockatoo.webp'), 'how many shapes']) == 0
+    capsys.readouterr()
+    assert train_tiny.main([*TINY, '--recipe', 'vq', '--steps', '2', '--codes', '32',
+                            '--out', str(tmp_path / 'vq')]) == 0
+    assert re.search(r'codes in use \d+\.\d%, perplexity \d', capsys.readouterr().out)
+    for run in (run, tmp_path / 'vq'):
+        assert train_tiny.main(['--out', str(run), '--ask',
+                                str(ROOT / 'data/natural/cockatoo.webp'), 'how many shapes']) == 0
 
 
 def test_study_compares_at_equal_flops(tmp_path, capsys, monkeypatch):
@@ -1873,7 +2157,6 @@ def bad_folders(tmp_path):
 
 def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
     """Catches tracebacks, silence, and run folders left behind by a run that could not start."""
-    from PIL import Image
     (tmp_path / 'frames').mkdir()
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full/notes.txt').write_text('mine')
@@ -1898,6 +2181,7 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
              (['--recipe', 'stream', '--data', str(tmp_path / 'one')], 'questions about whole clips'),
              (['--question', 'x', 'how many shapes'], 'wants the number of a frame'),
              (['--question', '2', 'how many shapes'], '--question goes with --stream'),
+             (['--codes', '0'], '--codes wants a number'),
              (['--inner-layer', '1'], '--inner-layer goes with'), (['--gate', 'best'], 'invalid choice'),
              (['--recipe', 'dense', '--placement', 'all'], '--placement does not go with'),
              (['--placement', 'interleaved-deep'], 'routes no layer'), (['--lr', 'nan'], '--lr must be'),
@@ -1931,6 +2215,13 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
         assert len(message.splitlines()) == 1 and 'Traceback' not in message, message
         assert not (tmp_path / 'never').exists(), args
     assert (tmp_path / 'full/notes.txt').read_text() == 'mine'
+
+
+def test_codes_for_a_learned_codebook_are_a_number(tmp_path, capsys):
+    """Catches an 'adaptive' size of something that has to be stored."""
+    for codes, words in (('adaptive', 'goes with --recipe vqtoken'), ('all', 'wants a number')):
+        assert train_tiny.main(['--recipe', 'vq', '--codes', codes, '--out', str(tmp_path / 'x')]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / 'x').exists()
 
 
 def test_resuming_with_another_configuration_is_refused(trained, capsys):

@@ -42,9 +42,9 @@ from tqdm import tqdm
 from data.clips import ClipFolder, read_clip, read_rows, resample, words
 from data.shapes import PROMPT, ShapeWorld
 from modvideo import (EOS, GATES, IGNORE, PAD, PRESETS, ROUTINGS, Block, KVCache, MoDBlock, ModVideo,
-                      ModVideoConfig, Reduction, Router, choose_mod_layers, compose,
-                      configure_optimizer, count_flops, draw_tokens, init_from, layer_ranks,
-                      load_checkpoint, num_params, pack, save_checkpoint)
+                      ModVideoConfig, Quantized, Reduction, Router, choose_mod_layers, code_usage,
+                      compose, configure_optimizer, count_flops, draw_tokens, from_clusters, init_from,
+                      layer_ranks, load_checkpoint, num_params, pack, save_checkpoint, token_density)
 
 # What a preset trains with: clips a step, steps, questions a clip.
 RUNS = {'tiny': dict(batch=8, steps=100, questions=4),
@@ -59,7 +59,10 @@ RECIPES = {                        # what each asks of the configuration, unless
     'gamma': dict(routing='sequence', gate='gamma'),
     'holitom': dict(placement='none', reduction='holitom'),
     'bvllm': dict(placement='none', reduction='bvllm'),
-    'uniform': dict(placement='none', reduction='uniform')}
+    'vqtoken': dict(placement='none', reduction='vqtoken'),
+    'vq': dict(placement='none', reduction='vq'),
+    **{name: dict(placement='none', reduction=name) for name in ('uniform', 'prune', 'tome', 'pool')}}
+AS_IT_IS = ['holitom', 'prune', 'tome', 'pool']      # with --init-from these need no training
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 ROUNDS = 7            # of a benchmark, behind two to warm up
 LONG_STREAM = 1000    # frames
@@ -81,7 +84,8 @@ class Settings:
     recipe: str = flag('mod', 'what to train', 'mod routes vision tokens past layers, dense does '
                        'not, stream speaks between frames, gamma converts a dense model, holitom '
                        'merges vision tokens before the decoder, bvllm selects them by the question, '
-                       'uniform keeps whole frames, evenly spaced',
+                       'vqtoken makes a codebook of each clip, vq learns one for all; uniform (whole '
+                       'frames), prune, tome and pool are baselines at the same number of tokens',
                        [*RECIPES])
     data: str = flag('shapes', 'what to train',
                      "'shapes', the synthetic world, or a folder with clips.jsonl")
@@ -96,15 +100,17 @@ class Settings:
                      ['auto', *GATES])
     layers: int = flag(0, 'what to train', "decoder layers, 0 = the preset's")
     window: int = flag(0, 'what to train', 'frames that a stream remembers, 0 = all')
-    init_from: str = flag('', 'what to train', 'run folder whose weights to begin with; holitom '
-                          'then needs no training, unless --steps asks for some')
+    init_from: str = flag('', 'what to train', f'run folder whose weights to begin with; '
+                          f'{", ".join(AS_IT_IS)} then need no training, unless --steps asks for some')
     retain_ratio: float = flag(0.1, 'what to train', 'holitom: share of the vision tokens that stays')
     tau: float = flag(0.8, 'what to train', 'holitom: similarity above which a patch stands still')
     inner_layer: int = flag(0, 'what to train', 'holitom: decoder layer before which vision tokens '
                             'merge once more, 0 = none')
     inner_ratio: float = flag(0.5, 'what to train', 'holitom: share that is merged away there')
-    budget: int = flag(0, 'what to train', 'bvllm, uniform: the most vision tokens of a clip, 0 = a '
-                       'quarter')
+    budget: int = flag(0, 'what to train', 'bvllm and the baselines: the most vision tokens of a clip, '
+                       '0 = a quarter')
+    codes: str = flag('auto', 'what to train', "vqtoken: tokens of a clip, or 'adaptive'; vq: size of the "
+                      'codebook; auto: 12 and 256')
     hard: bool = flag(False, 'what to train', 'bvllm: take whole frames in place of mixtures')
     skip_ratio: float = flag(0.51, 'what to train', 'gamma: share of all tokens that skip a '
                              'converted layer')
@@ -194,6 +200,10 @@ def parse(argv) -> Settings:
             raise ValueError(f'--{name} does not go with --recipe dense, which routes nothing')
     if settings.question and not settings.question[0].isdecimal():
         raise ValueError(f'--question wants the number of a frame first, got {settings.question[0]!r}')
+    if not (settings.codes in ('auto', 'adaptive') or settings.codes.isdecimal() and int(settings.codes)):
+        raise ValueError(f"--codes wants a number from 1 on or 'adaptive', got {settings.codes!r}")
+    if settings.codes == 'adaptive' and settings.recipe == 'vq':
+        raise ValueError('--codes adaptive goes with --recipe vqtoken')
     parse_grid(settings.grid)
     return settings
 
@@ -236,7 +246,7 @@ def pick_machine(s: Settings):
                          'or this torch was built without it')
     s.dtype = ('bfloat16' if s.device == 'cuda' else 'float32') if s.dtype == 'auto' else s.dtype
     s.preset = ('gpu' if s.device == 'cuda' else 'cpu') if s.preset == 'auto' else s.preset
-    if not (s.recipe == 'holitom' and s.init_from):                # merging alone needs no training
+    if not (s.recipe in AS_IT_IS and s.init_from):                 # merging alone needs no training
         s.steps = s.steps or RUNS[s.preset]['steps']
     s.batch = s.batch or RUNS[s.preset]['batch']
     if s.deterministic:
@@ -286,12 +296,14 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
     """The model of the recipe, its weights a function of the seed. changes: of its configuration."""
     torch.manual_seed(s.seed)
     config = dict(PRESETS[s.preset], frames=s.frames, keep_ratio=s.keep_ratio, window=s.window,
-                  retain_ratio=s.retain_ratio, tau=s.tau, budget=s.budget, hard=s.hard,
+                  retain_ratio=s.retain_ratio, tau=s.tau, hard=s.hard,
                   inner_ratio=s.inner_ratio, **RECIPES[s.recipe])
     if 'reduction' in config:
         config['inner_layer'] = s.inner_layer
         config['budget'] = s.budget or config['frames'] * (
             config['frame_size'] // ModVideoConfig.patch_size) ** 2 // 4
+        codes = {'auto': 256 if s.recipe == 'vq' else 12, 'adaptive': 0}
+        config['codes'] = codes[s.codes] if s.codes in codes else int(s.codes)
     if s.layers:
         config['n_layer'] = s.layers
     if s.recipe != 'dense':
@@ -499,7 +511,8 @@ def train(s: Settings, model, data, run: Path, autocast, stop: list) -> dict:
         seconds = round(before + time.time() - start, 1)
         log.append(dict(step=done, loss=round(loss, 4), accuracy=round(accuracy, 4),
                         val_accuracy=val, lr=optimizers[0].param_groups[0]['lr'], seconds=seconds))
-        bar.set_postfix(loss=f'{loss:.3f}', acc=f'{accuracy:.1%}', refresh=False)
+        codes = code_report(model, batch.video)
+        bar.set_postfix(loss=f'{loss:.3f}', acc=f'{accuracy:.1%}', **codes, refresh=False)
         if val != '' or stop:
             save_run(run, model, optimizers, log, done, seconds)
         if stop and done < s.steps:
@@ -510,6 +523,17 @@ def train(s: Settings, model, data, run: Path, autocast, stop: list) -> dict:
         tick = time.time()
     step_ms = 1000 * statistics.median(times) if times else 0.0
     return dict(log=log, seconds_before=before, steps=s.steps, step_ms=round(step_ms, 2))
+
+
+@torch.no_grad()
+def code_report(model, video) -> dict:
+    """How many codes of a learned codebook some clips use, and the perplexity; {} without one."""
+    if model.config.reduction != 'vq':
+        return {}
+    model.eval()
+    usage, perplexity = code_usage(model.encode_video(video)[2].index_map, model.config.codes)
+    model.train()
+    return dict(codes_used=f'{usage.item():.1%}', perplexity=f'{perplexity.item():.1f}')
 
 
 @torch.no_grad()
@@ -672,6 +696,9 @@ def print_table(result: dict):
               f'{result["blind_by_type"][name]:7.1%} {result["chance_by_type"][name]:7.1%}')
     print(f'{"all":34} {result["accuracy"]:8.1%} {"":8} {result["blind_accuracy"]:7.1%} '
           f'{result["chance"]:7.1%}   {result["questions"]} questions about held-out clips')
+    print(f'{result["vision_by_layer"][0]:.1f} vision tokens, TokDense {result["tok_density"]:.3f}'
+          + (f', codes in use {result["codes_used"]}, perplexity {result["perplexity"]}'
+             if 'codes_used' in result else ''))
 
 
 def split_question(text, targets):
@@ -726,6 +753,8 @@ def draw_clip(model, video, text, path: Path, title: str):
     frames = draw_tokens(video, pack(torch.ones(1, T * P, dtype=torch.bool)), scale=scale)
     rows, names, kept = [label(frames, title)], ['clip'], aux.get('reduction')
     inner, at = aux.get('inner'), model.config.inner_layer
+    if isinstance(kept, Quantized):
+        kept = from_clusters(kept.index_map.flatten(1), model.config.codes)
     if isinstance(kept, torch.Tensor):                    # B-VLLM's mixtures: the strongest frame of each
         taken = kept[0].argmax(-1).cpu()[:, None] == torch.arange(T)                  # (K, T)
         kept = pack(taken.any(0).repeat_interleave(P)[None])
@@ -833,6 +862,9 @@ def run_training(s: Settings, began: float = None) -> Path:
     log, before = trained.pop('log'), trained.pop('seconds_before')
     scores = evaluate(model, data, 'test', s, autocast,
                       clips=EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
+    cost = clip_cost(s, model, data)                          # a trained encoder may merge otherwise
+    scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['vision_by_layer'][0]), 3)
+    scores.update(code_report(model, draw_batch(s, data, 'test', 0, 64).video))
     result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__,
                   dtype=s.dtype, preset=s.preset, data=s.data, placement=model.config.placement,
                   **trained, **scores, vision_tokens=N, **cost, parameters=num_params(model),

@@ -14,6 +14,8 @@ alone, the pictures numpy and Pillow.
       training, before and inside the decoder; B-VLLM selects frames and tokens by the question;
       VQToken turns a clip into a dozen cluster means and a map of where they came from
     - vector quantization with a learned codebook: straight-through, moving averages, revival
+    - an encoder that merges neighbouring frames step by step (TempMe), for the decoder, or to find
+      clips by sentences: two towers, contrastive loss, tuned through a few parameters (LoRA)
     - one description, `Reduction`, for every way of merging, clustering or dropping tokens
     - several questions per clip that share the vision tokens and do not see each other
     - FLOP counts, safe checkpoints, pictures of what was processed
@@ -21,7 +23,7 @@ alone, the pictures numpy and Pillow.
     video (B, T, 3, height, width)                   text (B, Q, L) word ids
        |  PatchEmbed, per frame                        |  embedding
     patches (B*T, P, C)                                |
-       |  VisionEncoder: n blocks, no mask             |
+       |  VisionEncoder: n blocks, no mask             |      (TempMe: frames merge here)
     patches (B*T, P, C)                                |
        |  projector                                    |
     vision tokens (B, N, C)                            |
@@ -54,6 +56,8 @@ Papers:
     Bolya et al., ToMe, arXiv 2210.09461                  merging in pairs
     Lu et al., B-VLLM, arXiv 2412.09919                   frames by the question, a budget of tokens
     Zhang et al., VQToken, arXiv 2503.16980               a codebook for each clip, an index map
+    Shen et al., TempMe, arXiv 2409.01156                 merging inside the encoder, retrieval
+    Hu et al., LoRA, arXiv 2106.09685                     learning a few directions of a frozen map
     van den Oord et al., VQ-VAE, arXiv 1711.00937         a learned codebook
 
 Usage:
@@ -96,17 +100,18 @@ ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
 # looked-at tokens, 'tome' merges in pairs, 'pool' averages over a grid.
 REDUCTIONS = ['none', 'holitom', 'bvllm', 'vqtoken', 'vq', 'uniform', 'prune', 'tome', 'pool']
 
+WIDE = dict(merge_image=0.25, merge_cross=0.4, merge_intra=0.2, tower_layers=6)
 PRESETS = {
     'tiny': dict(frames=4, frame_size=32, encoder_layers=1, encoder_dim=64, encoder_heads=2,
                  n_layer=3, dim=64, n_head=2),                                # tests and smoke runs
     'cpu': dict(frames=8, frame_size=32, encoder_layers=1, encoder_dim=96, encoder_heads=3,
                 n_layer=4, dim=96, n_head=3),                                   # 128 vision tokens
     'gpu': dict(frames=16, frame_size=64, encoder_layers=2, encoder_dim=256, encoder_heads=4,
-                n_layer=8, dim=256, n_head=4),                                 # 1,024 vision tokens
+                n_layer=8, dim=256, n_head=4, **WIDE),                         # 1,024 vision tokens
     'deep': dict(frames=16, frame_size=64, encoder_layers=2, encoder_dim=256, encoder_heads=4,
-                 n_layer=16, dim=256, n_head=4),
+                 n_layer=16, dim=256, n_head=4, **WIDE),
     'long': dict(frames=64, frame_size=128, encoder_layers=2, encoder_dim=256, encoder_heads=4,
-                 n_layer=8, dim=256, n_head=4),                               # 16,384 vision tokens
+                 n_layer=8, dim=256, n_head=4, **WIDE),                       # 16,384 vision tokens
 }
 
 
@@ -122,6 +127,13 @@ class ModVideoConfig:
     encoder_layers: int = 1
     encoder_dim: int = 96
     encoder_heads: int = 3
+    encoder: str = 'plain'            # or 'tempme': merges tokens on the way, across frames too
+    merge_image: float = 0.07         # share of a frame's patches that merge in each early layer
+    merge_cross: float = 0.3          # share of all tokens that merge when clips are joined,
+    merge_intra: float = 0.1          # and inside the joined clip, behind attention
+    # retrieval
+    tower_layers: int = 4             # of both towers of a Retriever, as wide as the encoder
+    lora_rank: int = 0                # 0 = everything learns
     # decoder
     n_layer: int = 4
     dim: int = 96                     # C
@@ -160,7 +172,8 @@ class ModVideoConfig:
                                  f'got {dim} channels and {heads} heads')
         if not 0 < self.keep_ratio <= 1:
             raise ValueError(f'keep_ratio must be above 0 and at most 1, got {self.keep_ratio}')
-        for name, known in (('routing', ROUTINGS), ('gate', GATES), ('reduction', REDUCTIONS)):
+        for name, known in (('routing', ROUTINGS), ('gate', GATES), ('reduction', REDUCTIONS),
+                            ('encoder', ['plain', 'tempme'])):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, '
                                  f'got {getattr(self, name)!r}')
@@ -181,6 +194,12 @@ class ModVideoConfig:
             raise ValueError(f'inner_layer must be from 0 to {self.n_layer - 1}, got {self.inner_layer}')
         if self.streaming and self.reduction == 'vq':
             raise ValueError("reduction 'vq' is for whole clips, not for streams")
+        if self.encoder == 'tempme' and self.reduction != 'none':
+            raise ValueError("encoder 'tempme' merges already and goes with reduction 'none' alone, "
+                             f'got {self.reduction!r}')
+        if not all(0 <= share < 1 for share in (self.merge_image, self.merge_cross, self.merge_intra)):
+            raise ValueError('merge_image, merge_cross and merge_intra must be from 0 to below 1, got '
+                             f'{self.merge_image}, {self.merge_cross} and {self.merge_intra}')
         if self.merges and (self.streaming or self.routing != 'frame'):
             raise ValueError("merging looks at the whole clip and goes with routing 'frame' alone, got "
                              f'streaming {self.streaming} and routing {self.routing!r}')
@@ -196,7 +215,7 @@ class ModVideoConfig:
     @property
     def merges(self) -> bool:
         """Whether a clip's vision tokens become fewer, and a different number in each clip."""
-        return self.reduction not in ('none', 'vq') or self.inner_layer > 0
+        return self.reduction not in ('none', 'vq') or self.inner_layer > 0 or self.encoder == 'tempme'
 
     @property
     def patches(self) -> int:
@@ -317,6 +336,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, seen = cache.extend(k, v, position)
             mask = mask if seen is None else seen
+        return self.mix(q, k, v, mask)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
+        """What project gave -> (B, S, C). mask: bool as in forward, or float to be added to the scores."""
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                            is_causal=self.causal and mask is None)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -925,7 +948,10 @@ class VQToken(nn.Module):
         self.norm = nn.RMSNorm(dim)
         self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
-        nn.init.normal_(self.out.weight, std=0.1 / math.sqrt(dim))             # at first mostly the means
+        # At first a code attends to itself, as its query is its key, and is told where it occurs.
+        nn.init.normal_(self.query.weight, std=1 / math.sqrt(dim))
+        self.key.load_state_dict(self.query.state_dict())
+        nn.init.normal_(self.out.weight, std=0.1 / math.sqrt(dim))             # a little; it is mostly the mean
 
     def cluster(self, x: Tensor) -> Tensor:
         """x (B, N, C) -> (B, N) int64. num_codes 0: least to most clusters, by the best silhouette."""
@@ -975,8 +1001,8 @@ def token_density(accuracy_percent: float, tokens: float) -> float:
 # 6. Vision encoder
 # A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is
 # convolutional (Xiao et al., arXiv 2106.14881) and also reads the change since the previous frame,
-# the only place where motion is cheap.
-# needs section 2
+# the only place where motion is cheap. Behind it: one that merges frames on the way (TempMe).
+# needs section 2; TempMe sections 3, 4
 # --------------------------------------------------------------------------------------------------
 
 def keep_scale(layers: nn.Sequential):
@@ -995,6 +1021,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int, patch_size: int = 8, channels: int = 6):
         super().__init__()
+        self.channels = channels           # 6, or 3: frames without their changes
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
@@ -1006,18 +1033,21 @@ class PatchEmbed(nn.Module):
 
         previous (B, 1, 3, height, width): the frame before; None: the first did not change.
         """
-        before = video[:, :1] if previous is None else previous
-        change = video - torch.cat([before, video[:, :-1]], 1)
-        frames = torch.cat([video - 0.45, change], 2).flatten(0, 1) / 0.2  # (B*T, 6, height, width)
-        return self.stem(frames).flatten(2).transpose(1, 2)                    # (B*T, P, C)
+        frames = video - 0.45
+        if self.channels == 6:
+            before = video[:, :1] if previous is None else previous
+            change = video - torch.cat([before, video[:, :-1]], 1)
+            frames = torch.cat([frames, change], 2)                            # (B, T, 6, height, width)
+        return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # (B*T, P, C)
 
 
 class VisionEncoder(nn.Module):
     """PatchEmbed, learned places in the frame, blocks in which its patches see each other."""
 
-    def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8):
+    def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
+                 channels: int = 6):
         super().__init__()
-        self.embed = PatchEmbed(dim, patch_size)
+        self.embed = PatchEmbed(dim, patch_size, channels)
         self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
         self.norm = nn.RMSNorm(dim)
@@ -1035,6 +1065,208 @@ class VisionEncoder(nn.Module):
         if want_saliency:
             saliency = last.attention.weights(last.norm1(x).detach()).float().mean((1, 2))
         return self.norm(x + last(x)), saliency
+
+# TempMe (Shen et al., arXiv 2409.01156): the encoder merges while it encodes. First inside each frame,
+# then neighbouring frames become one clip, step by step, until the whole video is one. A summary token
+# (CLS) of each frame is never merged. It looks at the whole clip: for offline use only.
+
+class MergeStep(NamedTuple):
+    """What a layer merges."""
+    factor: int     # so many neighbouring clips become one before attention
+    cross: int      # tokens that then merge across them, before attention
+    inner: int      # tokens that merge behind attention
+
+
+def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04, cross: float = 0.3,
+                   intra: float = 0.1) -> list:
+    """A MergeStep for each layer, for any number of frames (TempMe, section 3; its shares are defaults).
+
+    The prime factors of `frames` are dealt to at most three layers (half of them, if there are few),
+    the last but one and those before it: 12 -> 2, 2, 3. Earlier layers merge `image` of a frame's
+    patches; these layers `cross` of all tokens across clips and `intra` of the rest inside; so does the
+    last. At most half of the patches merge at once.
+    """
+    primes, rest = [], frames
+    while rest > 1:
+        primes.append(next(p for p in range(2, rest + 1) if rest % p == 0))
+        rest //= primes[-1]
+    parts = [1] * max(1, min(3, n_layer // 2))
+    for prime in reversed(primes):
+        parts[parts.index(min(parts))] *= prime
+    factors = sorted(part for part in parts if part > 1)
+    first = max(0, n_layer - 1 - len(factors)) if factors else n_layer
+    n, c, steps = patches + 1, 1, []                        # tokens of a clip, summaries among them
+    share = lambda n, ratio: int(n * ratio + 1e-9)
+    for i in range(n_layer):
+        M = factors[i - first] if first <= i < first + len(factors) else 1
+        n, c = n * M, c * M
+        across = min((n - c) // 2, share(n, cross)) if M > 1 else 0
+        inside = min((n - across - c) // 2, share(patches, image) if i < first else share(n - across, intra))
+        steps.append(MergeStep(M, across, inside))
+        n -= across + inside
+    return steps
+
+
+def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairing='parity'):
+    """ToMe on x (B, n, C) whose tokens stand for size (B, n), None = one each -> x, size, Reduction."""
+    if r == 0:
+        return x, size, None
+    step = bipartite_soft_matching(metric, r, protected, size, pairing)
+    return reduce_tokens(x, step), slot_sizes(step, size), step
+
+
+def image_block(block, x: Tensor, size, r: int, protected: int = 1):
+    """A Block that merges r of x (B, n, C) between attention and MLP, by their keys -> as merge_tokens.
+
+    Proportional attention (ToMe, section 3): softmax(q·k / sqrt(D) + log size of the key).
+    """
+    q, k, v = block.attention.project(block.norm1(x))                          # (B, H, n, D)
+    bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
+    x = x + block.attention.mix(q, k, v, bias)
+    x, size, step = merge_tokens(x, size, k.detach().mean(1), r, protected)
+    return x + block.mlp(block.norm2(x)), size, step
+
+
+def join_clips(x: Tensor, M: int, c: int) -> Tensor:
+    """M neighbours of x (B*F, n, C), c summaries in front, become one: (B*F/M, M*n, C), M*c in front."""
+    x = x.view(-1, M, *x.shape[1:])                                            # (B*F/M, M, n, C)
+    return torch.cat([x[:, :, :c].flatten(1, 2), x[:, :, c:].flatten(1, 2)], 1)
+
+
+def clip_block(block, x: Tensor, size, place: Tensor, step: MergeStep, c: int, pairing=None):
+    """A Block on clips x (B*F, n, C) with c summaries each, step.factor = M of which become one.
+
+    place (F, C): a vector for every clip, so that order is seen. pairing: as in bipartite_soft_matching;
+    None: between clips, from even ones to odd ones. (A split by parity of place is blind to twins: the
+    same patch of two clips has the same parity when clips are even.) -> x (B*F/M, n', C), size,
+    the two Reductions.
+    """
+    M, n = step.factor, x.size(1)
+    index = join_clips(torch.arange(M * n, device=x.device).view(M, n, 1), M, c).flatten()
+    clip = index // n                                                          # (M*n,) of each token
+    x, size = join_clips(x, M, c), size if size is None else join_clips(size[..., None], M, c)[..., 0]
+    metric = x.detach()
+    x = (x.view(-1, len(place) // M, M * n, x.size(2)) + place.view(-1, M, x.size(2))[:, clip]).view_as(x)
+    x, size, first = merge_tokens(
+        x, size, metric, step.cross, M * c, clip % 2 == 0 if pairing is None else pairing)
+    x, size, second = image_block(block, x, size, step.inner, M * c)
+    return x, size, first, second
+
+
+class TempMeEncoder(VisionEncoder):
+    """A vision encoder with a summary token a frame, which merges tokens on the way (TempMe).
+
+    Without `merges` it is the plain encoder of each frame alone, with summaries.
+    """
+
+    def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
+                 channels: int = 6, frames: int = 8, merges: bool = True, image: float = 0.04,
+                 cross: float = 0.3, intra: float = 0.1):
+        super().__init__(dim, n_layer, n_head, patches, patch_size, channels)
+        self.frames, self.merges = frames, merges
+        self.cls = nn.Parameter(0.2 * torch.randn(dim))                        # (C,)
+        self.steps = merge_schedule(n_layer, frames, patches, image, cross, intra) if merges else (
+            [MergeStep(1, 0, 0)] * n_layer)
+        clips, self.clip_place = frames, nn.ParameterDict()                    # before they are joined
+        for i, step in enumerate(self.steps):
+            if step.factor > 1:
+                self.clip_place[str(i)] = nn.Parameter(torch.zeros(clips, dim))
+                clips //= step.factor
+
+    def counts(self, T: int) -> list:
+        """Of each layer: how many clips, tokens of each in attention, tokens of each in the MLP."""
+        clips, n, rows = T, len(self.place) + 1, []
+        for step in self.steps:
+            clips, n = clips // step.factor, n * step.factor - step.cross
+            rows.append((clips, n, n - step.inner))
+            n -= step.inner
+        return rows
+
+    def num_tokens(self, T: int) -> int:
+        """M, the tokens that come out."""
+        clips, _, n = self.counts(T)[-1]
+        return clips * n
+
+    def forward(self, video: Tensor):
+        """video (B, T, 3, height, width) -> tokens (B, M, C), summaries (B, T, C), Reduction of patches.
+
+        The tokens are the summaries, each where its frame begins, and what became of the patches, in
+        ascending position. ValueError: another number of frames than the clips' places were made for.
+        """
+        (B, T), device = video.shape[:2], video.device
+        if self.clip_place and T != self.frames:
+            raise ValueError(f'this encoder merges clips of {self.frames} frames, got {T}')
+        x = self.embed(video) + self.place                                     # (B*T, P, C)
+        P = x.size(1)
+        x = torch.cat([self.cls.to(x.dtype).expand(B * T, 1, -1), x], 1)
+        size, c = None, 1
+        slot = torch.arange(1, P + 1, device=device).expand(B * T, P)          # of each patch in its clip
+        for i, (block, step) in enumerate(zip(self.blocks, self.steps)):
+            M, n, merged = step.factor, x.size(1), []
+            if M > 1:
+                x, size, *merged = clip_block(block, x, size, self.clip_place[str(i)], step, c)
+                index = join_clips(torch.arange(M * n, device=device).view(M, n, 1), M, c).flatten()
+                start = (torch.arange(len(slot), device=device) % M * n)[:, None]
+                slot, c = index.argsort()[slot + start].view(-1, M * slot.size(1)), c * M
+            else:
+                x, size, *merged = image_block(block, x, size, step.inner, c)
+            for reduction in merged:
+                slot = slot if reduction is None else reduction.assign.gather(1, slot)
+        x, n, clips = self.norm(x), x.size(1), len(x) // B                     # (B*F, n, C)
+        summaries = x[:, :c].reshape(B, T, -1)
+        slot = (slot + n * (torch.arange(len(slot), device=device) % clips)[:, None]).view(B, T * P)
+        # Into ascending position: a slot stands at its first patch, a summary where its frame begins.
+        front = torch.arange(clips * n, device=device) % n < c                 # (F*n,) summaries
+        stand = torch.full((B, clips * n), T * P, device=device).scatter_reduce(
+            1, slot, torch.arange(T * P, device=device).expand(B, -1), 'amin')
+        stand[:, front] = P * torch.arange(T, device=device)
+        stand, order = stand.sort(dim=1, stable=True)                          # (B, M)
+        tokens = x.reshape(B, clips * n, -1).gather(1, order[..., None].expand(-1, -1, x.size(2)))
+        assign = order.argsort(1).gather(1, slot)
+        weight = torch.ones(assign.shape, device=device)
+        return tokens, summaries, mean_of(Reduction(assign, weight, stand, torch.ones_like(stand).bool()))
+
+
+class LoRA(nn.Module):
+    """A frozen linear map W and a small one that learns: y = W x + B A x (Hu et al., arXiv 2106.09685).
+
+    A (rank, in), B (out, rank), which is zero at first.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return self.linear(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The same map as one matrix, W + B A."""
+        self.linear.weight += self.lora_b @ self.lora_a
+        return self.linear.requires_grad_(True)
+
+
+def add_lora(model: nn.Module, rank: int):
+    """Freeze the model; what learns is LoRA in every qkv, and the places of clips."""
+    model.requires_grad_(False)
+    for module in list(model.modules()):
+        if isinstance(module, Attention):
+            module.qkv = LoRA(module.qkv, rank).to(module.qkv.weight.device)
+        if isinstance(module, TempMeEncoder):
+            module.clip_place.requires_grad_(True)
+
+
+def merge_lora(model: nn.Module):
+    """Fold what LoRA learned into the weights: as fast and as large as it was, and all of it learns."""
+    for module in list(model.modules()):
+        if isinstance(module, Attention) and isinstance(module.qkv, LoRA):
+            module.qkv = module.qkv.merged()
+    model.requires_grad_(True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1378,8 +1610,12 @@ class ModVideo(nn.Module):
     def __init__(self, config: ModVideoConfig):
         super().__init__()
         self.config = c = config
-        self.encoder = VisionEncoder(
-            c.encoder_dim, c.encoder_layers, c.encoder_heads, c.patches, c.patch_size)
+        shape = c.encoder_dim, c.encoder_layers, c.encoder_heads, c.patches, c.patch_size
+        if c.encoder == 'tempme':
+            self.encoder = TempMeEncoder(*shape, frames=c.frames, image=c.merge_image, cross=c.merge_cross,
+                                         intra=c.merge_intra)
+        else:
+            self.encoder = VisionEncoder(*shape)
         self.projector = nn.Sequential(
             nn.Linear(c.encoder_dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
         keep_scale(self.projector)
@@ -1421,6 +1657,10 @@ class ModVideo(nn.Module):
         c, size, (B, T) = self.config, self.config.frame_size, video.shape[:2]
         if video.dim() != 5 or video.shape[2:] != (3, size, size):
             raise ValueError(f'video must be (B, T, 3, {size}, {size}), got {tuple(video.shape)}')
+        if c.encoder == 'tempme':
+            x, _, reduction = self.encoder(video)                              # (B, M, C)
+            tokens = self.projector(x).to(self.embed.weight.dtype)
+            return self.for_questions(tokens, reduction.position, question, reduction)
         looks = c.reduction in ('holitom', 'prune')
         x, saliency = self.encoder(video, previous, looks)                     # (B*T, P, C), (B*T, P)
         # The dtype of the text tokens, whatever autocast says.
@@ -1441,9 +1681,14 @@ class ModVideo(nn.Module):
             tokens = x.flatten(1, 2) if reduction is None else reduce_tokens(x.flatten(1, 2), reduction)
         if reduction is not None:
             place = torch.where(reduction.mask, reduction.position, NEVER)     # (B, M)
-        if c.by_question:
+        return self.for_questions(tokens, place, question, reduction)
+
+    def for_questions(self, tokens: Tensor, place: Tensor, question: Tensor, reduction):
+        """What encode_video returns: each question has tokens of its own, if they will depend on it."""
+        if self.config.by_question:
+            B, M, _ = tokens.shape
             again = len(question) // B
-            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place.expand(B, tokens.size(1))))
+            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place.expand(B, M)))
         return tokens, place, reduction
 
     def reduce(self, x: Tensor, saliency: Tensor):
@@ -1493,7 +1738,8 @@ class ModVideo(nn.Module):
         last = None
         if self.config.merges:                               # padding behind the vision of some clips
             position = torch.cat([place.expand(B, N), word.expand(B, Q * L)], 1)
-            mask = visible(position) if mask is None else visible(position) & mask
+            # By position, not by place in x: a frame's summary and its first patch share one.
+            mask = visible(position) if mask is None else visible(position) & (mask | mask.T)
             last = N - 1 + asked[:, 0] if self.config.inner_layer else None    # (B,)
         else:
             position = torch.cat([place, word])
@@ -1706,6 +1952,56 @@ class ModVideo(nn.Module):
             yield dict(silence=silence, said=said, answer=answer, held=held)
 
 
+class Retriever(nn.Module):
+    """Finds the clip for a sentence and the sentence for a clip: two towers, one space (TempMe).
+
+    config.encoder 'tempme' merges frames, 'plain' encodes each alone. The encoder sees frames without
+    their changes, as that of an image-text model does.
+    """
+
+    def __init__(self, config: ModVideoConfig):
+        super().__init__()
+        self.config = c = config
+        C = c.encoder_dim
+        self.encoder = TempMeEncoder(
+            C, c.tower_layers, c.encoder_heads, c.patches, c.patch_size, 3, c.frames,
+            c.encoder == 'tempme', c.merge_image, c.merge_cross, c.merge_intra)
+        self.embed = nn.Embedding(len(c.vocab), C)
+        self.blocks = nn.ModuleList(Block(C, c.encoder_heads) for _ in range(c.tower_layers))
+        self.norm = nn.RMSNorm(C)
+        self.see, self.read = (nn.Linear(C, C, bias=False) for _ in range(2))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))            # of the similarities
+        for name, p in self.named_parameters():
+            if name.endswith(('attention.out.weight', 'mlp.down.weight')):
+                nn.init.normal_(p, std=0.5 / math.sqrt(2 * c.tower_layers * p.size(1)))
+        if c.lora_rank:
+            add_lora(self, c.lora_rank)
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """video (B, T, 3, frame_size, frame_size) -> (B, C) of length one: the mean over the frames'
+        summaries, each of length one before."""
+        return unit(unit(self.see(self.encoder(video)[1])).mean(1))
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """text (B, L) int64, padded behind with 0 -> (B, C) of length one, read at the last word."""
+        x, position = self.embed(text), torch.arange(text.size(1), device=text.device)
+        for block in self.blocks:
+            x = x + block(x, position)
+        last = ((text != PAD).sum(1) - 1).clamp(min=0)                         # (B,)
+        return unit(self.read(self.norm(x[torch.arange(len(x), device=x.device), last])))
+
+    def forward(self, video: Tensor, text: Tensor):
+        """Clips and their sentences: similarity (B, B), rows are sentences, and the symmetric InfoNCE loss
+        (van den Oord et al., arXiv 1807.03748). The same sentence elsewhere in a batch is no negative."""
+        similarity = self.encode_text(text) @ self.encode_video(video).T       # (B, B) in [-1, 1]
+        same = (text[:, None] == text[None]).all(-1)
+        same.fill_diagonal_(False)
+        logits = (self.log_scale.exp() * similarity).masked_fill(same, -math.inf)
+        own = torch.arange(len(text), device=text.device)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return similarity, loss
+
+
 @torch.no_grad()
 def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None) -> Tensor:
     """ARank and effective rank of every decoder layer of a dense model: (2, layers)."""
@@ -1723,13 +2019,18 @@ def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None
     return torch.stack(rows, 1)
 
 
-def init_from(model: ModVideo, dense: ModVideo):
-    """Copy the weights of `dense` into a model that differs in what it skips, merges or selects."""
-    plain = {name.replace('.block.', '.'): p for name, p in dense.state_dict().items()}
-    own = {name: plain.get(name.replace('.block.', '.')) for name in model.state_dict()
-           if not name.startswith(('routers.', 'selector.', 'vqtoken.', 'quantizer.'))}   # these stay new
+def init_from(model: nn.Module, dense: nn.Module):
+    """Copy the weights of `dense` into a model that differs in what it skips, merges, selects or freezes.
+
+    What `dense` does not have stays new: routers, selectors, codebooks, places of clips, LoRA.
+    """
+    if type(model) is not type(dense):
+        raise ValueError(f'the weights are of a {type(dense).__name__}, wanted a {type(model).__name__}')
+    bare = lambda name: name.replace('.block.', '.').replace('.linear.', '.')      # of MoDBlock, LoRA
+    plain = {bare(name): p for name, p in dense.state_dict().items()}
+    own = {name: plain[bare(name)] for name in model.state_dict() if bare(name) in plain}
     for name in ('vocab', 'n_layer', 'n_head', 'dim', 'encoder_layers', 'encoder_heads', 'encoder_dim',
-                 'frame_size', 'patch_size'):
+                 'frame_size', 'patch_size', 'tower_layers'):
         mine, other = getattr(model.config, name), getattr(dense.config, name)
         if mine != other:
             raise ValueError(f'the weights are of a model with another {name}: {other}, wanted {mine}')
@@ -1754,6 +2055,29 @@ def block_flops(S: int, C: int, expansion: int = 4) -> int:
     return 2 * S * (4 * C * C + 2 * expansion * C * C) + 4 * S * S * C
 
 
+def encoder_flops(encoder: nn.Module, T: int, size) -> int:
+    """FLOPs of a vision encoder on T frames of size (height, width); of TempMe with its similarities."""
+    C, stem = encoder.place.size(1), 0
+    for conv in encoder.embed.stem:
+        if isinstance(conv, nn.Conv2d):
+            size = tuple(-(-side // conv.stride[0]) for side in size)
+            stem += 2 * size[0] * size[1] * conv.out_channels * conv.in_channels * conv.kernel_size[0] ** 2
+    if not isinstance(encoder, TempMeEncoder):
+        return T * (stem + len(encoder.blocks) * block_flops(size[0] * size[1], C))
+    total, D = T * stem, C // encoder.blocks[0].attention.n_head
+    c = 1
+    for step, (clips, n, after) in zip(encoder.steps, encoder.counts(T)):
+        joined, c = n + step.cross, c * step.factor                            # tokens before they merge
+        if step.cross:
+            a = (joined - c) // step.factor * ((step.factor + 1) // 2)         # patches of even clips
+            total += clips * 2 * a * (joined - c - a) * C
+        if step.inner:
+            a = (n + 1) // 2 - (c + 1) // 2                                    # patches at even places
+            total += clips * 2 * a * (n - c - a) * D
+        total += clips * (8 * n * C * C + 4 * n * n * C + 16 * after * C * C)  # attention, then MLP
+    return total
+
+
 def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
                 aux: dict = None) -> dict:
     """FLOPs of one forward pass by part, and their 'total'.
@@ -1767,14 +2091,9 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
     if c.merges and aux is None:
         raise ValueError('with merging the cost depends on the clip; wanted aux of a forward pass')
     again = questions if c.by_question else 1                  # each question is a clip of its own
-    text, stem, size = questions * text_len // again, 0, (height, width)
-    for conv in model.encoder.embed.stem:
-        if isinstance(conv, nn.Conv2d):
-            stride, kernel = conv.stride[0], conv.kernel_size[0]
-            size = tuple(-(-s // stride) for s in size)
-            stem += 2 * size[0] * size[1] * conv.out_channels * conv.in_channels * kernel ** 2
-    P = size[0] * size[1]
+    text, P = questions * text_len // again, (height // c.patch_size) * (width // c.patch_size)
     N = T * P
+    M = model.encoder.num_tokens(T) if c.encoder == 'tempme' else N            # tokens of the encoder
     K = 0 if model.skips_all else (
         capacity(c.keep_ratio, N) if c.routing == 'sequence' else T * capacity(c.keep_ratio, P))
     tokens = aux['tokens'] if aux else [
@@ -1783,8 +2102,8 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
         [N] * len(model.mod_layers))
     scored = [n + text * (c.routing == 'sequence') for n in scored] if model.routers else []
     flops = {
-        'encoder': T * (stem + c.encoder_layers * block_flops(P, c.encoder_dim)),
-        'projector': 2 * N * (c.encoder_dim * c.dim + c.dim * c.dim),
+        'encoder': encoder_flops(model.encoder, T, (height, width)),
+        'projector': 2 * M * (c.encoder_dim * c.dim + c.dim * c.dim),
         'reduction': 2 * T * P * P * c.encoder_dim if c.reduction in ('holitom', 'prune') else 0,  # saliency
         'routers': again * 2 * sum(scored) * c.dim,
         'decoder': again * sum(block_flops(S, c.dim) for S in tokens),
@@ -1852,13 +2171,17 @@ def orthogonalize(x: Tensor, iterations: int = 5) -> Tensor:
 def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float = 0.05) -> list:
     """Two optimizers: Muon at lr for the matrices of all blocks, AdamW at 3 % of lr for the rest.
 
-    The small share matters: at 10 % the stem outruns the attention that reads it; training stalls.
+    The small share matters: at 10 % the stem outruns the attention that reads it; training stalls. What
+    adapts a frozen model, LoRA and the places of clips, learns at 30 %; then AdamW may be alone.
     """
-    matrices = [p for name, p in model.named_parameters() if 'blocks' in name and p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [Muon(matrices, lr, weight_decay=weight_decay),
-            torch.optim.AdamW(others, 0.03 * lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in learns if 'blocks' in name and p.dim() == 2 and 'lora_' not in name]
+    small = [p for name, p in learns if 'lora_' in name or 'clip_place' in name]
+    chosen = {id(p) for p in [*matrices, *small]}
+    others = [dict(params=[p for _, p in learns if id(p) not in chosen], lr=0.03 * lr),
+              dict(params=small, lr=0.3 * lr)]
+    adam = torch.optim.AdamW([group for group in others if group['params']], betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(matrices, lr, weight_decay=weight_decay), adam] if matrices else [adam]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1867,9 +2190,9 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
 # needs sections 1, 3, 8, 9
 # --------------------------------------------------------------------------------------------------
 
-def save_checkpoint(path, model: ModVideo, **extra):
+def save_checkpoint(path, model: nn.Module, **extra):
     """Write model, config, `extra` (tensors, numbers, strings, lists, dicts); all or nothing."""
-    data = dict(extra, config=asdict(model.config), model=model.state_dict())
+    data = dict(extra, kind=type(model).__name__, config=asdict(model.config), model=model.state_dict())
     torch.save(data, f'{path}.part')
     os.replace(f'{path}.part', path)
 
@@ -1879,7 +2202,8 @@ def load_checkpoint(path, device='cpu'):
     try:
         data = torch.load(path, map_location=device, weights_only=True)
         config, weights = data.pop('config'), data.pop('model')
-        model = ModVideo(ModVideoConfig(**config)).to(device)
+        kind = {'ModVideo': ModVideo, 'Retriever': Retriever}[data.pop('kind', 'ModVideo')]
+        model = kind(ModVideoConfig(**config)).to(device)
         model.load_state_dict(weights)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise

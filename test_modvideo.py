@@ -1482,6 +1482,246 @@ def test_uniform_frames_keep_to_the_budget():
         make('none', reduction='uniform', budget=15)
 
 
+# ---- TempMe and retrieval ------------------------------------------------------------------------
+
+class ClipBlock(nn.Module):
+    """A block of CLIP's bricks (LayerNorm, biases, QuickGELU) with LoRA on qkv, as TempMe's code has it."""
+
+    def __init__(self, w, heads=2):
+        super().__init__()
+        dim = len(w['ln_1.weight'])
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = mv.Attention(dim, heads, causal=False)
+        self.attention.qkv = mv.LoRA(nn.Linear(dim, 3 * dim), 4)
+        self.attention.out = nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = lambda x: self.down((h := self.up(x)) * torch.sigmoid(1.702 * h))
+        qkv = self.attention.qkv
+        for mine, theirs in ((qkv.linear.weight, 'attn.in_proj_weight'), (qkv.linear.bias, 'attn.in_proj_bias'),
+                             (qkv.lora_a, 'attn.TVPt_LoRA_a'), (qkv.lora_b, 'attn.TVPt_LoRA_b'),
+                             (self.attention.out.weight, 'attn.out_proj.weight'),
+                             (self.attention.out.bias, 'attn.out_proj.bias'),
+                             *((getattr(getattr(self, a), f), f'{b}.{f}') for f in ('weight', 'bias') for a, b in (
+                                 ('norm1', 'ln_1'), ('norm2', 'ln_2'), ('up', 'mlp.c_fc'), ('down', 'mlp.c_proj')))):
+            mine.data.copy_(w[theirs])
+
+
+def same_sets(x, size, y, y_size, front):
+    """The first `front` rows alike, the others alike in any order."""
+    close(x[:, :front], y[:, :front], 2e-5)
+    for a, b, m, n in zip(x[:, front:], y[:, front:], size[:, front:], y_size[:, front:, 0]):
+        far = torch.cdist(a, b)
+        assert far.amin(1).max() < 2e-4 and torch.equal(far.argmin(1).sort().values, torch.arange(len(a)))
+        close(a, b[far.argmin(1)], 2e-5)
+        assert torch.equal(m, n[far.argmin(1)])
+
+
+def test_merging_blocks_equal_tempmes_code():
+    """Catches merging before attention, keys without LoRA, sizes left out of attention, CLS that merge."""
+    cases = golden('tempme')
+    weights = {kind: {k.rsplit('/', 1)[0] and f: v for k, g in cases.items() for f, v in g.items()
+                      if k == f'block/{kind}/w'} for kind in ('img', 'clip')}
+    g = cases['block/img']
+    M, _, r, cls, *_ = g['meta'].tolist()
+    block, x = ClipBlock(weights['img']), g['x']
+    y, size, step = mv.image_block(block, x, g['size_in'][..., 0], r, cls)
+    same_sets(y, size, g['y'], g['size_out'], cls)
+    assert (step.assign[:, 0] == 0).all()
+    g, w = cases['block/clip'], weights['clip']
+    M, first, last, cls, frames, cls_out, tokens, clips = g['meta'].tolist()
+    place = w['TVPt_Video_Positional_embedding'][0, :, 0]
+    step = mv.MergeStep(M, first, last)
+    y, size, a, b = mv.clip_block(ClipBlock(w), g['x'], g['size_in'][..., 0], place, step, cls, 'parity')
+    assert y.shape[:2] == (len(g['x']) // M, tokens) and len(y) * M == len(g['x'])
+    same_sets(y, size, g['y'], g['size_out'], cls_out)
+
+
+def test_merge_schedule_is_the_papers_and_goes_with_any_number_of_frames():
+    """Catches counts taken without CLS, twelve frames built in, a merge of more than there is."""
+    counts = lambda layers, frames, patches, **shares: mv.TempMeEncoder(
+        8, layers, 2, patches, frames=frames, **{**dict(image=0.04, cross=0.3, intra=0.1), **shares}).counts(frames)
+    assert [(F, n) for F, _, n in counts(12, 12, 49, image=2 / 49)] == [
+        *((12, 50 - 2 * i) for i in range(1, 9)), (6, 44), (3, 56), (1, 107), (1, 97)]
+    assert counts(12, 12, 196, image=16 / 196, cross=0.3, intra=0.2)[-1][2] == 119      # a published setting
+    for layers, frames in itertools.product((1, 2, 3, 4, 6, 12), (1, 2, 7, 12, 13, 16, 60)):
+        rows = counts(layers, frames, 16, image=0.9, cross=0.9, intra=0.9)
+        assert rows[-1][0] == 1 and all(n > frames // F for F, _, n in rows), (layers, frames)
+        assert [F for F, _, _ in rows] == sorted((F for F, _, _ in rows), reverse=True)
+    assert [s.factor for s in mv.merge_schedule(6, 16, 64)] == [1, 1, 2, 2, 4, 1]
+    assert [s.factor for s in mv.merge_schedule(12, 7, 16)] == [1] * 10 + [7, 1]        # a prime number
+
+
+def test_twins_across_clips_merge():
+    """Catches the split by parity, under which the same patch of two still clips can never merge."""
+    torch.manual_seed(0)
+    frame, block = torch.randn(1, 17, 32), mv.Block(32, 2, causal=False)               # CLS and 16 patches
+    x = (frame + 0.01 * torch.randn(2, 17, 32))                                        # two still clips
+    twins = {}
+    for pairing in (None, 'parity'):
+        _, size, step, _ = mv.clip_block(block, x, None, torch.zeros(2, 32), mv.MergeStep(2, 12, 0), 1, pairing)
+        patches = step.assign[0, 2:].view(2, 16)
+        pair = (patches[0] == patches[1]) & (size[0][patches[0]] == 2)         # they alone
+        twins[pairing] = pair.sum().item()
+        assert size.sum() == 34
+    assert twins == {None: 12, 'parity': 0}
+
+
+def test_tempme_without_merging_is_the_plain_encoder():
+    """Catches a block whose parts are in another order, a bias of sizes that are all one."""
+    video = sample()[0][:, :1]
+    torch.manual_seed(0)
+    plain = mv.TempMeEncoder(32, 3, 2, 16, 4, frames=1, merges=False)
+    torch.manual_seed(0)
+    merging = mv.TempMeEncoder(32, 3, 2, 16, 4, frames=1, image=0.0, intra=0.0)
+    for a, b in zip(plain(video), merging(video)):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else torch.equal(a.assign, b.assign)
+    tokens, summaries, where = plain(video)
+    x = torch.cat([plain.cls.expand(2, 1, -1), plain.embed(video) + plain.place], 1)
+    for block in plain.blocks:
+        x = x + block(x)
+    close(tokens, plain.norm(x))
+    close(summaries[:, 0], tokens[:, 0])
+    assert torch.equal(where.assign[0], torch.arange(1, 17))
+    with pytest.raises(ValueError, match='clips of 4 frames, got 3'):
+        mv.TempMeEncoder(32, 3, 2, 16, 4, frames=4)(sample(T=3)[0])
+
+
+def test_every_patch_is_traced_to_its_token():
+    """Catches slots that lose count when clips are joined: sizes must be what the tokens stand for."""
+    for T, layers in ((4, 3), (6, 5), (7, 2), (5, 1)):
+        torch.manual_seed(T)
+        encoder, video = mv.TempMeEncoder(32, layers, 2, 16, 4, frames=T, image=0.3, cross=0.4), sample(T=T)[0]
+        for block in encoder.blocks:                       # tokens stay sums of what went in, to be told apart
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+        tokens, summaries, where = encoder(video)
+        assert tokens.shape == (2, encoder.num_tokens(T), 32) and summaries.shape == (2, T, 32)
+        assert (where.position[:, 1:] >= where.position[:, :-1]).all() and (where.assign >= 0).all()
+        patches = (encoder.embed(video) + encoder.place).reshape(2, T * 16, 32)
+        close(encoder.norm(mv.reduce_tokens(patches, where)), tokens * (mv.slot_sizes(where) > 0)[..., None], 2e-5)
+        assert torch.equal(encoder(video[1:])[2].assign, where.assign[1:])
+        assert (mv.slot_sizes(where) == 0).sum() == 2 * T                      # the summaries
+
+
+def test_lora_starts_as_the_model_and_merges_into_it():
+    """Catches LoRA that changes the model at once, freezes too little, or is slower when merged."""
+    config = dict(vocab=VOCAB, frames=4, frame_size=16, patch_size=4, encoder_dim=32, encoder_heads=2, tower_layers=3)
+    torch.manual_seed(0)
+    plain = mv.Retriever(mv.ModVideoConfig(**config, encoder='tempme'))
+    video, text = sample()[0], torch.tensor([[2, 3, 4, 1], [5, 6, 1, 0]])
+    before = plain(video, text)[0]
+    lora = mv.Retriever(mv.ModVideoConfig(**config, encoder='tempme', lora_rank=2))
+    mv.init_from(lora, plain)
+    close(lora(video, text)[0], before, 1e-6)
+    frozen = {n: p.clone() for n, p in lora.named_parameters() if not p.requires_grad}
+    learns = [n for n, p in lora.named_parameters() if p.requires_grad]
+    assert sum(p.numel() for p in lora.parameters() if p.requires_grad) == 6 * 2 * (32 + 96) + (4 + 0) * 32
+    for _ in range(3):
+        optimizers = mv.configure_optimizer(lora)
+        lora(video, text)[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    after = lora(video, text)[0]
+    assert (after - before).abs().max() > 1e-5
+    assert all(torch.equal(p, frozen[n]) for n, p in lora.named_parameters() if n in frozen)
+    assert all('lora_' in n or 'clip_place' in n for n in learns)
+    mv.merge_lora(lora)
+    close(lora(video, text)[0], after)
+    assert [n for n, _ in lora.named_parameters()] == [n for n, _ in plain.named_parameters()]
+
+
+def test_lora_is_a_small_share_of_a_wide_model():
+    """Catches more than the 1 % that the method promises at the width of the gpu preset."""
+    model = mv.Retriever(mv.ModVideoConfig(**mv.PRESETS['gpu'], vocab=VOCAB, encoder='tempme', lora_rank=4))
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert learns <= 0.01 * mv.num_params(model)
+
+
+def test_contrastive_loss_and_embeddings():
+    """Catches a loss of one direction, equal sentences as negatives, padding that is read."""
+    config = dict(vocab=VOCAB, frames=4, frame_size=16, patch_size=4, encoder_dim=32, encoder_heads=2, tower_layers=2)
+    torch.manual_seed(0)
+    model = mv.Retriever(mv.ModVideoConfig(**config))
+    video = sample(B=3)[0]
+    text = torch.tensor([[2, 3, 4, 1], [5, 6, 1, 0], [2, 3, 4, 1]])
+    similarity, loss = model(video, text)
+    close(model.encode_text(text[1:2, :3]), model.encode_text(text[1:2]), 1e-6)
+    close(similarity, model.encode_text(text) @ model.encode_video(video).T)
+    close(model.encode_video(video).norm(dim=-1), torch.ones(3))
+    s = (10 * similarity).exp().double()
+    rows = [s[i, i] / sum(s[i, j] for j in range(3) if i == j or 1 in (i, j)) for i in range(3)]
+    columns = [s[i, i] / sum(s[j, i] for j in range(3) if i == j or 1 in (i, j)) for i in range(3)]
+    close(loss, -torch.stack([*rows, *columns]).log().mean().float())
+    frames = mv.unit(model.see(model.encoder(video)[1]))
+    close(model.encode_video(video), mv.unit(frames.mean(1)))
+    alone = torch.stack([model.encode_video(video[:, t:t + 1]) for t in range(4)], 1)  # the plain tower: one by one
+    close(mv.unit(alone.mean(1)), model.encode_video(video))
+
+
+def test_a_decoder_behind_tempme():
+    """Catches tokens out of order, positions that no frame has, questions that do not share the clip."""
+    for changes in ({}, dict(placement='all'), dict(inner_layer=2)):
+        model = make(**{**dict(placement='none', encoder='tempme'), **changes}).eval()
+        video, text = sample(B=2, Q=2)
+        logits, _, aux = model(video, text)
+        assert aux['tokens'][3 if changes.get('placement') else 0] == model.encoder.num_tokens(4) + (
+            5 if changes.get('inner_layer') else 10)
+        close(logits[1:, :1], model(video[1:], text[1:, :1])[0])
+        assert model.generate(video, text, 2).shape == (2, 2, 2)
+        loss = model.train()(video, text, text)[1]
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+    for wrong, words in ((dict(reduction='holitom'), "reduction 'none' alone"), (dict(streaming=True), 'whole clip'),
+                         (dict(merge_cross=1.0), 'below 1')):
+        with pytest.raises(ValueError, match=words):
+            make('none', encoder='tempme', **wrong)
+
+
+def test_recall_counts_ties_once():
+    """Catches a constant similarity that finds everything, ranks from 0, the wrong direction."""
+    similarity = torch.tensor([[.9, .1, .2], [.8, .5, .1], [.3, .2, .1]])
+    assert train_tiny.recall(similarity)['R@1'] == pytest.approx(100 / 3)
+    assert train_tiny.recall(similarity.T)['median rank'] == 1 and train_tiny.recall(similarity)['median rank'] == 2
+    flat = train_tiny.recall(torch.zeros(4, 4))
+    assert flat['R@1'] == 25 and flat['R@5'] == 100 and flat['median rank'] == 2.5
+
+
+def test_sentences_say_what_the_clips_show():
+    """Catches twins that differ elsewhere, sentences that leak direction into single frames."""
+    world, say = shapes.ShapeWorld(), lambda row: ' '.join(shapes.CAPTION_VOCAB[i] for i in row.tolist() if i > 1)
+    batch, scene = world.captions('train', 3, 400), world.sample('train', 200, shapes.seeded(0, 'train', 3, 'captions'))
+    assert batch.video.shape == (400, 8, 3, 32, 32) and 0.3 < batch.turned.float().mean() < 0.7
+    twin = shapes.twin_of(scene, batch.turned[:200], 8)
+    for b in range(400):
+        one, i = (scene, b) if b < 200 else (twin, b - 200)
+        text, other = say(batch.text[b]), say(batch.text[(b + 200) % 400])
+        for o in range(3):
+            if one.present[i, o] and one.direction[i, o] != shapes.STILL:
+                assert f'{shapes.SHAPES[one.shape[i, o]]} moves {shapes.DIRECTIONS[one.direction[i, o]]}' in text
+        events = [shapes.EVENTS[e] for e in one.event[i]]
+        assert text.endswith(f'then {events[0]} then {events[1]}') and text.startswith('a ')
+        assert text.count(' and a ') == one.present[i].sum() - 1
+        changed = [(p, q) for p, q in zip(text.split(), other.split()) if p != q]
+        opposite = {('left', 'right'), ('right', 'left'), ('up', 'down'), ('down', 'up')}
+        if batch.turned[b]:
+            assert len(changed) == 1 and changed[0] in opposite
+        else:
+            assert changed[-2:] == [tuple(events), tuple(events[::-1])]        # and colours, seen at another time
+        lives = [(one.start[i, o].item(), one.stop[i, o].item()) for o in range(3) if one.present[i, o]]
+        assert all(start < stop for start, stop in lives)
+    frames = world.captioned_frames('train', 0, 300)
+    assert frames.video.shape == (300, 1, 3, 32, 32) and frames.turned is None
+    texts = [say(row) for row in frames.text]
+    assert not any(word in text for text in texts for word in ('moves', 'stays', 'then', 'cut', 'appears'))
+    assert any('flash' in text for text in texts) and any(' and a ' in text for text in texts)
+    assert all(not text or text.startswith('a ') for text in texts)
+    at = torch.tensor([[2], [5]])                                              # a part of a clip is drawn alike
+    scene = world.sample('train', 2, shapes.seeded(1))
+    whole = shapes.ShapeWorld(noise=0.0).draw(scene)
+    close(shapes.ShapeWorld(noise=0.0).draw(scene, at=at)[:, 0], whole[torch.arange(2), at[:, 0]])
+
+
 # ---- accounting, checkpoints, pictures -----------------------------------------------------------
 
 @pytest.mark.parametrize('preset,changes', [
@@ -2108,6 +2348,45 @@ def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
     for run in (run, tmp_path / 'vq'):
         assert train_tiny.main(['--out', str(run), '--ask',
                                 str(ROOT / 'data/natural/cockatoo.webp'), 'how many shapes']) == 0
+
+
+def test_tempme_recipe_trains_compares_and_finds(tmp_path, capsys, trained):
+    """Catches stages that do not start from the frames, a comparison that trains twice, a find without order."""
+    run = tmp_path / 'run'
+    args = [*TINY, '--recipe', 'tempme', '--batch', '8', '--steps', '2', '--out', str(run)]
+    assert train_tiny.main(args) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((run / 'result.json').read_text())
+    assert list(results) == ['frames', *train_tiny.STAGES] and 'lora-merging' in printed
+    assert results['lora']['learns'] < 0.05 * results['lora']['parameters']
+    assert results['full-merging']['gflops'] < results['full']['gflops']
+    assert results['full']['vision_by_layer'][-1] > 2 * results['full-merging']['vision_by_layer'][-1]
+    base, tuned = (mv.load_checkpoint(run / name / 'ckpt.pt')[0] for name in ('frames', 'lora-merging'))
+    assert torch.equal(base.embed.weight, tuned.embed.weight)                  # frozen: where it began
+    before = (run / 'lora/ckpt.pt').stat().st_mtime_ns
+    assert train_tiny.main(args) == 0 and (run / 'lora/ckpt.pt').stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert train_tiny.main(['--out', str(run), '--find', 'a red circle moves left']) == 0
+    ranks = [float(n) for n in re.findall(r'(?m)^ +(-?\d\.\d{3}) ', capsys.readouterr().out)]
+    assert len(ranks) == 5 and ranks == sorted(ranks, reverse=True)
+    assert Image.open(run / 'lora-merging/find.png').width > 200
+    assert train_tiny.main(['--out', str(run), '--data', str(ROOT / 'data/natural'), '--find', 'a red circle']) == 0
+    assert 'best of 7 clips' in capsys.readouterr().out
+    for wrong, words in ((['--out', str(run), '--find', 'a red dog'], "'dog' (nearest known"),
+                         (['--out', str(trained), '--find', 'a red circle'], 'trained for questions'),
+                         (['--out', str(run / 'lora'), '--ask', str(ROOT / 'data/natural/cockatoo.webp'), 'red'],
+                          'trained for retrieval'),
+                         ([*TINY, '--recipe', 'retrieval', '--init-from', str(trained), '--out', str(run / 'x')],
+                          'weights are of a ModVideo'),
+                         ([*TINY, '--recipe', 'tempme', '--data', str(ROOT / 'data/natural'), '--out', str(run / 'y')],
+                          'needs a sentence')):
+        assert train_tiny.main(wrong) == 2 and words in capsys.readouterr().err
+    assert train_tiny.main([*TINY, '--recipe', 'tempme', '--bench', '--batch', '2']) == 0
+    assert re.search(r'full +\d+ +1\.00', capsys.readouterr().out)
+    assert train_tiny.main([*TINY, '--encoder', 'tempme', '--placement', 'all', '--steps', '1',
+                            '--out', str(tmp_path / 'mod')]) == 0
+    result = json.loads((tmp_path / 'mod/result.json').read_text())
+    assert max(result['vision_by_layer']) < 64
 
 
 def test_study_compares_at_equal_flops(tmp_path, capsys, monkeypatch):

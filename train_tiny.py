@@ -7,6 +7,8 @@
     python train_tiny.py --stream CLIP                   let the newest such model watch a clip
     python train_tiny.py --recipe gamma --init-from RUN  convert a dense model (gamma-MoD)
     python train_tiny.py --study                         which layers to convert, at equal FLOPs
+    python train_tiny.py --recipe tempme                 learn to find clips by sentences, in four ways
+    python train_tiny.py --find "a red circle moves left"  rank clips by the newest such model
     python train_tiny.py --data FOLDER                   your own clips (see data/clips.py)
     python train_tiny.py --ask CLIP "what shape is red"  ask the newest trained model about a clip
     python train_tiny.py --resume out/RUN                go on with an interrupted run
@@ -42,16 +44,18 @@ from tqdm import tqdm
 from data.clips import ClipFolder, read_clip, read_rows, resample, words
 from data.shapes import PROMPT, ShapeWorld
 from modvideo import (EOS, GATES, IGNORE, PAD, PRESETS, ROUTINGS, Block, KVCache, MoDBlock, ModVideo,
-                      ModVideoConfig, Quantized, Reduction, Router, choose_mod_layers, code_usage,
-                      compose, configure_optimizer, count_flops, draw_tokens, from_clusters, init_from,
-                      layer_ranks, load_checkpoint, num_params, pack, save_checkpoint, token_density)
+                      ModVideoConfig, Quantized, Reduction, Retriever, Router, choose_mod_layers, code_usage,
+                      compose, configure_optimizer, count_flops, draw_tokens, encoder_flops, from_clusters,
+                      init_from, layer_ranks, load_checkpoint, merge_lora, num_params, pack, save_checkpoint,
+                      token_density)
 
-# What a preset trains with: clips a step, steps, questions a clip.
-RUNS = {'tiny': dict(batch=8, steps=100, questions=4),
-        'cpu': dict(batch=8, steps=1800, questions=8),
-        'gpu': dict(batch=64, steps=2500, questions=8),
-        'deep': dict(batch=32, steps=2500, questions=8),
-        'long': dict(batch=8, steps=2500, questions=8)}
+# What a preset trains with: clips a step, steps, questions a clip; for retrieval clips a step, steps on
+# single frames, then on clips.
+RUNS = {'tiny': dict(batch=8, steps=100, questions=4, pairs=16, frames=20, adapt=10),
+        'cpu': dict(batch=8, steps=1800, questions=8, pairs=64, frames=500, adapt=300),
+        'gpu': dict(batch=64, steps=2500, questions=8, pairs=128, frames=2000, adapt=1000),
+        'deep': dict(batch=32, steps=2500, questions=8, pairs=128, frames=2000, adapt=1000),
+        'long': dict(batch=8, steps=2500, questions=8, pairs=64, frames=2000, adapt=1000)}
 PLACEMENTS = ['interleaved', 'interleaved-deep', 'all', 'all-deep', 'early-exit', 'layer-skip']
 RECIPES = {                        # what each asks of the configuration, unless a flag says otherwise
     'mod': dict(placement='interleaved'), 'dense': dict(placement='none'),
@@ -61,8 +65,14 @@ RECIPES = {                        # what each asks of the configuration, unless
     'bvllm': dict(placement='none', reduction='bvllm'),
     'vqtoken': dict(placement='none', reduction='vqtoken'),
     'vq': dict(placement='none', reduction='vq'),
+    'tempme': dict(encoder='tempme'), 'frames': dict(encoder='plain'), 'retrieval': dict(encoder='tempme'),
     **{name: dict(placement='none', reduction=name) for name in ('uniform', 'prune', 'tome', 'pool')}}
+RETRIEVAL = ['tempme', 'frames', 'retrieval']        # their model is a Retriever
+# What --recipe tempme trains: single frames first, then from there (encoder, rank of LoRA or 0).
+STAGES = {'lora-merging': ('tempme', True), 'lora': ('plain', True),
+          'full-merging': ('tempme', False), 'full': ('plain', False)}
 AS_IT_IS = ['holitom', 'prune', 'tome', 'pool']      # with --init-from these need no training
+FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 ROUNDS = 7            # of a benchmark, behind two to warm up
 LONG_STREAM = 1000    # frames
@@ -85,7 +95,8 @@ class Settings:
                        'not, stream speaks between frames, gamma converts a dense model, holitom '
                        'merges vision tokens before the decoder, bvllm selects them by the question, '
                        'vqtoken makes a codebook of each clip, vq learns one for all; uniform (whole '
-                       'frames), prune, tome and pool are baselines at the same number of tokens',
+                       'frames), prune, tome and pool are baselines at the same number of tokens; tempme '
+                       'finds clips by sentences: it trains frames (single ones), then retrieval four times',
                        [*RECIPES])
     data: str = flag('shapes', 'what to train',
                      "'shapes', the synthetic world, or a folder with clips.jsonl")
@@ -98,7 +109,11 @@ class Settings:
                         'sequence, or nobody', ['auto', *ROUTINGS])
     gate: str = flag('auto', 'what to train', "what a router's score does to an update",
                      ['auto', *GATES])
-    layers: int = flag(0, 'what to train', "decoder layers, 0 = the preset's")
+    encoder: str = flag('auto', 'what to train', 'plain encodes every frame alone, tempme merges frames '
+                        'on the way; auto: as the recipe says', ['auto', 'plain', 'tempme'])
+    lora_rank: int = flag(0, 'what to train', 'retrieval: learn only so many directions of each qkv, and '
+                          'freeze the rest; 0 = learn everything (tempme: 4)')
+    layers: int = flag(0, 'what to train', "decoder layers, or of retrieval both towers', 0 = the preset's")
     window: int = flag(0, 'what to train', 'frames that a stream remembers, 0 = all')
     init_from: str = flag('', 'what to train', f'run folder whose weights to begin with; '
                           f'{", ".join(AS_IT_IS)} then need no training, unless --steps asks for some')
@@ -142,6 +157,8 @@ class Settings:
     stream: str = flag('', 'instead of training', 'a clip for a stream model to narrate, on the CPU')
     question: list = flag((), 'instead of training', 'with --stream: asked behind a frame, from 1 on',
                           metavar=('FRAME', 'QUESTION'))
+    find: str = flag('', 'instead of training', 'a sentence; ranks the clips of --data by the newest '
+                     'retrieval model, on the CPU', metavar='SENTENCE')
     theta: float = flag(0.5, 'instead of training', 'stay silent while P(silence) is at least this')
 
 
@@ -176,7 +193,7 @@ def parse(argv) -> Settings:
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
     for name in ('steps', 'batch', 'seed', 'frames', 'layers', 'window', 'dense_layers', 'inner_layer',
-                 'budget'):
+                 'budget', 'lora_rank'):
         if getattr(settings, name) < 0:
             raise ValueError(f'--{name.replace("_", "-")} must be at least 0, '
                              f'got {getattr(settings, name)}')
@@ -246,9 +263,11 @@ def pick_machine(s: Settings):
                          'or this torch was built without it')
     s.dtype = ('bfloat16' if s.device == 'cuda' else 'float32') if s.dtype == 'auto' else s.dtype
     s.preset = ('gpu' if s.device == 'cuda' else 'cpu') if s.preset == 'auto' else s.preset
+    finds = s.recipe in RETRIEVAL
     if not (s.recipe in AS_IT_IS and s.init_from):                 # merging alone needs no training
-        s.steps = s.steps or RUNS[s.preset]['steps']
-    s.batch = s.batch or RUNS[s.preset]['batch']
+        s.steps = s.steps or RUNS[s.preset][
+            'steps' if not finds else 'frames' if s.recipe == 'frames' else 'adapt']
+    s.batch = s.batch or RUNS[s.preset]['pairs' if finds else 'batch']
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
@@ -270,6 +289,9 @@ def load_data(s: Settings):
     if s.data == 'shapes':
         s.frames = s.frames or preset['frames']
         return ShapeWorld(frames=s.frames, **shape)
+    if s.recipe in RETRIEVAL and not s.find:
+        raise ValueError(f'--recipe {s.recipe} needs a sentence for every clip, --data shapes has them; '
+                         f'{s.data} has questions')
     if s.recipe == 'stream':
         raise ValueError(f'--recipe stream needs clips that say what happens when, --data shapes does; '
                          f'{s.data} has questions about whole clips')
@@ -296,7 +318,7 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
     """The model of the recipe, its weights a function of the seed. changes: of its configuration."""
     torch.manual_seed(s.seed)
     config = dict(PRESETS[s.preset], frames=s.frames, keep_ratio=s.keep_ratio, window=s.window,
-                  retain_ratio=s.retain_ratio, tau=s.tau, hard=s.hard,
+                  retain_ratio=s.retain_ratio, tau=s.tau, hard=s.hard, lora_rank=s.lora_rank,
                   inner_ratio=s.inner_ratio, **RECIPES[s.recipe])
     if 'reduction' in config:
         config['inner_layer'] = s.inner_layer
@@ -305,11 +327,15 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
         codes = {'auto': 256 if s.recipe == 'vq' else 12, 'adaptive': 0}
         config['codes'] = codes[s.codes] if s.codes in codes else int(s.codes)
     if s.layers:
-        config['n_layer'] = s.layers
+        config['tower_layers' if s.recipe in RETRIEVAL else 'n_layer'] = s.layers
+    if s.encoder != 'auto':
+        config['encoder'] = s.encoder
     if s.recipe != 'dense':
         flags = {name: getattr(s, name) for name in ('placement', 'routing', 'gate')}
         config.update({name: value for name, value in flags.items() if value != 'auto'})
     config = ModVideoConfig(vocab=list(vocab), **{**config, **changes})
+    if s.recipe in RETRIEVAL:
+        return Retriever(config).to(s.device)
     model = ModVideo(config).to(s.device)
     if config.placement != 'none' and not model.mod_layers and not s.bench:
         raise ValueError(f'--placement {config.placement} routes no layer of {config.n_layer} '
@@ -320,7 +346,7 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
 def prepare_model(s: Settings, data) -> ModVideo:
     """The model as training begins: new, continued from other weights, or converted by gamma-MoD."""
     if s.recipe != 'gamma':
-        model = build_model(s, data.vocab)
+        model = build_model(s, data.caption_vocab if s.recipe in RETRIEVAL else data.vocab)
         if s.init_from and not s.resume:
             init_from(model, load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'))[0])
         return model
@@ -427,7 +453,8 @@ def resume_run(run: Path, model, optimizers: list):
 
 def draw_batch(s: Settings, data, split: str, step: int, size: int):
     """A batch of what the recipe learns from, on its device."""
-    return (data.stream if s.recipe == 'stream' else data.batch)(split, step, size, s.device)
+    draw = {'stream': 'stream', 'frames': 'captioned_frames', 'retrieval': 'captions'}.get(s.recipe, 'batch')
+    return getattr(data, draw)(split, step, size, s.device)
 
 
 def wanted_words(batch):
@@ -442,15 +469,20 @@ def asked_words(targets):
 
 
 def train_step(forward, model, optimizers: list, batch, autocast) -> torch.Tensor:
-    """One step: (2,) loss and accuracy of the batch (questions, or whole streams), on the device."""
+    """One step: (2,) loss and accuracy of the batch (questions, whole streams, or sentences that find
+    their clip), on the device."""
+    finds = isinstance(model, Retriever)
+    given = batch[:2] if finds else (
+        *batch[:3], batch.after, batch.decisions, asked_words(batch.targets))
     with autocast():
-        logits, loss, _ = forward(*batch[:3], batch.after, batch.decisions, asked_words(batch.targets))
+        logits, loss, *_ = forward(*given)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    right = is_right(logits, wanted_words(batch)).float().mean()
+    wanted = torch.arange(len(logits), device=logits.device)[:, None] if finds else wanted_words(batch)
+    right = is_right(logits[:, None] if finds else logits, wanted).float().mean()
     return torch.stack([loss.detach(), right])
 
 
@@ -545,6 +577,8 @@ def evaluate(model, data, split, s: Settings, autocast, clips: int = EVAL_CLIPS)
     """
     if s.recipe == 'stream':
         return evaluate_stream(model, data, split, s, autocast, clips)
+    if s.recipe in RETRIEVAL:
+        return evaluate_retrieval(model, data, split, s, autocast, min(clips, FIND_CLIPS))
     model.eval()
     right, blind, kind, answers = [], [], [], []
     for step in range(math.ceil(clips / 64)):
@@ -663,6 +697,48 @@ def evaluate_stream(model, data, split, s: Settings, autocast, clips: int) -> di
             **timing_scores(torch.cat(spoke), torch.cat(should)), 'clips': sum(map(len, spoke))}
 
 
+def recall(similarity) -> dict:
+    """(n, n), row i belongs to column i -> R@1, R@5, R@10 in percent, median rank from 1 on.
+
+    Ties are counted once: the earlier of equal columns is first.
+    """
+    own, place = similarity.diag()[:, None], torch.arange(len(similarity), device=similarity.device)
+    ahead = (similarity > own) | (similarity == own) & (place < place[:, None])
+    rank = ahead.sum(1)                                                        # (n,) 0 = found first
+    return {**{f'R@{k}': 100 * (rank < k).float().mean().item() for k in (1, 5, 10)},
+            'median rank': (rank + 1).float().quantile(0.5).item()}
+
+
+@torch.no_grad()
+def evaluate_retrieval(model, data, split, s: Settings, autocast, clips: int) -> dict:
+    """Held-out clips whose sentences all differ, in pairs that differ in a direction or in the order of
+    events: recall both ways, R-Sum, and how often a clip prefers its own to its twin's (chance 50 %)."""
+    model.eval()
+    seen, found, half = set(), [], 32
+    for step in itertools.count():
+        batch = data.captions(split, step, 2 * half, s.device)
+        sentences, new = [tuple(id for id in row if id != PAD) for row in batch.text.tolist()], []
+        for i in range(half):
+            pair = {sentences[i], sentences[i + half]}
+            if not pair & seen and len(seen) < clips:
+                seen |= pair
+                new += [i, i + half]
+        with autocast():
+            found.append((model.encode_video(batch.video[new]), model.encode_text(batch.text[new]),
+                          batch.turned[new]))
+        if len(seen) >= clips:
+            break
+    model.train()
+    video, text, turned = (torch.cat(a).cpu() for a in zip(*found))
+    similarity, other = text @ video.T, torch.arange(len(text)) ^ 1
+    ways = {'sentence to clip': recall(similarity), 'clip to sentence': recall(similarity.T)}
+    right = (similarity.diag() > similarity[other, other ^ 1]).float()
+    return dict(accuracy=ways['sentence to clip']['R@1'] / 100, recall=ways,
+                r_sum=sum(way[f'R@{k}'] for way in ways.values() for k in (1, 5, 10)),
+                direction_pairs=right[turned].mean().item(), order_pairs=right[~turned].mean().item(),
+                clips=len(text))
+
+
 def peak_memory_mb(device: str) -> float:
     """Most memory taken so far: of the GPU's allocator, or of this process."""
     if device == 'cuda':
@@ -680,6 +756,14 @@ def peak_memory_mb(device: str) -> float:
 # --------------------------------------------------------------------------------------------------
 
 def print_table(result: dict):
+    if 'r_sum' in result:
+        print(f'\n{result["clips"]} held-out clips {"R@1":>12} {"R@5":>7} {"R@10":>7} {"median rank":>12}')
+        for way, row in result['recall'].items():
+            print(f'{way:25} ' + ' '.join(f'{row[f"R@{k}"]:7.1f}' for k in (1, 5, 10))
+                  + f' {row["median rank"]:12.1f}')
+        print(f'R-Sum {result["r_sum"]:.1f}; the right one of two sentences that differ in a direction '
+              f'{result["direction_pairs"]:.1%}, in the order of events {result["order_pairs"]:.1%} (chance 50%)')
+        return
     if 'lm_ppl' in result:
         print(f'\n{result["clips"]} held-out streams')
         for name, what in (('lm_ppl', 'LM-PPL'), ('lm_correctness', 'LM-Correctness'),
@@ -845,11 +929,11 @@ def run_training(s: Settings, began: float = None) -> Path:
     model = prepare_model(s, data)
     run = open_run(s, model)
     batch = draw_batch(s, data, 'train', 0, 1)
-    _, Q, L = batch.text.shape
     N, cost = batch.video.size(1) * model.config.patches, clip_cost(s, model, data)
-    print(f'{num_params(model):,} parameters, {N} vision tokens, layers process '
-          f'{cost["vision_by_layer"]} of them, {cost["gflops"]:.2f} GFLOPs a clip; '
-          f'{s.steps} steps of {s.batch} clips with {Q} questions -> {run}')
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f'{num_params(model):,} parameters, {learns:,} of them learn, {N} vision tokens, layers process '
+          f'{cost["vision_by_layer"]} of them, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps of {s.batch} '
+          + ('clips' if s.recipe in RETRIEVAL else f'clips with {batch.text.size(1)} questions') + f' -> {run}')
     if s.steps:
         with catch_ctrl_c() as stop:
             trained = train(s, model, data, run, autocast, stop)
@@ -863,11 +947,12 @@ def run_training(s: Settings, began: float = None) -> Path:
     scores = evaluate(model, data, 'test', s, autocast,
                       clips=EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
     cost = clip_cost(s, model, data)                          # a trained encoder may merge otherwise
-    scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['vision_by_layer'][0]), 3)
+    if s.recipe not in RETRIEVAL:
+        scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['vision_by_layer'][0]), 3)
     scores.update(code_report(model, draw_batch(s, data, 'test', 0, 64).video))
     result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__,
                   dtype=s.dtype, preset=s.preset, data=s.data, placement=model.config.placement,
-                  **trained, **scores, vision_tokens=N, **cost, parameters=num_params(model),
+                  **trained, **scores, vision_tokens=N, **cost, parameters=num_params(model), learns=learns,
                   peak_memory_mb=round(peak_memory_mb(s.device), 1))
     print_table(result)
     show_run(s, model.eval(), data, run)
@@ -887,6 +972,11 @@ def clip_cost(s: Settings, model, data, clips: int = 8) -> dict:
     c, rows, flops = model.config, [], []
     paper = lambda tokens: sum(4 * n * c.dim ** 2 + 2 * n * n * c.dim + 8 * n * c.dim ** 2 for n in tokens)
     model.eval()
+    if s.recipe in RETRIEVAL:
+        T = 1 if s.recipe == 'frames' else c.frames
+        flops, rows = encoder_flops(model.encoder, T, (c.frame_size, c.frame_size)) / 1e9, model.encoder.counts(T)
+        model.train()
+        return dict(vision_by_layer=[F * n for F, _, n in rows], gflops=round(flops, 4))
     for step in range(clips if c.merges else 1):
         batch = draw_batch(s, data, 'train', step, 1)
         Q, L = batch.text.shape[1:]
@@ -902,6 +992,8 @@ def clip_cost(s: Settings, model, data, clips: int = 8) -> dict:
 
 def show_run(s: Settings, model, data, run: Path):
     """Answers or narration in words, the pictures of one held-out clip, how to go on."""
+    if s.recipe in RETRIEVAL:
+        return show_retrieval(s, model, data, run)
     test = draw_batch(s, data, 'test', 0, 64)
     change = (test.video[:, 1:] - test.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
     b = change.median(1).values.argmax()                        # moves most, cuts and flashes aside
@@ -934,6 +1026,79 @@ def encode_question(question: str, vocab: list) -> list:
     return [known[w] for w in asked]
 
 
+@torch.no_grad()
+def show_retrieval(s: Settings, model, data, run: Path, among: int = 64):
+    """tokens.png: what merged of one held-out clip; find.png: the first five clips for its sentence."""
+    batch = data.captions('test', 0, among, s.device)
+    words_of = lambda ids: ' '.join(data.caption_vocab[i] for i in ids.tolist() if i not in (PAD, EOS))
+    merged = model.encoder(batch.video[:1])[2]
+    title, scale = words_of(batch.text[0]), max(1, 128 // batch.video.size(-1))
+    whole = pack(torch.ones_like(merged.assign, dtype=torch.bool))
+    stack([label(draw_tokens(batch.video[0].cpu(), what, scale=scale), name) for what, name in (
+        (whole, title), (merged, f'{merged.position.size(1)} tokens'))]).save(run / 'tokens.png')
+    save_clip(batch.video[0], run / 'clip.webp')
+    rank_clips(model, batch.video, [words_of(t) for t in batch.text], title, run / 'find.png')
+    print(f'\ngo on with: python train_tiny.py --out {run} --find "a red circle moves left"')
+
+
+@torch.no_grad()
+def rank_clips(model, video, names: list, sentence: str, path: Path, best: int = 5):
+    """Print and draw the clips (n, T, 3, height, width) that fit a sentence best."""
+    ids = torch.tensor([[*encode_question(sentence, model.config.vocab), EOS]], device=video.device)
+    fit = model.encode_text(ids) @ torch.cat([model.encode_video(part) for part in video.split(16)]).T
+    top, rows = fit[0].topk(min(best, len(video))), []
+    print(f'\n{sentence}')
+    for value, i in zip(top.values.tolist(), top.indices.tolist()):
+        print(f'  {value:6.3f}   {names[i]}')
+        frames = pack(torch.ones(1, video.size(1) * model.config.patches, dtype=torch.bool))
+        rows.append(label(draw_tokens(video[i].cpu(), frames, scale=max(1, 96 // video.size(-1))),
+                          f'{value:.3f}  {names[i]}'))
+    stack([label(rows[0], f'{sentence}:'), *rows[1:]]).save(path)
+
+
+def run_find(s: Settings):
+    """Rank clips of a folder, or 64 held-out ones of the synthetic world, by a sentence."""
+    run, model = open_model(s, '--find', 'retrieval')
+    c = model.config
+    merge_lora(model)
+    if s.data == 'shapes':
+        world = ShapeWorld(frames=c.frames, size=c.frame_size, seed=s.seed)
+        batch = world.captions('test', 0, 64)
+        video, names = batch.video, [' '.join(c.vocab[i] for i in t if i not in (PAD, EOS))
+                                     for t in batch.text.tolist()]
+    else:
+        folder, grid = Path(s.data), parse_grid(s.grid)
+        names = [row['file'] for row in read_rows(folder)]
+        video = torch.stack([resample(read_clip(folder / name, grid), c.frames, c.frame_size)
+                             for name in names]).float() / 255
+    path = run / 'find.png'
+    rank_clips(model, video, names, s.find, path)
+    print(f'the best of {len(names)} clips: {path}')
+
+
+def run_tempme(s: Settings):
+    """Train plain towers on single frames, adapt them to clips in four ways, compare. Stages that are
+    finished already in --out are not trained again."""
+    folder = Path(s.out or f'out/tempme-{s.preset}-seed{s.seed}')
+    runs, frames = {}, folder / 'frames'
+    for name, (encoder, lora) in {'frames': ('plain', False), **STAGES}.items():
+        recipe = 'frames' if name == 'frames' else 'retrieval'
+        trial = replace(s, recipe=recipe, encoder=encoder, lora_rank=(s.lora_rank or 4) if lora else 0,
+                        init_from='' if recipe == 'frames' else str(frames), out=str(folder / name))
+        done = folder / name / 'result.json'
+        if not done.exists():
+            print(f'\n{name}')
+            run_training(trial)
+        runs[name] = json.loads(done.read_text())
+    print(f'\n{"":13} {"R@1":>6} {"R-Sum":>6} {"direction":>9} {"order":>6} {"learns":>10} {"tokens":>6} {"GFLOPs":>7} '
+          f'{"step ms":>8} {"seconds":>8}')
+    for name, r in runs.items():
+        print(f'{name:13} {r["recall"]["sentence to clip"]["R@1"]:6.1f} {r["r_sum"]:6.1f} '
+              f'{r["direction_pairs"]:9.1%} {r["order_pairs"]:6.1%} {r["learns"]:10,} {r["vision_by_layer"][-1]:6} '
+              f'{r["gflops"]:7.3f} {r["step_ms"]:8.0f} {r["seconds"]:8.0f}')
+    write_json(folder / 'result.json', runs)
+
+
 def run_stream(s: Settings):
     """Let a model narrate a clip while it plays."""
     run, model, video = open_clip(s, s.stream, streaming=True)
@@ -947,24 +1112,38 @@ def run_stream(s: Settings):
     print(f'frames with the words below: {path}')
 
 
-def open_clip(s: Settings, clip: str, streaming: bool):
-    """The run to use, its model, and a clip as the model sees it: (T, 3, size, size) in [0, 1]."""
-    flag, train = ('--stream', ' --recipe stream') if streaming else ('--ask', '')
-    runs = [Path(s.out)] if s.out else [
-        path.parent for path in sorted(Path('out').glob('*/ckpt.pt'), key=lambda p: -p.stat().st_mtime)
-        if bool(read_config(path.parent)['model'].get('streaming')) == streaming]
+def open_model(s: Settings, flag: str, kind: str):
+    """The run that --out names, or the newest under out/ whose model is of this kind -> run, model.
+
+    kind: 'questions', 'streams' or 'retrieval'.
+    """
+    def kind_of(run):
+        config = read_config(run)
+        return ('retrieval' if config['settings'].get('recipe') in RETRIEVAL
+                else 'streams' if config['model'].get('streaming') else 'questions')
+
+    train = {'questions': '', 'streams': ' --recipe stream', 'retrieval': ' --recipe tempme'}[kind]
+    found = [path.parent for where in ('*', '*/*') for path in Path('out').glob(f'{where}/ckpt.pt')]
+    runs = [Path(s.out)] if s.out else sorted(
+        (run for run in found if kind_of(run) == kind), key=lambda run: -(run / 'ckpt.pt').stat().st_mtime)
     if not runs:
         raise ValueError(f'{flag} found no model for it under out/; '
                          f'train one first: python train_tiny.py{train}')
+    if kind == 'retrieval' and (runs[0] / 'lora-merging').is_dir():             # a whole --recipe tempme
+        runs[0] /= 'lora-merging'
     model, _ = load_checkpoint(existing(runs[0] / 'ckpt.pt'))
-    c = model.eval().config
-    if c.streaming != streaming:
-        raise ValueError(f'{flag}: the model of {runs[0]} was trained for '
-                         + ('streams' if c.streaming else 'questions about whole clips'))
-    frames = read_clip(clip, parse_grid(s.grid))
-    print(f'{runs[0]}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}'
+    if kind_of(runs[0]) != kind:
+        raise ValueError(f'{flag}: the model of {runs[0]} was trained for {kind_of(runs[0])}')
+    return runs[0], model.eval()
+
+
+def open_clip(s: Settings, clip: str, streaming: bool):
+    """The run to use, its model, and a clip as the model sees it: (T, 3, size, size) in [0, 1]."""
+    run, model = open_model(s, '--stream' if streaming else '--ask', 'streams' if streaming else 'questions')
+    c, frames = model.config, read_clip(clip, parse_grid(s.grid))
+    print(f'{run}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}'
           f', seen as {c.frames} of {c.frame_size}x{c.frame_size}')
-    return runs[0], model, resample(frames, c.frames, c.frame_size).float() / 255
+    return run, model, resample(frames, c.frames, c.frame_size).float() / 255
 
 
 @torch.no_grad()
@@ -1028,12 +1207,9 @@ def run_study(s: Settings):
         print(f'{name:13} {placement:20} {skipped:14.1%} {gflops:7.3f} {accuracy:8.1%}')
 
 
-def run_bench(s: Settings):
-    """Time, memory, FLOPs, cache of each placement against dense: in turn, medians, ratios."""
-    autocast = pick_machine(s)
-    data = load_data(s)
-    sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(
-        s.device, lambda: None)
+def clock(device: str):
+    """How to wait for the device, and how many seconds a function takes."""
+    sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(device, lambda: None)
 
     def seconds(run) -> float:
         sync()
@@ -1041,7 +1217,16 @@ def run_bench(s: Settings):
         run()
         sync()
         return time.perf_counter() - start
+    return sync, seconds
 
+
+def run_bench(s: Settings):
+    """Time, memory, FLOPs, cache of each placement against dense: in turn, medians, ratios."""
+    autocast = pick_machine(s)
+    data = load_data(s)
+    sync, seconds = clock(s.device)
+    if s.recipe == 'tempme':
+        return bench_retrieval(s, data, seconds, autocast)
     batch = draw_batch(s, data, 'train', 0, s.batch)
     if 'reduction' in RECIPES[s.recipe]:
         return bench_answers(s, data, batch, seconds, autocast)
@@ -1130,6 +1315,40 @@ def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
               f'{rest["dense"] / rest[name]:.2f} times')
 
 
+def bench_retrieval(s: Settings, data, seconds, autocast):
+    """Encoding clips, and training on them, with merging against without: in turn, medians, ratios."""
+    batch, rows = data.captions('train', 0, s.batch, s.device), {}
+
+    def runner(name):
+        encoder, lora = STAGES[name]
+        trial = replace(s, recipe='retrieval', encoder=encoder, lora_rank=(s.lora_rank or 4) if lora else 0)
+        model = build_model(trial, data.caption_vocab)
+        optimizers = configure_optimizer(model, s.lr)
+
+        def encode():
+            with torch.no_grad(), autocast():
+                model.encode_video(batch.video)
+        return model, encode, lambda: train_step(model, model, optimizers, batch, autocast)
+
+    runs, times = {name: runner(name) for name in STAGES}, {name: ([], []) for name in STAGES}
+    for _ in tqdm(range(ROUNDS + 2), desc='bench', dynamic_ncols=True):
+        for name, which in itertools.product(STAGES, (0, 1)):
+            times[name][which].append(seconds(runs[name][1 + which]))
+    for name, (model, _, step) in runs.items():
+        rows[name] = [*(statistics.median(a[2:]) for a in times[name]), step_memory_mb(s.device, step),
+                      encoder_flops(model.encoder, s.frames, batch.video.shape[3:]) / 1e9,
+                      model.encoder.num_tokens(s.frames)]
+    print(f'\n{"":13} {"encode ms":>9} {"faster":>6} {"step ms":>8} {"faster":>6} {"memory MB":>9} {"share":>5} '
+          f'{"GFLOPs":>7} {"share":>5} {"tokens":>6} {"learns":>17}')
+    for name, (encode, step, memory, flops, tokens) in rows.items():
+        plain, model = rows['lora' if 'lora' in name else 'full'], runs[name][0]
+        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f'{name:13} {1000 * encode:9.0f} {plain[0] / encode:6.2f} {1000 * step:8.0f} {plain[1] / step:6.2f} '
+              f'{memory:9.0f} {memory / plain[2]:5.2f} {flops:7.2f} {flops / plain[3]:5.2f} {tokens:6} '
+              f'{learns:10,} {learns / num_params(model):6.2%}')
+    print(f'{s.batch} clips; faster, share: against the same without merging')
+
+
 def bench_long_stream(model, s: Settings, autocast):
     """Frames per second and keys held along a stream, its frames in turn from a random clip."""
     c, frames = model.config, LONG_STREAM
@@ -1214,10 +1433,14 @@ def main(argv=None, began: float = None) -> int:
             run_ask(s)
         elif s.stream:
             run_stream(s)
+        elif s.find:
+            run_find(s)
         elif s.study:
             run_study(s)
         elif s.bench:
             run_bench(s)
+        elif s.recipe == 'tempme':
+            run_tempme(s)
         else:
             run_training(s, began)
     except torch.cuda.OutOfMemoryError:

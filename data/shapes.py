@@ -47,6 +47,8 @@ VOCAB = ['<pad>', '<eos>', *COLOURS, *SHAPES, *DIRECTIONS, *COUNTS, *EVENTS]
 PROMPT = 'narrate'                                                # stands before every stream
 VOCAB += sorted({'then', PROMPT, *' '.join(QUESTIONS.values()).split()} - {'_', *VOCAB})
 ID = {word: i for i, word in enumerate([*VOCAB, '_'])}            # '_' never leaves this file
+CAPTION_VOCAB = [*VOCAB, 'a', 'and', 'far', 'moves', 'near', 'stays']      # of sentences to find clips by
+CAPTION_ID = {word: i for i, word in enumerate(CAPTION_VOCAB)}
 PAD, EOS, IGNORE = 0, 1, -1
 
 # What happens in B clips, before a pixel is drawn; ShapeWorld.sample says what each entry is.
@@ -63,6 +65,13 @@ class Batch(NamedTuple):
     decisions: torch.Tensor = None  # (B, T) int64: the word that is to be said behind each frame, EOS for silence
 
 
+class Captions(NamedTuple):
+    """Clips with sentences, to find one by the other."""
+    video: torch.Tensor     # (B, T, 3, height, width) float in [0, 1]
+    text: torch.Tensor      # (B, L) int64 ids of CAPTION_VOCAB: a sentence, `<eos>`, then padding (0)
+    turned: torch.Tensor = None     # (B,) bool: the other clip of the pair differs in direction, else in order
+
+
 @dataclass
 class ShapeWorld:
     """Endless seeded clips: `batch(split, step, batch_size, device)`. Lengths are in frame widths."""
@@ -74,7 +83,7 @@ class ShapeWorld:
     travel: float = 0.33     # way a moving shape makes during the clip. Shorter is harder
     noise: float = 0.02      # standard deviation of the noise added to every frame
     contrast: float = 0.05   # of the background's texture
-    vocab, kinds = VOCAB, KINDS
+    vocab, kinds, caption_vocab = VOCAB, KINDS, CAPTION_VOCAB
 
     def __post_init__(self):
         if self.frames < 4:
@@ -102,9 +111,7 @@ class ShapeWorld:
         order = (rand(3) + 1.0 * ~present).argsort(-1)            # (B, O) the present ones first
         second = (event == VANISHES) & (count > 1)[:, None]       # (B, 2) what vanishes did not appear
         subject = torch.where(second, order[:, 1:2], order[:, :1])        # (B, 2) the shape it happens to
-        hit, e, t = subject[..., None] == each, event[..., None], time[..., None]  # (B, 2, O), twice (B, 2, 1)
-        start = torch.where(hit & (e == APPEARS), t, 0).amax(1)   # (B, O) first frame that shows the shape
-        stop = torch.where(hit & (e == VANISHES), t, T).amin(1) * present  # (B, O) first one that no longer does
+        start, stop = lifetime(event, time, subject, present, T)
 
         first = randint(6, 1)                                     # (B, 1) the wheel shape's colours:
         other = (first + 2 + shuffle(4)) % 6                      # first, first + 1. (B, 4) the rest
@@ -120,20 +127,21 @@ class ShapeWorld:
         return Scene(present, shape, colour, direction, start, stop, event, time, subject, flash, cell,
                      jitter, texture)
 
-    def draw(self, scene: Scene, device='cpu', seed=0) -> torch.Tensor:
-        """Paint B scenes on the device: (B, T, 3, size, size) float32 in [0, 1]."""
+    def draw(self, scene: Scene, device='cpu', seed=0, at: torch.Tensor = None) -> torch.Tensor:
+        """Paint B scenes on the device: (B, T, 3, size, size) float32 in [0, 1]. at (B, n): these frames alone."""
         def when(event): return torch.where(scene.event == event, scene.time, T).amin(1, keepdim=True)  # (B, 1)
-        T, size, t = self.frames, self.size, torch.arange(self.frames)
+        T, size, B = self.frames, self.size, len(scene.shape)
+        t = torch.arange(T).expand(B, T) if at is None else at    # (B, T) or (B, n), n is T from here
         after = t >= when(CUT)                                    # (B, T) never, if nothing cuts
         cell = torch.where(after[..., None], scene.cell[:, 1:], scene.cell[:, :1])  # (B, T, 4)
-        way = self.travel * (t / (T - 1) - 0.5)                   # (T,)
+        way = self.travel * (t / (T - 1) - 0.5)                   # (B, T)
         step = STEPS[F.pad(scene.direction, (0, 1), value=STILL)]         # (B, 4, 2)
         centre = 0.25 + 0.5 * torch.stack([cell % 2, cell // 2], -1)      # (B, T, 4, 2) x, y
-        centre = centre + scene.jitter[:, None] + way[:, None, None] * step[:, None]
-        seen = (t >= scene.start[..., None]) & (t < scene.stop[..., None])  # (B, O, T)
-        seen = torch.cat([seen, (t == when(FLASH))[:, None]], 1)  # (B, 4, T)
-        flash = scene.flash[:, None, None].expand(-1, 1, T)       # (B, 1, T)
-        colour = PALETTE[torch.cat([scene.colour, flash], 1)]     # (B, 4, T, 3)
+        centre = centre + scene.jitter[:, None] + way[..., None, None] * step[:, None]
+        seen = torch.cat([seen_at(scene, t), (t == when(FLASH))[:, None]], 1)     # (B, 4, T)
+        colour = scene.colour.gather(2, t[:, None].expand(-1, 3, -1))     # (B, O, T)
+        flash = scene.flash[:, None, None].expand(-1, 1, t.size(1))       # (B, 1, T)
+        colour = PALETTE[torch.cat([colour, flash], 1)]           # (B, 4, T, 3)
         shape = F.pad(scene.shape, (0, 1), value=RING)[..., None, None, None]  # (B, 4, 1, 1, 1)
 
         axis = (torch.arange(size, device=device) + 0.5) / size   # (size,) pixel centres
@@ -177,6 +185,24 @@ class ShapeWorld:
         targets = F.pad(targets[:, 1:], (0, 1), value=IGNORE)     # the word behind each
         words = (a.to(device) for a in (text[:, None], targets[:, None], torch.zeros(B, 1).long(), after, decisions))
         return Batch(self.draw(scene, device, generator.initial_seed()), *words)
+
+    def captions(self, split: str, step: int, batch_size: int, device='cpu') -> Captions:
+        """Clips in pairs, i and i + batch_size // 2, that only a direction or the order of events tells apart."""
+        generator = seeded(self.seed, split, step, 'captions')
+        scene = self.sample(split, (batch_size + 1) // 2, generator)
+        turned = torch.rand(len(scene.shape), generator=generator) < 0.5
+        scene = Scene(*(torch.cat(pair)[:batch_size] for pair in zip(scene, twin_of(scene, turned, self.frames))))
+        text, = drop_padding(describe(scene))
+        return Captions(self.draw(scene, device, generator.initial_seed()), text.to(device),
+                        torch.cat([turned, turned])[:batch_size].to(device))
+
+    def captioned_frames(self, split: str, step: int, batch_size: int, device='cpu') -> Captions:
+        """Single frames, T = 1, and what they show and where, which says nothing about direction or order."""
+        generator = seeded(self.seed, split, step, 'frames')
+        scene = self.sample(split, batch_size, generator)
+        at = torch.randint(self.frames, (batch_size, 1), generator=generator)     # (B, 1)
+        text, = drop_padding(describe(scene, at))
+        return Captions(self.draw(scene, device, generator.initial_seed(), at), text.to(device))
 
     def ask(self, scene: Scene, generator: torch.Generator):
         """Text, targets (B, Q, L) and kind (B, Q): Q questions about each whole scene, the types in turn."""
@@ -238,6 +264,63 @@ def clauses(scene: Scene) -> torch.Tensor:
 def tell(scene: Scene) -> torch.Tensor:
     """The story of B scenes: (B, 7) ids, `red circle appears then blue flash`, with gaps of padding."""
     return F.pad(clauses(scene), (0, 1), value=ID['then']).flatten(1)[:, :-1]  # without the last `then`
+
+
+def lifetime(event, time, subject, present, T: int):
+    """(B, O) each: the first frame that shows a shape, the first one that no longer does."""
+    hit, e, t = subject[..., None] == torch.arange(3), event[..., None], time[..., None]  # (B, 2, O), twice (B, 2, 1)
+    return torch.where(hit & (e == APPEARS), t, 0).amax(1), torch.where(hit & (e == VANISHES), t, T).amin(1) * present
+
+
+def twin_of(scene: Scene, turned: torch.Tensor, T: int) -> Scene:
+    """B scenes that differ in one thing: turned (B,) bool, the first shape goes the other way, else the two events
+    swap places."""
+    swapped = [torch.where(turned[:, None], a, a.flip(1)) for a in (scene.event, scene.subject)]
+    start, stop = lifetime(swapped[0], scene.time, swapped[1], scene.present, T)
+    direction = scene.direction.clone()
+    direction[:, 0] = torch.where(turned, direction[:, 0] ^ 1, direction[:, 0])   # left, right; up, down
+    return scene._replace(direction=direction, event=swapped[0], subject=swapped[1], start=start, stop=stop)
+
+
+def seen_at(scene: Scene, t: torch.Tensor) -> torch.Tensor:
+    """Which shapes the frames t (B, n) of B scenes show: (B, O, n) bool."""
+    t = t[:, None]
+    return (t >= scene.start[..., None]) & (t < scene.stop[..., None])
+
+
+def describe(scene: Scene, at: torch.Tensor = None) -> torch.Tensor:
+    """A sentence for each of B scenes, (B, L) ids of CAPTION_VOCAB with gaps of padding and `<eos>` behind.
+
+    `a red circle moves left and a blue square stays then flash then cut`, colours as first seen; of frame `at` (B, 1)
+    alone what it shows and where: `a red circle up far left and a blue flash`; far and near are off a quarter's middle.
+    """
+    (B, T), word = (len(scene.shape), scene.colour.size(2)), CAPTION_ID
+    constant = lambda name: torch.full((B,), word[name])
+    t = scene.start.clamp(max=T - 1) if at is None else at.expand(B, 3)   # (B, O)
+    there = scene.present if at is None else seen_at(scene, at)[..., 0]
+    what = word['red'] + scene.colour.gather(2, t[..., None])[..., 0], word['circle'] + scene.shape
+    if at is None:
+        moves = scene.direction != STILL
+        does = [torch.where(moves, word['moves'], word['stays']),
+                torch.where(moves, word['left'] + scene.direction, PAD)]
+        ending = torch.stack([constant('then'), word['appears'] + scene.event[:, 0],
+                              constant('then'), word['appears'] + scene.event[:, 1]], 1)
+    else:
+        cut = torch.where(scene.event == CUT, scene.time, T).amin(1, keepdim=True)
+        cell = torch.where(at >= cut, scene.cell[:, 1], scene.cell[:, 0])[:, :3]  # (B, O)
+        way, does = 2 * at / (T - 1) - 1, []                              # -1 to 1
+        for side, first, axis in ((cell // 2, 'up', 1), (cell % 2, 'left', 0)):
+            off = way * STEPS[scene.direction][..., axis] * (2 * side - 1)  # (B, O) outwards
+            away = torch.where(off > 1 / 3, word['far'], torch.where(off < -1 / 3, word['near'], PAD))
+            does += [away, word[first] + side]
+        flash = ((scene.event == FLASH) & (scene.time == at)).any(1, keepdim=True)        # (B, 1)
+        ending = torch.stack([constant('and'), constant('a'), word['red'] + scene.flash, constant('flash')], 1)
+        ending = torch.where(flash, ending, PAD)
+    joint = [torch.full_like(scene.shape, word[name]) for name in ('and', 'a')]
+    clause = torch.where(there[..., None], torch.stack([*joint, *what, *does], -1), PAD)  # (B, O, words)
+    text = torch.cat([clause.flatten(1), ending], 1)                      # (B, L)
+    first = (text == word['and']) & ((text != PAD).cumsum(1) == 1)        # no `and` in front
+    return F.pad(text.masked_fill(first, PAD), (0, 1), value=EOS)
 
 
 def seeded(*what) -> torch.Generator:

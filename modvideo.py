@@ -374,6 +374,11 @@ class Block(nn.Module):
         return a + (m if mlp_gate is None else (m * mlp_gate).to(m.dtype))
 
 
+def block_flops(S: int, C: int, expansion: int = 4) -> int:
+    """Block on S tokens, C channels; a token: qkv, out 4C², MLP 2*expansion*C², attention 2SC."""
+    return 2 * S * (4 * C * C + 2 * expansion * C * C) + 4 * S * S * C
+
+
 # --------------------------------------------------------------------------------------------------
 # 3. Token reduction
 # Pruning, merging, clustering, quantizing and de-duplicating are one act: every input token goes to
@@ -699,11 +704,12 @@ def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     return score.sum(1) / real.sum(1).clamp(min=1)
 
 
-def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 10, mask: Tensor = None):
+def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3, mask: Tensor = None):
     """k-means by cosine with the number of clusters that has the best silhouette, for each sample.
 
     x (B, N, C), mask (B, N) -> count (B,) int64, centroids (B, most, C), assign (B, N) of that very
-    fit. All fits begin with the same k-means++ centres, as many of them as they need.
+    fit. All fits begin with the same k-means++ centres, as many of them as they need; so close to the end
+    few iterations do.
     """
     u = unit(x)
     init = spread_centers(u, most, torch.ones_like(u[..., 0], dtype=torch.bool) if mask is None else mask)
@@ -940,11 +946,11 @@ class VQToken(nn.Module):
     space, so that ids do not matter, and there are K tokens for a clip of any length.
     """
 
-    def __init__(self, dim: int, num_codes: int = 12, n_head: int = 4, grid=(8, 4), iters: int = 10,
+    def __init__(self, dim: int, num_codes: int = 12, n_head: int = 4, grid=(8, 4), iters: int = None,
                  least: int = 4, most: int = 32):
         super().__init__()
-        self.num_codes, self.n_head, self.grid, self.iters = num_codes, n_head, grid, iters
-        self.least, self.most = least, most
+        self.num_codes, self.n_head, self.grid, self.least, self.most = num_codes, n_head, grid, least, most
+        self.iters = iters or (10 if num_codes else 3)                         # of k-means
         self.norm = nn.RMSNorm(dim)
         self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
@@ -1041,6 +1047,17 @@ class PatchEmbed(nn.Module):
         return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # (B*T, P, C)
 
 
+    def flops(self, size) -> int:
+        """FLOPs of the stem on one frame of size (height, width)."""
+        total = 0
+        for conv in self.stem:
+            if isinstance(conv, nn.Conv2d):
+                size = tuple(-(-side // conv.stride[0]) for side in size)
+                kernel = conv.in_channels * conv.kernel_size[0] ** 2
+                total += 2 * size[0] * size[1] * conv.out_channels * kernel
+        return total
+
+
 class VisionEncoder(nn.Module):
     """PatchEmbed, learned places in the frame, blocks in which its patches see each other."""
 
@@ -1065,6 +1082,12 @@ class VisionEncoder(nn.Module):
         if want_saliency:
             saliency = last.attention.weights(last.norm1(x).detach()).float().mean((1, 2))
         return self.norm(x + last(x)), saliency
+
+    def flops(self, T: int, size) -> int:
+        """FLOPs on T frames of size (height, width)."""
+        P, C = self.place.shape
+        return T * (self.embed.flops(size) + len(self.blocks) * block_flops(P, C))
+
 
 # TempMe (Shen et al., arXiv 2409.01156): the encoder merges while it encodes. First inside each frame,
 # then neighbouring frames become one clip, step by step, until the whole video is one. A summary token
@@ -1186,6 +1209,20 @@ class TempMeEncoder(VisionEncoder):
         """M, the tokens that come out."""
         clips, _, n = self.counts(T)[-1]
         return clips * n
+
+    def flops(self, T: int, size) -> int:
+        """FLOPs on T frames of size (height, width), the similarities that decide what merges included."""
+        C, D, c, total = len(self.cls), len(self.cls) // self.blocks[0].attention.n_head, 1, 0
+        for step, (clips, n, after) in zip(self.steps, self.counts(T)):
+            joined, c = n + step.cross, c * step.factor                        # tokens before they merge
+            if step.cross:
+                a = (joined - c) // step.factor * ((step.factor + 1) // 2)     # patches of even clips
+                total += clips * 2 * a * (joined - c - a) * C
+            if step.inner:
+                a = (n + 1) // 2 - (c + 1) // 2                                # patches at even places
+                total += clips * 2 * a * (n - c - a) * D
+            total += clips * (8 * n * C * C + 4 * n * n * C + 16 * after * C * C)  # attention, MLP
+        return T * self.embed.flops(size) + total
 
     def forward(self, video: Tensor):
         """video (B, T, 3, height, width) -> tokens (B, M, C), summaries (B, T, C), Reduction of patches.
@@ -2050,34 +2087,6 @@ def num_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def block_flops(S: int, C: int, expansion: int = 4) -> int:
-    """Block on S tokens, C channels; a token: qkv, out 4C², MLP 2*expansion*C², attention 2SC."""
-    return 2 * S * (4 * C * C + 2 * expansion * C * C) + 4 * S * S * C
-
-
-def encoder_flops(encoder: nn.Module, T: int, size) -> int:
-    """FLOPs of a vision encoder on T frames of size (height, width); of TempMe with its similarities."""
-    C, stem = encoder.place.size(1), 0
-    for conv in encoder.embed.stem:
-        if isinstance(conv, nn.Conv2d):
-            size = tuple(-(-side // conv.stride[0]) for side in size)
-            stem += 2 * size[0] * size[1] * conv.out_channels * conv.in_channels * conv.kernel_size[0] ** 2
-    if not isinstance(encoder, TempMeEncoder):
-        return T * (stem + len(encoder.blocks) * block_flops(size[0] * size[1], C))
-    total, D = T * stem, C // encoder.blocks[0].attention.n_head
-    c = 1
-    for step, (clips, n, after) in zip(encoder.steps, encoder.counts(T)):
-        joined, c = n + step.cross, c * step.factor                            # tokens before they merge
-        if step.cross:
-            a = (joined - c) // step.factor * ((step.factor + 1) // 2)         # patches of even clips
-            total += clips * 2 * a * (joined - c - a) * C
-        if step.inner:
-            a = (n + 1) // 2 - (c + 1) // 2                                    # patches at even places
-            total += clips * 2 * a * (n - c - a) * D
-        total += clips * (8 * n * C * C + 4 * n * n * C + 16 * after * C * C)  # attention, then MLP
-    return total
-
-
 def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
                 aux: dict = None) -> dict:
     """FLOPs of one forward pass by part, and their 'total'.
@@ -2102,7 +2111,7 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
         [N] * len(model.mod_layers))
     scored = [n + text * (c.routing == 'sequence') for n in scored] if model.routers else []
     flops = {
-        'encoder': encoder_flops(model.encoder, T, (height, width)),
+        'encoder': model.encoder.flops(T, (height, width)),
         'projector': 2 * M * (c.encoder_dim * c.dim + c.dim * c.dim),
         'reduction': 2 * T * P * P * c.encoder_dim if c.reduction in ('holitom', 'prune') else 0,  # saliency
         'routers': again * 2 * sum(scored) * c.dim,
@@ -2202,7 +2211,9 @@ def load_checkpoint(path, device='cpu'):
     try:
         data = torch.load(path, map_location=device, weights_only=True)
         config, weights = data.pop('config'), data.pop('model')
-        kind = {'ModVideo': ModVideo, 'Retriever': Retriever}[data.pop('kind', 'ModVideo')]
+        kind = ModVideo
+        if data.pop('kind') == 'Retriever':
+            kind = Retriever
         model = kind(ModVideoConfig(**config)).to(device)
         model.load_state_dict(weights)
     except (FileNotFoundError, IsADirectoryError, PermissionError):

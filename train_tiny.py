@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -45,7 +46,7 @@ from data.clips import ClipFolder, read_clip, read_rows, resample, words
 from data.shapes import PROMPT, ShapeWorld
 from modvideo import (EOS, GATES, IGNORE, PAD, PRESETS, ROUTINGS, Block, KVCache, MoDBlock, ModVideo,
                       ModVideoConfig, Quantized, Reduction, Retriever, Router, choose_mod_layers, code_usage,
-                      compose, configure_optimizer, count_flops, draw_tokens, encoder_flops, from_clusters,
+                      compose, configure_optimizer, count_flops, draw_tokens, from_clusters,
                       init_from, layer_ranks, load_checkpoint, merge_lora, num_params, pack, save_checkpoint,
                       token_density)
 
@@ -134,6 +135,8 @@ class Settings:
     frames: int = flag(0, 'what to train', "frames of a clip, 0 = the preset's; of a folder: "
                        "its clips' own, at most twice as many")
     grid: str = flag('4x4', 'what to train', 'columns x rows of a clip that is a sheet of frames')
+    blind: bool = flag(False, 'how to train', "show it another clip's video in place of the right one: what "
+                       'words alone can tell')
     steps: int = flag(0, 'how to train', 'optimizer steps, 0 = the preset\'s')
     batch: int = flag(0, 'how to train', 'clips a step, 0 = the preset\'s')
     lr: float = flag(0.01, 'how to train',
@@ -149,6 +152,10 @@ class Settings:
     resume: str = flag('', 'files', 'run folder to go on with, under its own settings')
     bench: bool = flag(False, 'instead of training',
                        'time and memory of each placement against dense')
+    compare: bool = flag(False, 'instead of training', 'every recipe from one dense model: a table of what '
+                         'each reaches and costs, next to its paper; goes on where it stopped')
+    recipes: str = flag('', 'instead of training', "with --compare: rows, such as mod-all,vqtoken; '' = all")
+    seeds: int = flag(0, 'instead of training', 'with --compare: how many, 0 = 3')
     study: bool = flag(False, 'instead of training', 'gamma-MoD with all layers, every second, '
                        'random ones, those of lowest rank, all at the same FLOPs')
     ask: list = flag((), 'instead of training',
@@ -192,7 +199,7 @@ def parse(argv) -> Settings:
                                if f.name in saved and f.name not in ('resume', 'out')})
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
-    for name in ('steps', 'batch', 'seed', 'frames', 'layers', 'window', 'dense_layers', 'inner_layer',
+    for name in ('steps', 'batch', 'seed', 'seeds', 'frames', 'layers', 'window', 'dense_layers', 'inner_layer',
                  'budget', 'lora_rank'):
         if getattr(settings, name) < 0:
             raise ValueError(f'--{name.replace("_", "-")} must be at least 0, '
@@ -274,12 +281,16 @@ def pick_machine(s: Settings):
         torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward is not deterministic
         torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision('high')
-    name = {'cuda': lambda: torch.cuda.get_device_name(),
-            'cpu': lambda: f'{torch.get_num_threads()} threads'}
-    print(f'{s.device} ({name.get(s.device, lambda: "Apple GPU")()}), {s.dtype}, '
+    print(f'{machine_name(s.device)}, {s.dtype}, '
           f'torch {torch.__version__}, preset {s.preset}, recipe {s.recipe}, seed {s.seed}')
     return lambda: (torch.autocast(s.device, torch.bfloat16) if s.dtype == 'bfloat16'
                     else nullcontext())
+
+
+def machine_name(device: str) -> str:
+    name = {'cuda': lambda: torch.cuda.get_device_name(), 'mps': lambda: 'Apple GPU',
+            'cpu': lambda: f'{torch.get_num_threads()} threads'}[device]()
+    return f'{device} ({name})'
 
 
 def load_data(s: Settings):
@@ -454,7 +465,8 @@ def resume_run(run: Path, model, optimizers: list):
 def draw_batch(s: Settings, data, split: str, step: int, size: int):
     """A batch of what the recipe learns from, on its device."""
     draw = {'stream': 'stream', 'frames': 'captioned_frames', 'retrieval': 'captions'}.get(s.recipe, 'batch')
-    return getattr(data, draw)(split, step, size, s.device)
+    batch = getattr(data, draw)(split, step, size, s.device)
+    return batch._replace(video=batch.video.roll(1, 0)) if s.blind and split == 'train' else batch
 
 
 def wanted_words(batch):
@@ -974,19 +986,21 @@ def clip_cost(s: Settings, model, data, clips: int = 8) -> dict:
     model.eval()
     if s.recipe in RETRIEVAL:
         T = 1 if s.recipe == 'frames' else c.frames
-        flops, rows = encoder_flops(model.encoder, T, (c.frame_size, c.frame_size)) / 1e9, model.encoder.counts(T)
+        flops, rows = model.encoder.flops(T, (c.frame_size, c.frame_size)) / 1e9, model.encoder.counts(T)
         model.train()
         return dict(vision_by_layer=[F * n for F, _, n in rows], gflops=round(flops, 4))
     for step in range(clips if c.merges else 1):
         batch = draw_batch(s, data, 'train', step, 1)
         Q, L = batch.text.shape[1:]
         aux = model(*batch[:2], asked=asked_words(batch.targets))[2]
-        flops.append(count_flops(model, batch.video.shape, L, Q, aux)['total'] / 1e9)
+        parts = count_flops(model, batch.video.shape, L, Q, aux)
+        flops.append([parts[part] / 1e9 for part in ('total', 'decoder')])
         rows.append([n - L * (1 if c.by_question else Q) for n in aux['tokens']])
     model.train()
     N = batch.video.size(1) * c.patches
     return dict(vision_by_layer=[round(statistics.mean(layer), 1) for layer in zip(*rows)],
-                gflops=round(statistics.mean(flops), 4),
+                gflops=round(statistics.mean(total for total, _ in flops), 4),
+                decoder_gflops=round(statistics.mean(decoder for _, decoder in flops), 4),
                 paper_share=round(statistics.mean(map(paper, rows)) / paper([N] * c.n_layer), 4))
 
 
@@ -1296,9 +1310,8 @@ def cache_bytes(model, video) -> int:
 
 
 @torch.no_grad()
-def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
-    """Time to the first token of an answer, and speed of the rest, against dense, in turn."""
-    models = {'dense': build_model(replace(s, recipe='dense'), data.vocab), s.recipe: build_model(s, data.vocab)}
+def answer_times(models: dict, batch, seconds, autocast, words: int = 32) -> dict:
+    """Seconds to the first token of an answer, and for `words` more, of models in turn: {name: (first, rest)}."""
     text, times = batch.text[:, :1], {name: ([], []) for name in models}
     for model in models.values():
         model.eval().head.weight[:2] = 0                                      # hardly ever an end mark
@@ -1307,12 +1320,18 @@ def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
             for n, measured in zip((1, words + 1), times[name]):
                 with autocast():
                     measured.append(seconds(lambda: model.generate(batch.video, text, n)))
-    first = {name: statistics.median(times[name][0][1:]) for name in models}
-    rest = {name: statistics.median(b - a for a, b in zip(*times[name])) for name in models}
-    for name in models:
-        print(f'{name:8} {1000 * first[name]:8.0f} ms to the first token, {first["dense"] / first[name]:.2f} times '
-              f'as fast as dense; {len(text) * words / rest[name]:8.1f} tokens/s, '
-              f'{rest["dense"] / rest[name]:.2f} times')
+    return {name: (statistics.median(one[1:]), statistics.median(b - a for a, b in zip(one[1:], many[1:])))
+            for name, (one, many) in times.items()}
+
+
+def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
+    """Time to the first token of an answer, and speed of the rest, against dense, in turn."""
+    models = {'dense': build_model(replace(s, recipe='dense'), data.vocab), s.recipe: build_model(s, data.vocab)}
+    times = answer_times(models, batch, seconds, autocast, words)
+    for name, (first, rest) in times.items():
+        print(f'{name:8} {1000 * first:8.0f} ms to the first token, {times["dense"][0] / first:.2f} times '
+              f'as fast as dense; {len(batch.text) * words / rest:8.1f} tokens/s, '
+              f'{times["dense"][1] / rest:.2f} times')
 
 
 def bench_retrieval(s: Settings, data, seconds, autocast):
@@ -1336,7 +1355,7 @@ def bench_retrieval(s: Settings, data, seconds, autocast):
             times[name][which].append(seconds(runs[name][1 + which]))
     for name, (model, _, step) in runs.items():
         rows[name] = [*(statistics.median(a[2:]) for a in times[name]), step_memory_mb(s.device, step),
-                      encoder_flops(model.encoder, s.frames, batch.video.shape[3:]) / 1e9,
+                      model.encoder.flops(s.frames, batch.video.shape[3:]) / 1e9,
                       model.encoder.num_tokens(s.frames)]
     print(f'\n{"":13} {"encode ms":>9} {"faster":>6} {"step ms":>8} {"faster":>6} {"memory MB":>9} {"share":>5} '
           f'{"GFLOPs":>7} {"share":>5} {"tokens":>6} {"learns":>17}')
@@ -1424,6 +1443,237 @@ def step_memory_mb(device: str, step) -> float:
     return sum(kept.values()) / 2 ** 20
 
 
+# --------------------------------------------------------------------------------------------------
+# 6. The comparison: every recipe from one dense model, what it reaches and costs, next to its paper
+# --------------------------------------------------------------------------------------------------
+
+MOD = '--placement {deep} --gate zero'
+COMPARED = {     # flags; all but the first two begin with the dense model of their seed, `derived` of its steps
+    'dense': '--recipe dense', 'blind': '--recipe dense --blind',
+    'mod-interleaved': '--recipe mod --gate zero', 'mod-all-deep': f'--recipe mod {MOD}',
+    'mod-all': '--recipe mod --placement all --gate zero', 'gamma-mod': '--recipe gamma',
+    'holitom-untrained': '--recipe holitom --retain-ratio 0.1 --inner-layer {half}',
+    'holitom': '--recipe holitom --retain-ratio 0.5', 'bvllm': '--recipe bvllm', 'uniform': '--recipe uniform',
+    'vqtoken': '--recipe vqtoken', 'vqtoken-adaptive': '--recipe vqtoken --codes adaptive',
+    'tempme': '--recipe dense --encoder tempme', 'mod+holitom': f'--recipe holitom --retain-ratio 0.5 {MOD}',
+    'mod+vqtoken': f'--recipe vqtoken {MOD}', 'mod+tempme': f'--recipe mod --encoder tempme {MOD}',
+    'retrieval': '--recipe tempme'}
+DERIVED = 0.2
+
+
+def compare_flags(s: Settings, name: str, seed: int, folder: Path) -> list:
+    """The command line of one row."""
+    depth = s.layers or PRESETS[s.preset]['n_layer']
+    flags = COMPARED[name].format(half=max(1, depth // 2), deep='all-deep' if depth > 3 else 'all').split()
+    flags += ['--preset', s.preset, '--seed', str(seed), '--data', s.data, '--device', s.device]
+    flags += ['--layers', str(s.layers)] * (s.layers > 0 and name != 'retrieval')
+    if name not in ('dense', 'blind', 'retrieval'):
+        flags += ['--init-from', str(folder / f'seed{seed}/dense')]
+    if name not in ('holitom-untrained', 'retrieval'):
+        share = 1 if name in ('dense', 'blind') else DERIVED
+        flags += ['--steps', str(max(1, round(share * (s.steps or RUNS[s.preset]['steps']))))]
+    return [*flags, '--out', str(folder / f'seed{seed}' / name)]
+
+
+def run_row(s: Settings, name: str, seed: int, folder: Path):
+    """Train one row, or go on where it was interrupted, unless it is finished -> result, command."""
+    flags, run = compare_flags(s, name, seed, folder), folder / f'seed{seed}' / name
+    command = 'python train_tiny.py ' + ' '.join(flags)
+    if not (run / 'result.json').exists():
+        print(f'\n== {name}, seed {seed}')
+        trial = parse(flags)
+        if name == 'retrieval':
+            run_tempme(trial)
+        elif (run / 'ckpt.pt').exists() and trial.steps:
+            run_training(replace(trial, resume=str(run), out=''))
+        else:
+            shutil.rmtree(run, ignore_errors=True)                             # what died before its first save
+            run_training(trial)
+    return json.loads((run / 'result.json').read_text()), command
+
+
+def time_rows(s: Settings, folder: Path, names: list, data, autocast) -> dict:
+    """Training step, answers and memory of the trained models of one seed, in turn: medians."""
+    _, seconds = clock(s.device)
+    models = {name: load_checkpoint(folder / name / 'ckpt.pt', s.device)[0] for name in names}
+    batch = draw_batch(s, data, 'train', 0, s.batch)
+    steps, times = {name: configure_optimizer(model, s.lr) for name, model in models.items()}, {n: [] for n in names}
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            times[name].append(seconds(lambda: train_step(model, model, steps[name], batch, autocast)))
+    memory = {name: step_memory_mb(s.device, lambda: train_step(model, model, steps[name], batch, autocast))
+              for name, model in models.items()}
+    answers = answer_times(models, batch, seconds, autocast)
+    return {name: dict(step_ms=1000 * statistics.median(times[name][2:]), clips_per_s=s.batch / statistics.median(
+                times[name][2:]), memory_mb=memory[name], first_ms=1000 * answers[name][0],
+                tokens_per_s=32 * s.batch / answers[name][1]) for name in names}
+
+
+def run_compare(s: Settings):
+    """--compare: train what is missing, time all rows, write tables and pictures."""
+    names = s.recipes.split(',') if s.recipes else list(COMPARED)
+    for name in names:
+        if name not in COMPARED:
+            raise ValueError(f'--recipes: {name!r} is none of {", ".join(COMPARED)}')
+    names = [name for name in COMPARED if name in {'dense', *names}]           # all begin with dense
+    autocast = pick_machine(s)
+    folder, seeds, rows = Path(s.out or f'out/compare-{s.preset}'), range(s.seed, s.seed + (s.seeds or 3)), {}
+    for seed, name in itertools.product(seeds, names):
+        result, command = run_row(s, name, seed, folder)
+        rows.setdefault(name, dict(command=command, seeds=[]))['seeds'].append(result)
+    retrieval = rows.pop('retrieval', None)
+    s = replace(s, recipe='dense', blind=False)
+    data = load_data(s)
+    timed = time_rows(s, folder / f'seed{seeds[0]}', list(rows), data, autocast)
+    for name, row in rows.items():
+        row.update(summarize(row['seeds']), **timed[name])
+        if name not in ('dense', 'blind'):
+            clip_picture(s, folder, f'seed{seeds[0]}/{name}', data)
+    report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
+                  seeds=list(seeds), rows=rows, retrieval=retrieval, claims=claims(rows, retrieval))
+    write_json(folder / 'results.json', report)
+    text = write_report(report)
+    (folder / 'results.md').write_text(text)
+    draw_pareto(rows, folder / 'results.png')
+    print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, a picture of one clip for every method')
+
+
+def summarize(results: list) -> dict:
+    """Mean and standard deviation over seeds of what a row's runs measured."""
+    accuracy, mean = [r['accuracy'] for r in results], lambda of: statistics.mean(map(of, results))
+    types = {name: mean(lambda r: r['accuracy_by_type'][name]) for name in results[0]['accuracy_by_type']}
+    return dict(accuracy=statistics.mean(accuracy), std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0,
+                by_type=types, layers=[round(statistics.mean(layer), 1) for layer in
+                                       zip(*(r['vision_by_layer'] for r in results))],
+                chance=results[0]['chance'], vision_tokens=results[0]['vision_tokens'], learns=results[0]['learns'],
+                **{key: mean(lambda r: r[key]) for key in (
+                    'gflops', 'decoder_gflops', 'paper_share', 'tok_density', 'blind_accuracy')})
+
+
+def clip_picture(s: Settings, folder: Path, name: str, data):
+    """What a row's model makes of the first held-out clip: NAME.png beside the tables."""
+    model, batch = load_checkpoint(folder / name / 'ckpt.pt', s.device)[0].eval(), data.batch('test', 0, 1, s.device)
+    asked, _ = split_question(batch.text[0, 0], batch.targets[0, 0])
+    draw_clip(model, batch.video[0], asked[None], folder / Path(name).name,
+              f'{Path(name).name}: ' + ' '.join(data.vocab[i] for i in asked.tolist()))
+
+
+def claims(rows: dict, retrieval) -> list:
+    """[paper, what, its figure, ours, reached, why not]: of the rows that there are."""
+    dense, made, found = rows['dense'], [], retrieval and retrieval['seeds']
+
+    def claim(paper, what, theirs, ours, reached, why):
+        made.append([paper, what, theirs, ours, bool(reached), '' if reached else why])
+    N, small = dense['vision_tokens'], f'a clip has {dense["vision_tokens"]} vision tokens here, thousands in the paper'
+    time_of, drop = lambda row: row['step_ms'] / dense['step_ms'] - 1, lambda row: row['accuracy'] - dense['accuracy']
+    short = f'{DERIVED:.0%} of the dense steps, one seed of weights behind each'
+    if 'mod-all-deep' in rows:
+        row = rows['mod-all-deep']
+        memory = row['memory_mb'] / dense['memory_mb'] - 1
+        claim('VideoLLM-MoD', 'training time', '-42 %', f'{time_of(row):+.0%}', time_of(row) <= -0.42, small)
+        claim('VideoLLM-MoD', 'training memory', '-30 %', f'{memory:+.0%}', memory <= -0.30, small)
+        claim('VideoLLM-MoD', 'accuracy kept', '0', f'{100 * drop(row):+.1f} points', drop(row) >= -0.005, short)
+    if 'gamma-mod' in rows:
+        row = rows['gamma-mod']
+        skips, faster = sum(n < N for n in row['layers']) / len(row['layers']), dense['first_ms'] / row['first_ms'] - 1
+        claim('gamma-MoD', 'training time', '-31.0 %', f'{time_of(row):+.0%}', time_of(row) <= -0.31, small)
+        claim('gamma-MoD', 'inference throughput', '+53.2 %', f'{faster:+.0%}', faster >= 0.532, small)
+        claim('gamma-MoD', 'accuracy', '-1.5 %', f'{100 * drop(row):+.1f} points', drop(row) >= -0.015, short)
+        claim('gamma-MoD', 'layers converted', '> 90 % (its code: 87.5 %)', f'{skips:.1%}', skips > 0.87,
+              f'the last of {len(row["layers"])} layers stays dense')
+    if 'holitom-untrained' in rows:
+        row = rows['holitom-untrained']
+        kept, first = row['accuracy'] / dense['accuracy'], dense['first_ms'] / row['first_ms']
+        rest = row['tokens_per_s'] / dense['tokens_per_s']
+        share = row['paper_share']
+        claim('HoliTom', 'FLOPs by its formula', '6.9 %', f'{share:.1%}', share <= 0.069, small)
+        claim('HoliTom', 'accuracy kept, untrained', '99.1 %', f'{kept:.1%}', kept >= 0.991, small)
+        claim('HoliTom', 'time to first token', '2.28 times', f'{first:.2f} times', first >= 2.28, small)
+        claim('HoliTom', 'decoding', '1.32 times', f'{rest:.2f} times', rest >= 1.32, small)
+    if 'vqtoken' in rows:
+        row = rows['vqtoken']
+        share = row['layers'][0] / N
+        claim('VQToken', 'share of the tokens', '0.07 %', f'{share:.2%}', share <= 0.0007, small)
+        claim('VQToken', 'accuracy', '-0.66 points', f'{100 * drop(row):+.2f} points', drop(row) >= -0.0066, short)
+    if 'bvllm' in rows and 'uniform' in rows and 'moment' in dense['by_type']:
+        better = rows['bvllm']['by_type']['moment'] - rows['uniform']['by_type']['moment']
+        claim('B-VLLM', 'against uniform frames (ours: questions about a moment)', '+10 %',
+              f'{100 * better:+.1f} points', better >= 0.1, short)
+    if found:
+        mean = lambda name, key: statistics.mean(r[name][key] for r in found)
+        tokens = found[0]['lora-merging']['vision_by_layer'][-1] / found[0]['lora']['vision_by_layer'][-1] - 1
+        flops = mean('lora-merging', 'gflops') / mean('lora', 'gflops') - 1
+        gain = {way: mean(f'{way}-merging', 'r_sum') / mean(way, 'r_sum') - 1 for way in ('lora', 'full')}
+        learns = found[0]['lora-merging']['learns']
+        speed = mean('full', 'step_ms') / mean('full-merging', 'step_ms')
+        claim('TempMe', 'output tokens', '-95 %', f'{tokens:+.0%}', tokens <= -0.95, small)
+        claim('TempMe', 'encoder FLOPs', '-51 % (against an earlier method)', f'{flops:+.0%}', flops <= -0.51, small)
+        claim('TempMe', 'R-Sum with LoRA', '+4.4 %', f'{gain["lora"]:+.1%}', gain['lora'] >= 0.044, short)
+        claim('TempMe', 'R-Sum, all weights', '+7.9 %', f'{gain["full"]:+.1%}', gain['full'] >= 0.079, short)
+        claim('TempMe', 'training speed, all weights', '1.57 times', f'{speed:.2f} times', speed >= 1.57, small)
+        claim('TempMe', 'parameters that learn', '0.50 M', f'{learns:,}', learns <= 500_000, '')
+    return made
+
+
+def write_report(report: dict) -> str:
+    """Both tables in Markdown."""
+    rows, dense = report['rows'], report['rows']['dense']
+    types = list(dense['by_type'])
+    head = ['recipe', 'accuracy', *types, 'vision tokens by layer', 'decoder GFLOPs', 'GFLOPs', 'step ms', 'clips/s',
+            'memory MB', 'first token ms', 'tokens/s', 'TokDense', 'learns', 'command']
+    percent = lambda x: f'{100 * x:.1f}'
+    against = lambda row, key: f'{row[key]:.1f} ({row[key] / dense[key]:.2f})'
+    lines = [head, ['---'] * len(head)]
+    for name, row in rows.items():
+        lines.append([
+            name, f'{percent(row["accuracy"])} ± {percent(row["std"])}', *map(percent, row['by_type'].values()),
+            ' '.join(f'{n:g}' for n in row['layers']), f'{row["decoder_gflops"]:.3f}', f'{row["gflops"]:.3f}',
+            *(against(row, key) for key in ('step_ms', 'clips_per_s', 'memory_mb', 'first_ms', 'tokens_per_s')),
+            f'{row["tok_density"]:.2f}', f'{row["learns"]:,}', f'`{row["command"]}`'])
+    lines.append(['chance', percent(dense['chance']), *[''] * (len(head) - 2)])
+    out = [f'{report["device"]}, torch {report["torch"]}, {report["dtype"]}, preset {report["preset"]}, '
+           f'seeds {report["seeds"]}; in brackets: against dense in the same run', '',
+           *('| ' + ' | '.join(line) + ' |' for line in lines), '',
+           '| paper | claim | its figure | here | reached | why not |', '|' + ' --- |' * 6]
+    out += ['| ' + ' | '.join('yes' if x is True else 'no' if x is False else x for x in line) + ' |'
+            for line in report['claims']]
+    for name, r in (report['retrieval'] or dict(seeds=[{}]))['seeds'][0].items():
+        out += ['', f'retrieval, {name}: R@1 {r["recall"]["sentence to clip"]["R@1"]:.1f}, R-Sum {r["r_sum"]:.1f}, '
+                f'{r["gflops"]:.3f} GFLOPs, {r["learns"]:,} parameters learn']
+    return '\n'.join(out) + '\n'
+
+
+def draw_pareto(rows: dict, path: Path, width: int = 720, height: int = 420):
+    """Accuracy over the measured time to the first token, as a share of dense; the front that nothing beats."""
+    image = Image.new('RGB', (width, height), 'white')
+    draw = ImageDraw.Draw(image)
+    points = {name: (row['first_ms'] / rows['dense']['first_ms'], row['accuracy']) for name, row in rows.items()
+              if name != 'blind'}
+    low, high = min(y for _, y in points.values()), max(y for _, y in points.values())
+    right, low = max(x for x, _ in points.values()) * 1.3, low - 0.05 * (high - low) - 1e-3
+    place = lambda x, y: (50 + (width - 70) * x / right, 20 + (height - 60) * (high - y) / (high - low))
+    for i in range(5):
+        y = low + (high - low) * i / 4
+        draw.line([place(0, y), place(right, y)], fill='#dddddd')
+        draw.text((4, place(0, y)[1] - 6), f'{y:.1%}', fill='#666666')
+        draw.text((place(right * i / 5, low)[0] - 8, height - 34), f'{right * i / 5:.2f}', fill='#666666')
+    front = [p for p in sorted(points.values())
+             if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points.values())]
+    draw.line([place(*p) for p in front], fill='#d03020', width=2)
+    written = []                                                               # where labels stand
+    for name, point in sorted(points.items(), key=lambda item: -item[1][1]):
+        x, y = place(*point)
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='#d03020' if point in front else '#2060d0')
+        label_y = y - 6
+        while any(abs(label_y - v) < 11 and x - 6 * len(name) < u < x + 6 * len(name) for u, v in written):
+            label_y += 2                                                       # below those before it
+        written.append((x, label_y))
+        draw.text((x + 7, label_y), name, fill='black')
+    draw.text((50, height - 18), 'time to the first token, as a share of dense; red: nothing is both faster and better',
+              fill='black')
+    image.save(path)
+
+
 def main(argv=None, began: float = None) -> int:
     """Returns the exit status: 0, or 2 after one sentence about what was wrong."""
     began = began or time.time()
@@ -1437,6 +1687,8 @@ def main(argv=None, began: float = None) -> int:
             run_find(s)
         elif s.study:
             run_study(s)
+        elif s.compare:
+            run_compare(s)
         elif s.bench:
             run_bench(s)
         elif s.recipe == 'tempme':

@@ -2589,6 +2589,54 @@ def test_readme_names_files_that_exist_with_their_lengths():
         assert abs(lines - int(said)) <= 0.1 * lines, f'{name}: README says {said}, it has {lines}'
 
 
+UNITS = {     # what a unit is made of, and the words by which the `if`s that call it are known
+    'HoliTom': ('temporal_segments holitom holitom_inner dpc_knn merge_again', "'holitom' inner_layer"),
+    'VectorQuantizer': ('VectorQuantizer Quantized code_usage', "'vq'"),
+    'VQToken': ('VQToken token_density select_k silhouette', "'vqtoken'"),
+    'TempMe': ('MergeStep merge_schedule merge_tokens image_block join_clips clip_block TempMeEncoder LoRA add_lora '
+               'merge_lora Retriever', "'tempme' 'Retriever'"),
+    'FrameSelector': ('merge_duplicates FrameSelector', "'bvllm'"),
+    'streaming': ('forward_stream stream', 'self.config.streaming'),
+    'ARank': ('attention_rank choose_mod_layers layer_ranks', '')}
+
+
+class Cut(ast.NodeTransformer):
+    """Deletes definitions by name, and `if`s by a word of their condition (what stands under `else` stays)."""
+
+    def __init__(self, names, words):
+        self.names, self.words = names.split(), words.split()
+
+    def visit_FunctionDef(self, node):
+        return None if node.name in self.names else self.generic_visit(node)
+
+    visit_ClassDef = visit_FunctionDef
+
+    def visit_If(self, node):
+        self.generic_visit(node)
+        called = any(word in ast.unparse(node.test) for word in self.words)
+        return node if not called else node.orelse or ast.Pass()
+
+
+@pytest.mark.parametrize('unit', UNITS)
+def test_every_unit_can_be_deleted(unit):
+    """Catches methods that hold on to each other: each goes with the `if`s that call it, the rest trains."""
+    source = (ROOT / 'modvideo.py').read_text()
+    tree = ast.fix_missing_locations(Cut(*UNITS[unit]).visit(ast.parse(source)))
+    used = {getattr(node, 'id', getattr(node, 'attr', None)) for node in ast.walk(tree)}
+    assert not used & set(UNITS[unit][0].split()) and len(ast.unparse(tree)) < len(ast.unparse(ast.parse(source)))
+    left = {'__name__': 'left'}
+    exec(compile(tree, 'left', 'exec'), left)
+    config = left['ModVideoConfig'](**left['PRESETS']['tiny'], vocab=VOCAB, placement='all')
+    model, (video, text) = left['ModVideo'](config), (torch.rand(2, 4, 3, 32, 32), sample()[1])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model(video, text, text)[1].backward()
+    for optimizer in left['configure_optimizer'](model):
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert left['count_flops'](model, video.shape, 5)['total'] > 0
+    assert model.generate(video, text, 2).shape == (2, 2, 2)
+
+
 @pytest.mark.parametrize('main', [train_tiny.main, donkeycar.main])
 def test_help_lists_every_flag(main, capsys):
     """Catches a flag without help, and a crash on a percent sign in it."""

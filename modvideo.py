@@ -1104,7 +1104,7 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04,
                    intra: float = 0.1) -> list:
     """A MergeStep for each layer, for any number of frames (TempMe, section 3; its shares are defaults).
 
-    The prime factors of `frames` are dealt to at most three layers (half of them, if there are few),
+    The prime factors of `frames` are dealt to at most three layers (a third of them, if there are few),
     the last but one and those before it: 12 -> 2, 2, 3. Earlier layers merge `image` of a frame's
     patches; these layers `cross` of all tokens across clips and `intra` of the rest inside; so does the
     last. At most half of the patches merge at once.
@@ -1113,7 +1113,7 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04,
     while rest > 1:
         primes.append(next(p for p in range(2, rest + 1) if rest % p == 0))
         rest //= primes[-1]
-    parts = [1] * max(1, min(3, n_layer // 2))
+    parts = [1] * max(1, min(3, n_layer // 3))
     for prime in reversed(primes):
         parts[parts.index(min(parts))] *= prime
     factors = sorted(part for part in parts if part > 1)
@@ -1184,7 +1184,7 @@ class TempMeEncoder(VisionEncoder):
 
     def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
                  channels: int = 6, frames: int = 8, merges: bool = True, image: float = 0.04,
-                 cross: float = 0.3, intra: float = 0.1):
+                 cross: float = 0.3, intra: float = 0.1, place_std: float = 0.0):
         super().__init__(dim, n_layer, n_head, patches, patch_size, channels)
         self.frames, self.merges = frames, merges
         self.cls = nn.Parameter(0.2 * torch.randn(dim))                        # (C,)
@@ -1193,7 +1193,7 @@ class TempMeEncoder(VisionEncoder):
         clips, self.clip_place = frames, nn.ParameterDict()                    # before they are joined
         for i, step in enumerate(self.steps):
             if step.factor > 1:
-                self.clip_place[str(i)] = nn.Parameter(torch.zeros(clips, dim))
+                self.clip_place[str(i)] = nn.Parameter(place_std * torch.randn(clips, dim))
                 clips //= step.factor
 
     def counts(self, T: int) -> list:
@@ -1993,7 +1993,8 @@ class Retriever(nn.Module):
     """Finds the clip for a sentence and the sentence for a clip: two towers, one space (TempMe).
 
     config.encoder 'tempme' merges frames, 'plain' encodes each alone. The encoder sees frames without
-    their changes, as that of an image-text model does.
+    their changes, as that of an image-text model does. Unlike the paper's, the places of clips do not
+    start at zero: from there, what comes first and what last stayed unlearned for 300 steps and more.
     """
 
     def __init__(self, config: ModVideoConfig):
@@ -2002,7 +2003,7 @@ class Retriever(nn.Module):
         C = c.encoder_dim
         self.encoder = TempMeEncoder(
             C, c.tower_layers, c.encoder_heads, c.patches, c.patch_size, 3, c.frames,
-            c.encoder == 'tempme', c.merge_image, c.merge_cross, c.merge_intra)
+            c.encoder == 'tempme', c.merge_image, c.merge_cross, c.merge_intra, place_std=1.0)
         self.embed = nn.Embedding(len(c.vocab), C)
         self.blocks = nn.ModuleList(Block(C, c.encoder_heads) for _ in range(c.tower_layers))
         self.norm = nn.RMSNorm(C)

@@ -1547,7 +1547,7 @@ def test_merge_schedule_is_the_papers_and_goes_with_any_number_of_frames():
         rows = counts(layers, frames, 16, image=0.9, cross=0.9, intra=0.9)
         assert rows[-1][0] == 1 and all(n > frames // F for F, _, n in rows), (layers, frames)
         assert [F for F, _, _ in rows] == sorted((F for F, _, _ in rows), reverse=True)
-    assert [s.factor for s in mv.merge_schedule(6, 16, 64)] == [1, 1, 2, 2, 4, 1]
+    assert [s.factor for s in mv.merge_schedule(6, 16, 64)] == [1, 1, 1, 4, 4, 1]
     assert [s.factor for s in mv.merge_schedule(12, 7, 16)] == [1] * 10 + [7, 1]        # a prime number
 
 
@@ -1690,7 +1690,9 @@ def test_recall_counts_ties_once():
 def test_sentences_say_what_the_clips_show():
     """Catches twins that differ elsewhere, sentences that leak direction into single frames."""
     world, say = shapes.ShapeWorld(), lambda row: ' '.join(shapes.CAPTION_VOCAB[i] for i in row.tolist() if i > 1)
-    batch, scene = world.captions('train', 3, 400), world.sample('train', 200, shapes.seeded(0, 'train', 3, 'captions'))
+    batch, seed = world.captions('train', 3, 400), shapes.seeded(0, 'train', 3, 'captions')
+    scene = world.sample('train', 1664, seed)
+    scene = shapes.Scene(*(a[scene.present.sum(1) == 1][:200] for a in scene))
     assert batch.video.shape == (400, 8, 3, 32, 32) and 0.3 < batch.turned.float().mean() < 0.7
     twin = shapes.twin_of(scene, batch.turned[:200], 8)
     for b in range(400):
@@ -1701,7 +1703,7 @@ def test_sentences_say_what_the_clips_show():
                 assert f'{shapes.SHAPES[one.shape[i, o]]} moves {shapes.DIRECTIONS[one.direction[i, o]]}' in text
         events = [shapes.EVENTS[e] for e in one.event[i]]
         assert text.endswith(f'then {events[0]} then {events[1]}') and text.startswith('a ')
-        assert text.count(' and a ') == one.present[i].sum() - 1
+        assert one.present[i].sum() == 1 and ' and a ' not in text
         changed = [(p, q) for p, q in zip(text.split(), other.split()) if p != q]
         opposite = {('left', 'right'), ('right', 'left'), ('up', 'down'), ('down', 'up')}
         if batch.turned[b]:
@@ -2322,12 +2324,10 @@ def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
     dense = tmp_path / 'dense'
     assert train_tiny.main([*TINY, '--recipe', 'dense', '--steps', '2', '--out', str(dense)]) == 0
     for recipe, more in (('holitom', ['--init-from', str(dense), '--retain-ratio', '0.5', '--inner-layer', '1']),
-                         ('bvllm', ['--steps', '2', '--budget', '16']), ('uniform', ['--steps', '1']),
-                         ('holitom', ['--steps', '1', '--placement', 'all']),
+                         ('bvllm', ['--steps', '2', '--budget', '16']),
                          ('holitom', ['--steps', '1', '--placement', 'all', '--inner-layer', '1']),
                          ('bvllm', ['--steps', '1', '--placement', '0,1', '--budget', '8']),
-                         ('pool', ['--init-from', str(dense), '--budget', '12']),
-                         ('prune', ['--steps', '1', '--budget', '12']), ('tome', ['--steps', '1']),
+                         ('pool', ['--steps', '1', '--budget', '12']), ('tome', ['--steps', '1']),
                          ('vqtoken', ['--steps', '1', '--codes', '8', '--placement', '0,1']),
                          ('vqtoken', ['--steps', '1', '--codes', 'adaptive'])):
         run = tmp_path / '-'.join([recipe, *more]).replace('/', '')[-60:]
@@ -2357,10 +2357,10 @@ def test_tempme_recipe_trains_compares_and_finds(tmp_path, capsys, trained):
     assert train_tiny.main(args) == 0
     printed = capsys.readouterr().out
     results = json.loads((run / 'result.json').read_text())
-    assert list(results) == ['frames', *train_tiny.STAGES] and 'lora-merging' in printed
+    assert list(results) == ['frames', 'lora-merging', 'lora', 'full-merging', 'full'] and 'lora-merging' in printed
     assert results['lora']['learns'] < 0.05 * results['lora']['parameters']
     assert results['full-merging']['gflops'] < results['full']['gflops']
-    assert results['full']['vision_by_layer'][-1] > 2 * results['full-merging']['vision_by_layer'][-1]
+    assert results['full']['vision_by_layer'][-1] > 1.5 * results['full-merging']['vision_by_layer'][-1]
     base, tuned = (mv.load_checkpoint(run / name / 'ckpt.pt')[0] for name in ('frames', 'lora-merging'))
     assert torch.equal(base.embed.weight, tuned.embed.weight)                  # frozen: where it began
     before = (run / 'lora/ckpt.pt').stat().st_mtime_ns
@@ -2547,6 +2547,77 @@ def test_dense_recipe_and_clip_folders_train(tmp_path):
     torch.use_deterministic_algorithms(False)
     result = json.loads((tmp_path / 'r/result.json').read_text())
     assert list(result['accuracy_by_type']) == ['which way'] and result['placement'] == 'none'
+
+
+def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, monkeypatch):
+    """Catches rows trained twice, a command that gives another number, tables without a row or a claim."""
+    monkeypatch.setattr(train_tiny, 'ROUNDS', 3)
+    folder = tmp_path / 'compare'
+    args = ['--compare', '--preset', 'tiny', '--device', 'cpu', '--steps', '5', '--out', str(folder), '--seeds', '2']
+    assert train_tiny.main([*args, '--recipes', 'mod-all']) == 0
+    report = json.loads((folder / 'results.json').read_text())
+    assert list(report['rows']) == ['dense', 'mod-all'] and report['seeds'] == [0, 1]
+    for name, row in report['rows'].items():
+        runs = [json.loads((folder / f'seed{k}' / name / 'result.json').read_text()) for k in (0, 1)]
+        assert row['accuracy'] == pytest.approx(sum(r['accuracy'] for r in runs) / 2)
+        assert runs[0]['steps'] == {'dense': 5, 'mod-all': 1}[name]
+        assert row['step_ms'] > 0 and row['first_ms'] > 0 and row['tokens_per_s'] > 0 and row['memory_mb'] > 0
+    text = (folder / 'results.md').read_text()
+    assert text in capsys.readouterr().out
+    assert all(f'| {word} |' in text for word in ('mod-all', 'chance', 'first token ms', 'why not'))
+    assert Image.open(folder / 'results.png').width == 720 and (folder / 'mod-all.png').exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob('seed*/*/ckpt.pt')}
+    assert train_tiny.main([*args, '--recipes', 'holitom-untrained', '--seeds', '1']) == 0    # adds a row
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert '| HoliTom |' in (folder / 'results.md').read_text()
+    row = json.loads((folder / 'results.json').read_text())['rows']['holitom-untrained']
+    again = row['command'].replace(str(folder / 'seed0/holitom-untrained'), str(tmp_path / 'again')).split()[2:]
+    assert train_tiny.main(again) == 0
+    assert json.loads((tmp_path / 'again/result.json').read_text())['accuracy'] == row['accuracy']
+    assert train_tiny.main([*args, '--recipes', 'mod-al']) == 2
+    assert "'mod-al' is none of dense" in capsys.readouterr().err
+
+
+def test_a_comparison_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    """Catches an interrupted row that is trained from its start, or taken for finished."""
+    s = train_tiny.parse(['--compare', '--preset', 'tiny', '--device', 'cpu', '--steps', '10'])
+    whole, command = train_tiny.run_row(s, 'dense', 0, tmp_path / 'whole')
+    assert command.startswith('python train_tiny.py --recipe dense --preset tiny --seed 0')
+    real, calls = train_tiny.train_step, []
+
+    def stop_at_6(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(train_tiny, 'train_step', stop_at_6)
+    with pytest.raises(SystemExit):
+        train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
+    halves, _ = train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
+    assert len(calls) == 10 and halves['accuracy'] == whole['accuracy']
+
+
+def test_claims_compare_with_the_papers():
+    """Catches a claim that is reached whatever was measured, or whose sign is turned."""
+    row = dict(vision_tokens=100, accuracy=0.9, step_ms=100.0, memory_mb=100.0, first_ms=100.0, tokens_per_s=10.0,
+               layers=[100, 100], by_type=dict(moment=0.9), paper_share=1.0)
+    good = {'dense': row, 'mod-all-deep': dict(row, step_ms=58.0, memory_mb=70.0),
+            'gamma-mod': dict(row, step_ms=69.0, first_ms=65.0, accuracy=0.886, layers=[50] * 7 + [100]),
+            'holitom-untrained': dict(row, paper_share=0.06, accuracy=0.893, first_ms=43.0, tokens_per_s=14.0),
+            'vqtoken': dict(row, layers=[0.06, 0.06], accuracy=0.894), 'bvllm': row,
+            'uniform': dict(row, by_type=dict(moment=0.79))}
+    made = train_tiny.claims(good, None)
+    assert len(made) == 14 and all(reached and not why for *_, reached, why in made), made
+    bad = {name: dict(row, accuracy=0.5, paper_share=0.1) for name in good}
+    assert all(not reached and why for *_, reached, why in train_tiny.claims({**bad, 'dense': row}, None))
+    stage = lambda tokens, flops, r_sum: dict(vision_by_layer=[1000, tokens], gflops=flops, r_sum=r_sum, learns=10)
+    found = {'lora': stage(1000, 1, 400), 'lora-merging': stage(50, 0.4, 420), 'full': stage(1000, 1, 400),
+             'full-merging': stage(50, 0.4, 440)}
+    reached = lambda *times: [r for *_, r, _ in train_tiny.claims({'dense': row}, dict(
+        seeds=[found], times={'full': (1.9, 1.6, 100), 'full-merging': times}))]
+    assert all(reached(1, 1, 75))
+    found['full-merging'] = stage(50, 0.4, 430)
+    assert reached(1, 1.1, 76).count(False) == 3
 
 
 # ---- the README keeps its word -------------------------------------------------------------------

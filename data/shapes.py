@@ -187,9 +187,12 @@ class ShapeWorld:
         return Batch(self.draw(scene, device, generator.initial_seed()), *words)
 
     def captions(self, split: str, step: int, batch_size: int, device='cpu') -> Captions:
-        """Clips in pairs, i and i + batch_size // 2, that only a direction or the order of events tells apart."""
+        """Clips of one shape in pairs, i and i + batch_size // 2, that only a direction or the order of events tells
+        apart."""
         generator = seeded(self.seed, split, step, 'captions')
-        scene = self.sample(split, (batch_size + 1) // 2, generator)
+        scene, half = self.sample(split, 64 + 4 * batch_size, generator), (batch_size + 1) // 2
+        alone = (scene.present.sum(1) == 1).nonzero()[:half, 0]           # more than a quarter of the scenes
+        scene = Scene(*(a[alone] for a in scene))
         turned = torch.rand(len(scene.shape), generator=generator) < 0.5
         scene = Scene(*(torch.cat(pair)[:batch_size] for pair in zip(scene, twin_of(scene, turned, self.frames))))
         text, = drop_padding(describe(scene))

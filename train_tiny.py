@@ -940,7 +940,7 @@ def run_training(s: Settings, began: float = None) -> Path:
     model = prepare_model(s, data)
     run = open_run(s, model)
     batch = draw_batch(s, data, 'train', 0, 1)
-    N, cost = batch.video.size(1) * model.config.patches, clip_cost(s, model, data)
+    N, cost = batch.video.size(1) * model.config.patches, clip_cost(s, model, data, clips=1)
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f'{num_params(model):,} parameters, {learns:,} of them learn, {N} vision tokens, layers process '
           f'{cost["vision_by_layer"]} of them, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps of {s.batch} '

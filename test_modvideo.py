@@ -572,7 +572,8 @@ def play(model, video, prompt, questions, theta=0.2):
 def test_stream_equals_the_whole(placement, depth):
     """Catches positions taken from a cache's length, a frame that its window still holds or lost,
     words of one sample that shift another, a mask in compact coordinates."""
-    for window, routing, B in ((0, 'frame', 4), (2, 'frame', 4), (1, 'random', 1), (3, 'uniform', 1)):
+    cases = ((0, 'frame', 4), (2, 'frame', 4), (1, 'random', 1), (3, 'uniform', 1))
+    for window, routing, B in cases[:2 if placement in ('none', 'early-exit', 'layer-skip') else 4]:
         model = streamer(placement, n_layer=depth, window=window, routing=routing)
         video, text = sample(B=B, T=6, seed=5)
         prompt, asked = text[:, 0, :2].clone(), text[:, 1].clone()
@@ -1915,10 +1916,10 @@ def test_every_answer_follows_from_the_scene(frames):
     """Catches wrong or ambiguous answers, and targets that are off by one."""
     world = shapes.ShapeWorld(frames=frames, size=8)
     generator = torch.Generator().manual_seed(5)
-    scene = world.sample('train', 200, generator)
+    scene = world.sample('train', 100, generator)
     text, targets, kind = world.ask(scene, generator)
     seen = set()
-    for b in range(200):
+    for b in range(100):
         for q in range(8):
             asked, told = train_tiny.split_question(text[b, q], targets[b, q])
             asked, told = [' '.join(shapes.VOCAB[i] for i in ids) for ids in (asked, told)]
@@ -2240,11 +2241,11 @@ def test_ask_answers_in_words(trained, capsys):
 def test_bench_prints_ratios(capsys, monkeypatch):
     """Catches a bench that does not compare, and a long stream whose cache grows."""
     monkeypatch.setattr(train_tiny, 'ROUNDS', 1)
-    monkeypatch.setattr(train_tiny, 'LONG_STREAM', 250)
+    monkeypatch.setattr(train_tiny, 'LONG_STREAM', 205)
     assert train_tiny.main([*TINY, '--bench']) == 0
     out = capsys.readouterr().out
     assert re.search(r'dense +0 .* 1\.00 .* 1\.00', out) and 'all-deep' in out and 'gamma' in out
-    assert train_tiny.main([*TINY, '--bench', '--recipe', 'stream']) == 0
+    assert train_tiny.main([*TINY, '--bench', '--recipe', 'stream', '--window', '3']) == 0
     held = re.search(r'keys held (\d+) and (\d+)', capsys.readouterr().out).groups()
     assert held[0] == held[1]
     assert train_tiny.main([*TINY, '--bench', '--recipe', 'holitom']) == 0
@@ -2330,7 +2331,6 @@ def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
     for recipe, more in (('holitom', ['--init-from', str(dense), '--retain-ratio', '0.5', '--inner-layer', '1']),
                          ('bvllm', ['--steps', '2', '--budget', '16']),
                          ('holitom', ['--steps', '1', '--placement', 'all', '--inner-layer', '1']),
-                         ('bvllm', ['--steps', '1', '--placement', '0,1', '--budget', '8']),
                          ('pool', ['--steps', '1', '--budget', '12']),
                          ('vqtoken', ['--steps', '1', '--codes', '8', '--placement', '0,1']),
                          ('vqtoken', ['--steps', '1', '--codes', 'adaptive'])):

@@ -1186,7 +1186,7 @@ class TempMeEncoder(VisionEncoder):
                  channels: int = 6, frames: int = 8, merges: bool = True, image: float = 0.04,
                  cross: float = 0.3, intra: float = 0.1, place_std: float = 0.0):
         super().__init__(dim, n_layer, n_head, patches, patch_size, channels)
-        self.frames, self.merges = frames, merges
+        self.frames = frames
         self.cls = nn.Parameter(0.2 * torch.randn(dim))                        # (C,)
         self.steps = merge_schedule(n_layer, frames, patches, image, cross, intra) if merges else (
             [MergeStep(1, 0, 0)] * n_layer)

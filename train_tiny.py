@@ -13,6 +13,7 @@
     python train_tiny.py --ask CLIP "what shape is red"  ask the newest trained model about a clip
     python train_tiny.py --resume out/RUN                go on with an interrupted run
     python train_tiny.py --bench                         time and memory of placements against dense
+    python train_tiny.py --compare                       every recipe from one dense model, next to its paper
 
 Everything a run makes goes into its folder, out/RUN: config.json, log.csv, ckpt.pt, result.json,
 tokens.png, tokens.gif, clip.webp (the clip in these pictures), curve.png, and of a stream narration.png.
@@ -929,7 +930,7 @@ def draw_curve(log: list, path: Path, width: int = 640, height: int = 240):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The four things the script does: train, ask, bench (and resume, which is train)
+# 5. What the script does: train, ask, narrate, find, study, bench
 # --------------------------------------------------------------------------------------------------
 
 def run_training(s: Settings, began: float = None) -> Path:
@@ -1157,8 +1158,9 @@ def open_model(s: Settings, flag: str, kind: str):
     if not runs:
         raise ValueError(f'{flag} found no model for it under out/; '
                          f'train one first: python train_tiny.py{train}')
-    if kind == 'retrieval' and (runs[0] / 'lora-merging').is_dir():             # a whole --recipe tempme
-        runs[0] /= 'lora-merging'
+    for whole in (runs[0], runs[0].parent)[:1 if s.out else 2]:                 # of a whole --recipe tempme
+        if kind == 'retrieval' and (whole / 'full-merging/ckpt.pt').exists():
+            runs[0] = whole / 'full-merging'
     model, _ = load_checkpoint(existing(runs[0] / 'ckpt.pt'))
     if kind_of(runs[0]) != kind:
         raise ValueError(f'{flag}: the model of {runs[0]} was trained for {kind_of(runs[0])}')
@@ -1588,7 +1590,7 @@ def claims(rows: dict, retrieval) -> list:
         made.append([paper, what, theirs, ours, bool(reached), '' if reached else why])
     N, small = dense['vision_tokens'], f'a clip has {dense["vision_tokens"]} vision tokens here, thousands in the paper'
     time_of, drop = lambda row: row['step_ms'] / dense['step_ms'] - 1, lambda row: row['accuracy'] - dense['accuracy']
-    short = f'{DERIVED:.0%} of the dense steps, one seed of weights behind each'
+    short = f'a row is trained for {DERIVED:.0%} of the dense steps'
     if 'mod-all-deep' in rows:
         row = rows['mod-all-deep']
         memory = row['memory_mb'] / dense['memory_mb'] - 1
@@ -1675,13 +1677,16 @@ def draw_pareto(rows: dict, path: Path, width: int = 720, height: int = 420):
     points = {name: (row['first_ms'] / rows['dense']['first_ms'], row['accuracy']) for name, row in rows.items()
               if name != 'blind'}
     low, high = min(y for _, y in points.values()), max(y for _, y in points.values())
-    right, low = max(x for x, _ in points.values()) * 1.3, low - 0.05 * (high - low) - 1e-3
-    place = lambda x, y: (50 + (width - 70) * x / right, 20 + (height - 60) * (high - y) / (high - low))
+    left, right = (math.log(f(x for x, _ in points.values())) for f in (min, max))
+    left, right, low = left - 0.05, right + 0.5, low - 0.05 * (high - low) - 1e-3      # room for a label
+    place = lambda x, y: (50 + (width - 70) * (math.log(x) - left) / (right - left),
+                          20 + (height - 60) * (high - y) / (high - low))
     for i in range(5):
         y = low + (high - low) * i / 4
-        draw.line([place(0, y), place(right, y)], fill='#dddddd')
-        draw.text((4, place(0, y)[1] - 6), f'{y:.1%}', fill='#666666')
-        draw.text((place(right * i / 5, low)[0] - 8, height - 34), f'{right * i / 5:.2f}', fill='#666666')
+        draw.line([place(math.exp(left), y), place(math.exp(right), y)], fill='#dddddd')
+        draw.text((4, place(1, y)[1] - 6), f'{y:.1%}', fill='#666666')
+        x = math.exp(left + (right - left) * i / 5)
+        draw.text((place(x, low)[0] - 8, height - 34), f'{x:.2f}', fill='#666666')
     front = [p for p in sorted(points.values())
              if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points.values())]
     draw.line([place(*p) for p in front], fill='#d03020', width=2)
@@ -1690,11 +1695,12 @@ def draw_pareto(rows: dict, path: Path, width: int = 720, height: int = 420):
         x, y = place(*point)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='#d03020' if point in front else '#2060d0')
         label_y = y - 6
-        while any(abs(label_y - v) < 11 and x - 6 * len(name) < u < x + 6 * len(name) for u, v in written):
+        while any(abs(label_y - v) < 11 and u < x + 7 + 6 * len(name) and x < u + 7 + 6 * n for u, v, n in written):
             label_y += 2                                                       # below those before it
-        written.append((x, label_y))
+        written.append((x, label_y, len(name)))
+        draw.line([(x, y), (x + 6, label_y + 6)], fill='#999999')
         draw.text((x + 7, label_y), name, fill='black')
-    draw.text((50, height - 18), 'time to the first token, as a share of dense; red: nothing is both faster and better',
+    draw.text((50, height - 18), 'time to the first token as a share of dense (log); red: nothing is faster and better',
               fill='black')
     image.save(path)
 

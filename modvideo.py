@@ -2213,7 +2213,7 @@ def load_checkpoint(path, device='cpu'):
         data = torch.load(path, map_location=device, weights_only=True)
         config, weights = data.pop('config'), data.pop('model')
         kind = ModVideo
-        if data.pop('kind') == 'Retriever':
+        if data.pop('kind', '') == 'Retriever':
             kind = Retriever
         model = kind(ModVideoConfig(**config)).to(device)
         model.load_state_dict(weights)

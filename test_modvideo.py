@@ -1246,6 +1246,9 @@ def test_one_step_without_memory_is_a_step_of_kmeans():
     vq(x)
     centers, _ = mv.kmeans(x, 10, 1, x[:, :10])
     close(vq.codebook.sort(0).values, centers[0].sort(0).values, 1e-4)
+    vq.codebook[3] = 1e3                                               # catches nothing: 0 / 0 but for smoothing
+    vq(x)
+    assert vq.codebook.isfinite().all() and vq.cluster_size[3] == 0
 
 
 def test_codes_start_at_clusters_and_dead_ones_revive():
@@ -1261,6 +1264,7 @@ def test_codes_start_at_clusters_and_dead_ones_revive():
         vq.embed_avg[3:], vq.cluster_size[3:] = 0, 0
         vq(x)
         assert (vq.codebook.abs() < 100).all() and (vq.cluster_size >= vq.revive).all()
+        close(vq.embed_avg / vq.cluster_size[:, None], vq.codebook, 1e-2)      # or the next step snaps back
         for _ in range(30):
             vq(x)
         return vq
@@ -1298,6 +1302,8 @@ def test_vqtoken_alone_in_a_batch_and_at_its_edges():
     occupied = vq.occupancy(vq(y)[2], 6)
     close(vq.occupancy(order[vq(y)[2]], 6)[:, order], occupied)
     close(occupied.sum(1)[:, occupied.sum((0, 1)) > 0], torch.ones(2, int((occupied.sum((0, 1)) > 0).sum())))
+    wide = vq.occupancy(vq(torch.randn(1, 16, 16, 32))[2], 6)                   # two frames in each cell
+    close(wide.sum(1), torch.ones(1, 128))
     # The codebook is the mean of the tokens as they are, and the gradient goes through it.
     nn.init.zeros_(vq.out.weight)
     y.requires_grad_()
@@ -1597,6 +1603,13 @@ def test_every_patch_is_traced_to_its_token():
         for block in encoder.blocks:                       # tokens stay sums of what went in, to be told apart
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.mlp.down.weight)
+        clips, places = torch.arange(T), 0                            # of every frame, at each join
+        for name, place in encoder.clip_place.items():
+            nn.init.normal_(place)
+            places, clips = places + place[clips], clips // encoder.steps[int(name)].factor
+        close(encoder(video)[1], encoder.norm(encoder.cls + places).expand(2, T, 32), 2e-5)
+        for place in encoder.clip_place.values():
+            nn.init.zeros_(place)
         tokens, summaries, where = encoder(video)
         assert tokens.shape == (2, encoder.num_tokens(T), 32) and summaries.shape == (2, T, 32)
         assert (where.position[:, 1:] >= where.position[:, :-1]).all() and (where.assign >= 0).all()

@@ -1356,6 +1356,11 @@ def test_baselines_keep_to_the_budget():
         assert merged.mask.all() and merged.position.size(1) == n and (merged.assign >= 0).all()
         for slot in range(n):
             close(mv.reduce_tokens(x, merged)[0, slot], x[0][merged.assign[0] == slot].mean(0))
+    y, size = x, None                                      # round by round, each token with its size
+    while y.size(1) > 7:
+        step = mv.bipartite_soft_matching(y, y.size(1) - 7, size=size)
+        y, size = mv.reduce_tokens(y, step), mv.slot_sizes(step, size)
+    close(mv.reduce_tokens(x, mv.tome(x, 7)).sort(1).values, y.sort(1).values)
     video, text = sample(B=2)
     for name in ('prune', 'tome', 'pool', 'uniform'):
         model = make('none', reduction=name, budget=20).eval()

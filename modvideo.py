@@ -439,6 +439,14 @@ def compose(first: Reduction, second: Reduction) -> Reduction:
     return Reduction(assign, weight, position, second.mask)
 
 
+def first_members(assign: Tensor, K: int) -> Tensor:
+    """assign (B, N), -1 = none -> (B, K): the first token of each of K slots, N where it has none."""
+    B, N = assign.shape
+    index = torch.arange(N, device=assign.device).repeat(B)
+    table = torch.full((B * (K + 1),), N, device=assign.device)
+    return table.scatter_reduce(0, _flat_slots(assign, K), index, 'amin').view(B, K + 1)[:, :K]
+
+
 def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) -> Reduction:
     """The reduction that averages clusters.
 
@@ -446,12 +454,7 @@ def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) ->
     where each cluster stands; None: at its first member. Slots are reordered to ascending position;
     clusters without members become padding.
     """
-    (B, N), device = assign.shape, assign.device
-    flat = _flat_slots(assign, num_clusters)
-    index = torch.arange(N, device=device).expand(B, N)
-    table = torch.full((B * (num_clusters + 1),), N, device=device)
-    first = table.scatter_reduce(
-        0, flat, index.flatten(), 'amin').view(B, -1)[:, :num_clusters]        # (B, K)
+    N, first = assign.size(1), first_members(assign, num_clusters)             # (B, K)
     position = first if position is None else torch.where(first < N, position, N)
     position, order = position.sort(dim=1, stable=True)          # (B, K) ascending, empty ones last
     slot = order.argsort(1)                                                 # (B, K) cluster -> slot
@@ -674,9 +677,7 @@ def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, m
         sums, members = cluster_sums(x, nearest(x, centers, metric).where(mask, -1), K)
         centers = torch.where(members[..., None] > 0, sums / members[..., None].clamp(min=1), centers)
     assign = nearest(x, centers, metric).where(mask, -1)                # (B, N)
-    first = torch.full((B * (K + 1),), N, device=device).scatter_reduce(
-        0, _flat_slots(assign, K), torch.arange(N, device=device).repeat(B), 'amin')
-    order = first.view(B, K + 1)[:, :K].argsort(dim=1, stable=True)            # (B, K)
+    order = first_members(assign, K).argsort(dim=1, stable=True)               # (B, K)
     rank = F.pad(order.argsort(1), (0, 1), value=-1)                           # cluster -> its new id
     centers = centers.gather(1, order[..., None].expand_as(centers))
     return centers, rank.gather(1, assign % (K + 1))
@@ -1150,6 +1151,11 @@ def image_block(block, x: Tensor, size, r: int, protected: int = 1):
     return x + block.mlp(block.norm2(x)), size, step
 
 
+def joined_order(M: int, n: int, c: int, device=None) -> Tensor:
+    """(M*n,): which of M clips' n tokens each, one clip behind the other, stands where after join_clips."""
+    return join_clips(torch.arange(M * n, device=device).view(M, n, 1), M, c).flatten()
+
+
 def join_clips(x: Tensor, M: int, c: int) -> Tensor:
     """M neighbours of x (B*F, n, C), c summaries in front, become one: (B*F/M, M*n, C), M*c in front."""
     x = x.view(-1, M, *x.shape[1:])                                            # (B*F/M, M, n, C)
@@ -1165,8 +1171,7 @@ def clip_block(block, x: Tensor, size, place: Tensor, step: MergeStep, c: int, p
     the two Reductions.
     """
     M, n = step.factor, x.size(1)
-    index = join_clips(torch.arange(M * n, device=x.device).view(M, n, 1), M, c).flatten()
-    clip = index // n                                                          # (M*n,) of each token
+    clip = joined_order(M, n, c, x.device) // n                                # (M*n,) of each token
     x, size = join_clips(x, M, c), size if size is None else join_clips(size[..., None], M, c)[..., 0]
     metric = x.detach()
     x = (x.view(-1, len(place) // M, M * n, x.size(2)) + place.view(-1, M, x.size(2))[:, clip]).view_as(x)
@@ -1242,7 +1247,7 @@ class TempMeEncoder(VisionEncoder):
             M, n, merged = step.factor, x.size(1), []
             if M > 1:
                 x, size, *merged = clip_block(block, x, size, self.clip_place[str(i)], step, c)
-                index = join_clips(torch.arange(M * n, device=device).view(M, n, 1), M, c).flatten()
+                index = joined_order(M, n, c, device)
                 start = (torch.arange(len(slot), device=device) % M * n)[:, None]
                 slot, c = index.argsort()[slot + start].view(-1, M * slot.size(1)), c * M
             else:
@@ -1254,8 +1259,7 @@ class TempMeEncoder(VisionEncoder):
         slot = (slot + n * (torch.arange(len(slot), device=device) % clips)[:, None]).view(B, T * P)
         # Into ascending position: a slot stands at its first patch, a summary where its frame begins.
         front = torch.arange(clips * n, device=device) % n < c                 # (F*n,) summaries
-        stand = torch.full((B, clips * n), T * P, device=device).scatter_reduce(
-            1, slot, torch.arange(T * P, device=device).expand(B, -1), 'amin')
+        stand = first_members(slot, clips * n)                                 # (B, F*n)
         stand[:, front] = P * torch.arange(T, device=device)
         stand, order = stand.sort(dim=1, stable=True)                          # (B, M)
         tokens = x.reshape(B, clips * n, -1).gather(1, order[..., None].expand(-1, -1, x.size(2)))
@@ -1641,6 +1645,13 @@ def question_mask(n_vision: int, Q: int, L: int, device=None) -> Tensor:
     return (place <= place[:, None]) & ((owner == -1) | (owner == owner[:, None]))
 
 
+def small_updates(model: nn.Module, n_layer: int):
+    """A layer adds two updates; this size keeps their sum over n_layer layers below that of x."""
+    for name, p in model.named_parameters():
+        if name.endswith(('attention.out.weight', 'mlp.down.weight')):
+            nn.init.normal_(p, std=0.5 / math.sqrt(2 * n_layer * p.size(1)))
+
+
 class ModVideo(nn.Module):
     """Video and questions in, answers out; or a stream of frames in, and words when they matter."""
 
@@ -1678,10 +1689,7 @@ class ModVideo(nn.Module):
         self.routers = nn.ModuleDict({name: Router(c.dim, c.gate) for name in names})
         self.norm = nn.RMSNorm(c.dim)
         self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
-        # A layer adds two updates; this size keeps their sum over all layers below that of x.
-        for name, p in self.named_parameters():
-            if name.endswith(('attention.out.weight', 'mlp.down.weight')):
-                nn.init.normal_(p, std=0.5 / math.sqrt(2 * c.n_layer * p.size(1)))
+        small_updates(self, c.n_layer)
 
     def encode_video(self, video: Tensor, previous: Tensor = None, question: Tensor = None):
         """video (B, T, 3, frame_size, frame_size) -> tokens (B, N, C), positions (N,) int64, None.
@@ -2009,9 +2017,7 @@ class Retriever(nn.Module):
         self.norm = nn.RMSNorm(C)
         self.see, self.read = (nn.Linear(C, C, bias=False) for _ in range(2))
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))            # of the similarities
-        for name, p in self.named_parameters():
-            if name.endswith(('attention.out.weight', 'mlp.down.weight')):
-                nn.init.normal_(p, std=0.5 / math.sqrt(2 * c.tower_layers * p.size(1)))
+        small_updates(self, c.tower_layers)
         if c.lora_rank:
             add_lora(self, c.lora_rank)
 

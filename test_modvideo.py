@@ -2689,8 +2689,8 @@ UNITS = {     # what a unit is made of, and the words by which the `if`s that ca
     'HoliTom': ('temporal_segments holitom holitom_inner dpc_knn merge_again', "'holitom' inner_layer"),
     'VectorQuantizer': ('VectorQuantizer Quantized code_usage', "'vq'"),
     'VQToken': ('VQToken token_density select_k silhouette', "'vqtoken'"),
-    'TempMe': ('MergeStep merge_schedule merge_tokens image_block join_clips clip_block TempMeEncoder LoRA add_lora '
-               'merge_lora Retriever', "'tempme' 'Retriever'"),
+    'TempMe': ('MergeStep merge_schedule merge_tokens image_block joined_order join_clips clip_block '
+               'TempMeEncoder LoRA add_lora merge_lora Retriever', "'tempme' 'Retriever'"),
     'FrameSelector': ('merge_duplicates FrameSelector', "'bvllm'"),
     'streaming': ('forward_stream stream', 'self.config.streaming'),
     'ARank': ('attention_rank choose_mod_layers layer_ranks', '')}

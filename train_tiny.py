@@ -961,7 +961,8 @@ def run_training(s: Settings, began: float = None) -> Path:
     cost = clip_cost(s, model, data)                          # a trained encoder may merge otherwise
     if s.recipe not in RETRIEVAL:
         scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['vision_by_layer'][0]), 3)
-    scores.update(code_report(model, draw_batch(s, data, 'test', 0, 64).video))
+    if model.config.reduction == 'vq':
+        scores.update(code_report(model, draw_batch(s, data, 'test', 0, 64).video))
     result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__,
                   dtype=s.dtype, preset=s.preset, data=s.data, placement=model.config.placement,
                   **trained, **scores, vision_tokens=N, **cost, parameters=num_params(model), learns=learns,

@@ -100,18 +100,16 @@ ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
 # looked-at tokens, 'tome' merges in pairs, 'pool' averages over a grid.
 REDUCTIONS = ['none', 'holitom', 'bvllm', 'vqtoken', 'vq', 'uniform', 'prune', 'tome', 'pool']
 
-WIDE = dict(merge_image=0.25, merge_cross=0.4, merge_intra=0.2, tower_layers=6)
+GPU = dict(frames=16, frame_size=64, encoder_layers=2, encoder_dim=256, encoder_heads=4, n_layer=8,
+           dim=256, n_head=4, merge_image=0.25, merge_cross=0.4, merge_intra=0.2, tower_layers=6)
 PRESETS = {
     'tiny': dict(frames=4, frame_size=32, encoder_layers=1, encoder_dim=64, encoder_heads=2,
                  n_layer=3, dim=64, n_head=2),                                # tests and smoke runs
     'cpu': dict(frames=8, frame_size=32, encoder_layers=1, encoder_dim=96, encoder_heads=3,
                 n_layer=4, dim=96, n_head=3),                                   # 128 vision tokens
-    'gpu': dict(frames=16, frame_size=64, encoder_layers=2, encoder_dim=256, encoder_heads=4,
-                n_layer=8, dim=256, n_head=4, **WIDE),                         # 1,024 vision tokens
-    'deep': dict(frames=16, frame_size=64, encoder_layers=2, encoder_dim=256, encoder_heads=4,
-                 n_layer=16, dim=256, n_head=4, **WIDE),
-    'long': dict(frames=64, frame_size=128, encoder_layers=2, encoder_dim=256, encoder_heads=4,
-                 n_layer=8, dim=256, n_head=4, **WIDE),                       # 16,384 vision tokens
+    'gpu': GPU,                                                               # 1,024 vision tokens
+    'deep': dict(GPU, n_layer=16),
+    'long': dict(GPU, frames=64, frame_size=128),                            # 16,384 vision tokens
 }
 
 
@@ -170,8 +168,12 @@ class ModVideoConfig:
             if dim % (2 * heads):
                 raise ValueError('channels per head must be even, '
                                  f'got {dim} channels and {heads} heads')
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f'keep_ratio must be above 0 and at most 1, got {self.keep_ratio}')
+        for name in ('keep_ratio', 'retain_ratio'):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f'{name} must be above 0 and at most 1, got {getattr(self, name)}')
+        for name in ('inner_ratio', 'merge_image', 'merge_cross', 'merge_intra'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'{name} must be from 0 to below 1, got {getattr(self, name)}')
         for name, known in (('routing', ROUTINGS), ('gate', GATES), ('reduction', REDUCTIONS),
                             ('encoder', ['plain', 'tempme'])):
             if getattr(self, name) not in known:
@@ -185,21 +187,15 @@ class ModVideoConfig:
                              'a stream does not have it yet')
         if self.reduction == 'uniform' and self.budget < self.patches:
             raise ValueError(f'a budget of {self.budget} tokens holds no frame of {self.patches}')
-        if not (0 < self.retain_ratio <= 1 and 0 <= self.inner_ratio < 1):
-            raise ValueError('retain_ratio must be above 0 and at most 1, inner_ratio from 0 to below '
-                             f'1, got {self.retain_ratio} and {self.inner_ratio}')
         if self.codes < (self.reduction == 'vq') or self.budget < 1:
             raise ValueError(f'budget and codes must be at least 1, got {self.budget} and {self.codes}')
         if not 0 <= self.inner_layer < self.n_layer:
             raise ValueError(f'inner_layer must be from 0 to {self.n_layer - 1}, got {self.inner_layer}')
-        if self.streaming and self.reduction == 'vq':
-            raise ValueError("reduction 'vq' is for whole clips, not for streams")
+        if self.reduction == 'vq' and (self.streaming or self.inner_layer):
+            raise ValueError("reduction 'vq' is for whole clips, without merging inside the decoder")
         if self.encoder == 'tempme' and self.reduction != 'none':
             raise ValueError("encoder 'tempme' merges already and goes with reduction 'none' alone, "
                              f'got {self.reduction!r}')
-        if not all(0 <= share < 1 for share in (self.merge_image, self.merge_cross, self.merge_intra)):
-            raise ValueError('merge_image, merge_cross and merge_intra must be from 0 to below 1, got '
-                             f'{self.merge_image}, {self.merge_cross} and {self.merge_intra}')
         if self.merges and (self.streaming or self.routing != 'frame'):
             raise ValueError("merging looks at the whole clip and goes with routing 'frame' alone, got "
                              f'streaming {self.streaming} and routing {self.routing!r}')
@@ -309,22 +305,15 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         return (q, k, v) if position is None else (rotary(q, position), rotary(k, position), v)
 
-    def weights(self, x: Tensor, position: Tensor = None, mask: Tensor = None) -> Tensor:
-        """How much each token looks at each other: (B, H, S, S). For analysis; forward is faster."""
-        q, k, _ = self.project(x, position)
-        score = q @ k.mT / math.sqrt(q.size(-1))                               # (B, H, S, S)
+    def weights(self, x: Tensor, position: Tensor = None, mask: Tensor = None, row: Tensor = None) -> Tensor:
+        """How much each token, or only token row (B,), looks at each other: (B, H, S, S) or (B, H, 1, S)."""
+        q, k, _ = self.project(x, position)                                    # (B, H, S, D)
+        if row is not None:
+            q = q.take_along_dim(row[:, None, None, None], 2)                  # (B, H, 1, D)
+        score = (q @ k.mT / math.sqrt(q.size(-1))).float()
         if mask is None and self.causal:
             mask = torch.ones(score.shape[2:], dtype=torch.bool, device=x.device).tril()
         return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1)
-
-    def looked_at(self, x: Tensor, position: Tensor, row: Tensor) -> Tensor:
-        """Attention of token row (B,) to each of x (B, S, C) at position (B, S), mean over heads."""
-        q, k, _ = self.project(x, position)                                    # (B, H, S, D)
-        B, H, S, D = q.shape
-        q = q.gather(2, row.view(B, 1, 1, 1).expand(B, H, 1, D))               # (B, H, 1, D)
-        later = (position > position.gather(1, row[:, None]))[:, None, None]   # (B, 1, 1, S)
-        score = (q @ k.mT / math.sqrt(D)).float().masked_fill(later, -math.inf)
-        return score.softmax(-1).mean((1, 2))                                  # (B, S)
 
     def forward(self, x: Tensor, position: Tensor = None, mask: Tensor = None,
                 cache: KVCache = None) -> Tensor:
@@ -396,55 +385,52 @@ class Reduction(NamedTuple):
     mask: Tensor   # (B, M) bool: False where a sample has fewer slots than the longest of its batch
 
 
-def _flat_slots(assign: Tensor, M: int) -> Tensor:
-    """(B, N) slots -> (B*N,) rows of a flat (B, M + 1) table; its last column takes the dropped."""
-    B = assign.size(0)
-    slot = torch.where(assign < 0, M, assign)                                  # (B, N)
-    return (slot + (M + 1) * torch.arange(B, device=assign.device)[:, None]).flatten()
+def slot_sums(x: Tensor, assign: Tensor, M: int) -> Tensor:
+    """The sum of what each of M slots gets: x (B, N, C) or (B, N), assign (B, N) -> (B, M, C) or (B, M)."""
+    B = len(x)
+    slot = assign % (M + 1) + (M + 1) * torch.arange(B, device=x.device)[:, None]   # dropped ones: column M
+    table = x.new_zeros(B * (M + 1), *x.shape[2:]).index_add(0, slot.flatten(), x.flatten(0, 1))
+    return table.unflatten(0, (B, M + 1))[:, :M]
+
+
+def look_up(table: Tensor, index: Tensor, missing) -> Tensor:
+    """table (B, K) at index (B, N) -> (B, N), `missing` at -1 (dropped) and at K (padding)."""
+    return F.pad(table, (0, 1), value=missing).gather(1, index % (table.size(1) + 1))
 
 
 def reduce_tokens(x: Tensor, reduction: Reduction) -> Tensor:
     """Weighted sum of each slot's tokens, in float32: x (B, N, C) -> (B, M, C); padding is zero."""
-    (B, N, C), M = x.shape, reduction.position.size(1)
-    rows = (x.float() * reduction.weight[..., None]).view(B * N, C)
-    out = rows.new_zeros(B * (M + 1), C).index_add(0, _flat_slots(reduction.assign, M), rows)
-    return out.view(B, M + 1, C)[:, :M].to(x.dtype)                            # (B, M, C)
+    rows = x.float() * reduction.weight[..., None]                             # (B, N, C)
+    return slot_sums(rows, reduction.assign, reduction.position.size(1)).to(x.dtype)
 
 
 def expand(y: Tensor, reduction: Reduction) -> Tensor:
     """Un-merge y (B, M, C) -> (B, N, C): a copy of its slot for each token, zeros for dropped."""
-    B, M, C = y.shape
-    padded = torch.cat([y, y.new_zeros(B, 1, C)], 1).view(B * (M + 1), C)  # a sample's last row: 0
-    return padded.index_select(0, _flat_slots(reduction.assign, M)).view(B, -1, C)
+    (B, M, C), padded = y.shape, F.pad(y, (0, 0, 0, 1))                        # a sample's last row: zeros
+    row = reduction.assign % (M + 1) + (M + 1) * torch.arange(B, device=y.device)[:, None]     # (B, N)
+    return padded.flatten(0, 1).index_select(0, row.flatten()).view(*row.shape, C)
 
 
 def slot_sizes(reduction: Reduction, size: Tensor = None) -> Tensor:
     """Input tokens of each slot: (B, M) float32. size (B, N): what the inputs stand for already."""
-    B, M = reduction.position.shape
     size = torch.ones_like(reduction.weight) if size is None else size.float()
-    table = size.new_zeros(B * (M + 1)).index_add(
-        0, _flat_slots(reduction.assign, M), size.flatten())
-    return table.view(B, M + 1)[:, :M]
+    return slot_sums(size, reduction.assign, reduction.position.size(1))
 
 
 def compose(first: Reduction, second: Reduction) -> Reduction:
     """One reduction that does `first` (N -> M1), then `second` (M1 -> M2)."""
-    kept = first.assign >= 0                                                   # (B, N)
-    slot = first.assign.clamp(min=0)
-    assign = torch.where(kept, second.assign.gather(1, slot), -1)              # (B, N)
-    weight = first.weight * second.weight.gather(1, slot) * (assign >= 0)      # (B, N)
-    N, M1 = first.assign.size(1), first.position.size(1)
-    stand = second.position.clamp(max=M1 - 1)
-    position = torch.where(second.mask, first.position.gather(1, stand), N)    # (B, M2)
+    assign = look_up(second.assign, first.assign, -1)                          # (B, N)
+    weight = first.weight * look_up(second.weight, first.assign, 0)            # (B, N)
+    position = look_up(first.position, second.position, first.assign.size(1))  # (B, M2)
     return Reduction(assign, weight, position, second.mask)
 
 
 def first_members(assign: Tensor, K: int) -> Tensor:
     """assign (B, N), -1 = none -> (B, K): the first token of each of K slots, N where it has none."""
     B, N = assign.shape
-    index = torch.arange(N, device=assign.device).repeat(B)
-    table = torch.full((B * (K + 1),), N, device=assign.device)
-    return table.scatter_reduce(0, _flat_slots(assign, K), index, 'amin').view(B, K + 1)[:, :K]
+    index = torch.arange(N, device=assign.device).expand(B, N)
+    table = torch.full((B, K + 1), N, device=assign.device)
+    return table.scatter_reduce(1, assign % (K + 1), index, 'amin')[:, :K]
 
 
 def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) -> Reduction:
@@ -457,25 +443,22 @@ def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) ->
     N, first = assign.size(1), first_members(assign, num_clusters)             # (B, K)
     position = first if position is None else torch.where(first < N, position, N)
     position, order = position.sort(dim=1, stable=True)          # (B, K) ascending, empty ones last
-    slot = order.argsort(1)                                                 # (B, K) cluster -> slot
-    assign = torch.where(assign < 0, -1, slot.gather(1, assign.clamp(min=0)))  # (B, N)
-    return mean_of(Reduction(assign, (assign >= 0).float(), position, position < N))
+    return mean_of(look_up(order.argsort(1), assign, -1), position)
 
 
-def mean_of(reduction: Reduction) -> Reduction:
-    """The same slots, each the plain mean of its members."""
-    share = 1 / slot_sizes(reduction).clamp(min=1)                             # (B, M)
-    weight = share.gather(1, reduction.assign.clamp(min=0)) * (reduction.assign >= 0)  # (B, N)
-    return reduction._replace(weight=weight)
+def mean_of(assign: Tensor, position: Tensor) -> Reduction:
+    """Slots that are the plain mean of their members: assign (B, N), position (B, M), N at padding."""
+    (B, N), M = assign.shape, position.size(1)
+    count = slot_sums(torch.ones(B, N, device=assign.device), assign, M)       # (B, M)
+    return Reduction(assign, look_up(1 / count.clamp(min=1), assign, 0), position, position < N)
 
 
 def pack(keep: Tensor) -> Reduction:
     """Keep some tokens, drop the others: keep (B, N) bool. M is the most that a sample keeps."""
-    N, device = keep.size(1), keep.device
-    count = keep.sum(1)                                                        # (B,)
-    M = int(count.max())                                           # waits for the device: M is data
+    N, M = keep.size(1), int(keep.sum(1).max())                    # waits for the device: M is data
     assign = torch.where(keep, keep.cumsum(1) - 1, -1)                         # (B, N)
-    position = torch.where(keep, torch.arange(N, device=device), N).sort(1).values[:, :M]  # (B, M)
+    index = torch.arange(N, device=keep.device)
+    position = torch.where(keep, index, N).sort(1).values[:, :M]               # (B, M)
     return Reduction(assign, keep.float(), position, position < N)
 
 
@@ -508,6 +491,12 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1, eps=1e-6)
 
 
+def best_of(score: Tensor, count, among: Tensor) -> Tensor:
+    """The `count` highest of the scores that are `among`: bool, as they are. Ties: the earlier one."""
+    rank = score.float().masked_fill(~among, -math.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return among & (rank < count)
+
+
 @exact
 def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor = None,
                             pairing='parity', mask: Tensor = None) -> Reduction:
@@ -523,32 +512,28 @@ def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor 
     place = torch.arange(N, device=device)
     source = (place % 2 == 0) if isinstance(pairing, str) else pairing.to(device)
     a, b = (place[(place >= protected) & (source == which)] for which in (True, False))
-    M = None                                           # known here, or it waits for the device below
-    if isinstance(r, int) and mask is None:
-        M = N - max(0, min(r, len(a), (N - protected) // 2 if len(b) else 0))
     real = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask
+    if len(b) == 0:                                                            # nobody to merge with
+        return pack(real)
     most = torch.minimum(real[:, a].sum(1), (real.sum(1) - protected) // 2) * real[:, b].any(1)
     r = torch.minimum(torch.as_tensor(r, device=device), most).clamp(min=0)    # (B,)
     u = unit(metric.detach())
     score = (u[:, a] @ u[:, b].mT).masked_fill(~real[:, None, b], -math.inf)   # (B, A, D)
-    best, choice = score.max(-1) if len(b) else (score.new_zeros(B, len(a)), a.expand(B, -1))
-    rank = best.masked_fill(~real[:, a], -math.inf).argsort(
-        dim=-1, descending=True, stable=True).argsort(-1)                      # (B, A) 0 = most alike
-    gone = ~real
-    gone[:, a] |= rank < r[:, None]                                            # (B, N) without a slot
+    best, choice = score.max(-1)
+    gone = ~real                                                               # (B, N) without a slot
+    gone[:, a] |= best_of(best, r[:, None], real[:, a])
     front = torch.cat([place[:protected], a, b])                               # (N,) in slot order
     assign = torch.empty(B, N, dtype=torch.long, device=device)
     assign[:, front] = (~gone[:, front]).cumsum(1) - 1
-    M = int((~gone).sum(1).max()) if M is None else M
-    if len(b):
-        assign[:, a] = torch.where(gone[:, a], assign[:, b].gather(1, choice), assign[:, a])
+    assign[:, a] = torch.where(gone[:, a], assign[:, b].gather(1, choice), assign[:, a])
+    M = int((~gone).sum(1).max())                                  # waits for the device: M is data
     assign = assign.masked_fill(~real, -1)
     position = torch.full((B, M + 1), N, device=device).scatter(
         1, torch.where(gone, M, assign), place.expand(B, N))[:, :M]            # (B, M)
     size = real.float() if size is None else size.float() * real
     plain = Reduction(assign, size, position, position < N)
-    total = slot_sizes(plain, size).gather(1, assign.clamp(min=0)) if M else size
-    return plain._replace(weight=size / total.clamp(min=1e-6) * real)
+    total = look_up(slot_sizes(plain, size), assign, 1)                        # (B, N)
+    return plain._replace(weight=size / total.clamp(min=1e-6))
 
 
 def tome(x: Tensor, budget: int) -> Reduction:
@@ -588,8 +573,7 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
     """
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
-    count = torch.as_tensor(num_clusters, device=x.device).expand(B)
-    count = torch.minimum(count, mask.sum(1))                                  # (B,)
+    count = torch.minimum(torch.as_tensor(num_clusters, device=x.device), mask.sum(1))     # (B,)
     both = mask[:, :, None] & mask[:, None, :]                                 # (B, N, N)
     distance = torch.cdist(x.float(), x.float(), compute_mode='donot_use_mm_for_euclid_dist')
     distance = distance / math.sqrt(C)                                         # (B, N, N) exact at 0
@@ -602,23 +586,18 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
     gap = distance.masked_fill(~denser, math.inf).amin(-1)                     # (B, N)
     widest = distance.masked_fill(~both, 0).amax((1, 2))[:, None]
     score = density * torch.where(gap.isinf(), widest, gap)                    # (B, N)
-    rank = score.masked_fill(~mask, -1).argsort(dim=1, descending=True, stable=True).argsort(1)
-    peak = (rank < count[:, None]) & mask                                      # (B, N)
-    centers = pack(peak).position                                              # (B, K)
-    reach = far.gather(2, centers.clamp(max=N - 1)[:, None].expand(-1, N, -1))  # (B, N, K)
-    reach = reach.masked_fill((centers == N)[:, None], math.inf)
+    centers = pack(best_of(score, count[:, None], mask)).position              # (B, K)
+    reach = F.pad(far, (0, 1), value=math.inf).take_along_dim(centers[:, None], 2)     # (B, N, K)
     assign = reach.argmin(-1) if centers.size(1) else torch.full((B, N), -1, device=x.device)
     return centers, torch.where(mask & (count > 0)[:, None], assign, -1)
 
 
 def cluster_sums(x: Tensor, assign: Tensor, K: int):
     """x (B, N, C), assign (B, N), -1 = none of them -> sums (B, K, C) and counts (B, K) of clusters."""
-    (B, N, C), flat = x.shape, _flat_slots(assign, K)
-    sums = x.new_zeros(B * (K + 1), C).index_add(0, flat, x.reshape(B * N, C))
-    count = torch.bincount(flat, minlength=B * (K + 1)).to(x.dtype)
-    return sums.view(B, K + 1, C)[:, :K], count.view(B, K + 1)[:, :K]
+    return slot_sums(x, assign, K), slot_sums(torch.ones_like(x[..., 0]), assign, K)
 
 
+@exact
 def nearest(x: Tensor, centers: Tensor, metric: str) -> Tensor:
     """The centre of each token: x (B, N, C), centers (B, K, C) -> (B, N) int64. Ties: the first.
 
@@ -641,10 +620,11 @@ def spread_centers(x: Tensor, K: int, mask: Tensor, generator: torch.Generator =
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     luck = torch.rand(K, trials, generator=generator).to(precise(x[:0]))       # in [0, 1)
     square, rows = x.square().sum(-1), torch.arange(B, device=device)          # (B, N), (B,)
+    last = (mask * torch.arange(N, device=device)).amax(1, keepdim=True)       # (B, 1) taken if all gaps are 0
     far, chosen = mask.to(x.dtype), []                     # (B, N) squared distance; at first any token
     for k in range(K):
         edge = precise(far).cumsum(1)                                          # (B, N)
-        pick = torch.searchsorted(edge, luck[k] * edge[:, -1:], right=True).clamp(max=N - 1)
+        pick = torch.searchsorted(edge, luck[k] * edge[:, -1:], right=True).minimum(last)
         tried = x[rows[:, None], pick]                                         # (B, trials, C)
         gap = square[..., None] - 2 * x @ tried.mT + square.gather(1, pick)[:, None]
         gap = gap.clamp(min=0).masked_fill(~mask[..., None], 0)                # (B, N, trials)
@@ -668,19 +648,15 @@ def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, m
     """
     if metric not in ('l2', 'cosine'):
         raise ValueError(f"metric must be 'l2' or 'cosine', got {metric!r}")
-    (B, N, _), device = x.shape, x.device
-    x = unit(x) if metric == 'cosine' else x.float()
-    mask = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask
-    K = num_clusters
+    K, x = num_clusters, unit(x) if metric == 'cosine' else x.float()
+    mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
     centers = spread_centers(x, K, mask, generator) if init is None else init.float()
     for _ in range(iters):
         sums, members = cluster_sums(x, nearest(x, centers, metric).where(mask, -1), K)
         centers = torch.where(members[..., None] > 0, sums / members[..., None].clamp(min=1), centers)
-    assign = nearest(x, centers, metric).where(mask, -1)                # (B, N)
+    assign = nearest(x, centers, metric).where(mask, -1)                       # (B, N)
     order = first_members(assign, K).argsort(dim=1, stable=True)               # (B, K)
-    rank = F.pad(order.argsort(1), (0, 1), value=-1)                           # cluster -> its new id
-    centers = centers.gather(1, order[..., None].expand_as(centers))
-    return centers, rank.gather(1, assign % (K + 1))
+    return centers.take_along_dim(order[..., None], 1), look_up(order.argsort(1), assign, -1)
 
 
 @exact
@@ -705,24 +681,23 @@ def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     return score.sum(1) / real.sum(1).clamp(min=1)
 
 
-def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3, mask: Tensor = None):
+@exact
+@torch.no_grad()
+def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     """k-means by cosine with the number of clusters that has the best silhouette, for each sample.
 
-    x (B, N, C), mask (B, N) -> count (B,) int64, centroids (B, most, C), assign (B, N) of that very
-    fit. All fits begin with the same k-means++ centres, as many of them as they need; so close to the end
-    few iterations do.
+    x (B, N, C) -> count (B,) int64, centroids (B, most, C), assign (B, N) of that very fit. All fits
+    begin with the same k-means++ centres, as many of them as they need; so close to the end few
+    iterations do.
     """
-    u = unit(x)
-    init = spread_centers(u, most, torch.ones_like(u[..., 0], dtype=torch.bool) if mask is None else mask)
-    best = None
+    u, fits = unit(x), []
+    init = spread_centers(u, most, torch.ones_like(u[..., 0], dtype=torch.bool))
     for k in range(least, most + 1):
-        centers, assign = kmeans(u, k, iters, init[:, :k], 'cosine', mask=mask)
-        score = silhouette(u, assign, k)                                       # (B,)
-        fit = score, torch.full_like(assign[:, 0], k), F.pad(centers, (0, 0, 0, most - k)), assign
-        better = None if best is None else score > best[0]
-        best = fit if best is None else [
-            torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(fit, best)]
-    return best[1:]
+        centers, assign = kmeans(u, k, iters, init[:, :k], 'cosine')
+        fits.append((silhouette(u, assign, k), F.pad(centers, (0, 0, 0, most - k)), assign))
+    score, centers, assign = (torch.stack(a, 1) for a in zip(*fits))           # (B, fits), ...
+    sample, best = torch.arange(len(x), device=x.device), score.argmax(1)      # of equals the fewest
+    return best + least, centers[sample, best], assign[sample, best]
 
 
 def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
@@ -739,7 +714,7 @@ def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
     longest = min(T, max(1, T if max_len is None else max_len))
     step = torch.arange(1, T, device=device)[:, None]                          # (T - 1, 1)
     broken = torch.where(similarity > tau, 0, step)                            # (B, T - 1, P)
-    run = step - broken.cummax(1).values if steps else broken.long()           # still steps up to here
+    run = step - broken.cummax(1).values           # (B, T - 1, P) still steps up to here
     table = torch.zeros(B, steps, T, dtype=torch.long, device=device)
     table.scatter_add_(2, run, torch.ones_like(run))                           # patches by run length
     still = table.flip(2).cumsum(2).flip(2)                   # (B, T - 1, T) patches with run >= n
@@ -751,13 +726,12 @@ def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
         total = best[:, i - w:i].flip(1) + gains[:, i - 2, :w]                 # (B, w)
         best[:, i], choice = total.max(1)      # the first of equals: the shortest
         length[:, i - 1] = choice + 1
-    begins = torch.zeros(B, T + 1, dtype=torch.long, device=device)
+    begins = torch.zeros(B, T, dtype=torch.long, device=device)
     end = torch.full((B, 1), T, device=device)                                 # one behind the last
     for _ in range(T):
-        end = end - length.gather(1, (end - 1).clamp(min=0))
-        end = end.clamp(min=0)
+        end = (end - length.gather(1, (end - 1).clamp(min=0))).clamp(min=0)
         begins.scatter_(1, end, 1)
-    return begins[:, :T].cumsum(1) - 1, best[:, T]
+    return begins.cumsum(1) - 1, best[:, T]
 
 
 @exact
@@ -793,7 +767,7 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     center = torch.full((B * S, P), P, device=device)
     if len(some):
         peak, group = dpc_knn(mean[some], peaks.flatten()[some], k, static.view(B * S, P)[some])
-        center[some] = F.pad(peak, (0, 1), value=P).gather(1, group % (peak.size(1) + 1))
+        center[some] = look_up(peak, group, P)
     center = center.view(B, S, P)
     members = torch.zeros(B, S, P + 1, device=device).scatter_add(
         2, center, torch.ones(B, S, P, device=device)).gather(2, center)       # (B, S, P) of its group
@@ -809,17 +783,14 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     own = segment[..., None].expand(B, T, P)
     still = static.gather(1, own)                                              # (B, T, P)
     quota = ((P - static.sum(-1)) * ratio[:, None]).ceil().gather(1, segment)  # (B, T) of moving ones
-    rank = saliency.float().masked_fill(still, -math.inf).argsort(
-        dim=-1, descending=True, stable=True).argsort(-1)                      # (B, T, P)
-    kept = ~still & (rank < quota[..., None])
+    kept = best_of(saliency, quota[..., None], ~still)                         # (B, T, P)
     index = torch.arange(N, device=device).view(T, P)
     goes = torch.where(still, slot.gather(1, own), torch.where(kept, index, -1)).flatten(1)  # (B, N)
     weight = torch.where(still, alone.gather(1, own) / length.gather(1, segment)[..., None],
                          kept.float()).flatten(1) * (goes >= 0)
     stands = torch.zeros(B, N + 1, dtype=torch.bool, device=device).scatter(1, goes % (N + 1), True)
     slots = pack(stands[:, :N])
-    assign = torch.where(goes < 0, -1, slots.assign.gather(1, goes.clamp(min=0)))
-    return slots._replace(assign=assign, weight=weight)
+    return slots._replace(assign=look_up(slots.assign, goes, -1), weight=weight)
 
 
 @exact
@@ -832,19 +803,16 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     that stays and resembles it most (cosine); a slot is the mean of its members, where it stood.
     """
     B, S, _ = h.shape
-    count = vision.sum(1)                                                      # (B,)
-    keep = (precise(count) * (1 - drop_ratio)).round()[:, None]                # (B, 1) half to even
-    rank = score.float().masked_fill(~vision, -math.inf).argsort(
-        dim=1, descending=True, stable=True).argsort(1)
-    kept = vision & (rank < keep)                                              # (B, S)
+    count = precise(vision.sum(1, keepdim=True))                               # (B, 1)
+    keep = (count * (1 - drop_ratio)).round()                                  # half to even
+    kept = best_of(score, keep, vision)                                        # (B, S)
     u = unit(h)
     alike = (u @ u.mT).masked_fill(~kept[:, None, :], -math.inf)               # (B, S, S)
     stays = kept | ~vision if mask is None else (kept | ~vision) & mask
     index = torch.arange(S, device=h.device).expand(B, S)
     goes = torch.where(stays, index, torch.where(vision & (keep > 0), alike.argmax(-1), -1))
     slots = pack(stays)
-    assign = torch.where(goes < 0, -1, slots.assign.gather(1, goes.clamp(min=0)))
-    return mean_of(slots._replace(assign=assign, weight=(assign >= 0).float()))
+    return mean_of(look_up(slots.assign, goes, -1), slots.position)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -853,7 +821,7 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
 # clip, by k-means, and a map of where every code occurs. Standard vector quantization (van den Oord
 # et al., arXiv 1711.00937): one learned codebook for all clips. One step of the second with decay 0
 # is one step of k-means. VQToken looks at the whole clip: for offline use only.
-# needs sections 3, 4
+# needs sections 2 (`hashed`), 3, 4
 # --------------------------------------------------------------------------------------------------
 
 def code_usage(indices: Tensor, num_codes: int):
@@ -892,11 +860,6 @@ class VectorQuantizer(nn.Module):
     def set_extra_state(self, state):
         self.started = state
 
-    @exact
-    def find(self, x: Tensor) -> Tensor:
-        """x (n, C) -> (n,) int64: the nearest code, argmin of |x - e|²."""
-        return torch.addmm(-0.5 * self.codebook.square().sum(-1), x.float(), self.codebook.T).argmax(-1)
-
     def forward(self, x: Tensor):
         """x (..., C) -> quantized (..., C), indices (...), commit_loss.
 
@@ -905,22 +868,21 @@ class VectorQuantizer(nn.Module):
         """
         flat = x.reshape(-1, x.size(-1)).float()                               # (n, C)
         if self.training and not self.started:
-            centers, assign = kmeans(flat[None], len(self.codebook))
-            self.move(*(a[0] for a in cluster_sums(flat.detach()[None], assign, len(self.codebook))), 0.0)
+            self.move(flat, kmeans(flat[None], len(self.codebook))[1][0], 0.0)
             self.started = True
-        indices = self.find(flat.detach())                                     # (n,)
+        indices = nearest(flat.detach()[None], self.codebook[None], 'l2')[0]   # (n,)
         code = self.codebook.index_select(0, indices)                          # (n, C)
         loss = self.commitment * F.mse_loss(flat, code)
         if self.training:
-            K = len(self.codebook)
-            self.move(*(a[0] for a in cluster_sums(flat.detach()[None], indices[None], K)), self.decay)
-            self.revive_dead(flat.detach())
+            self.move(flat, indices, self.decay)
+            self.revive_dead(flat)
         quantized = (flat + (code - flat).detach()).to(x.dtype)
         return quantized.view_as(x), indices.view(x.shape[:-1]), loss
 
     @torch.no_grad()
-    def move(self, sums: Tensor, count: Tensor, decay: float):
-        """Towards the batch's sums (K, C) and counts (K,): averages first, then the division."""
+    def move(self, x: Tensor, indices: Tensor, decay: float):
+        """Towards x (n, C), whose codes are indices (n,): averages first, then the division."""
+        sums, count = (a[0] for a in cluster_sums(x[None], indices[None], len(self.codebook)))
         self.embed_avg.lerp_(sums, 1 - decay)
         self.cluster_size.lerp_(count, 1 - decay)
         total = self.cluster_size.sum()                  # Laplace smoothing leaves it as it is
@@ -947,11 +909,10 @@ class VQToken(nn.Module):
     space, so that ids do not matter, and there are K tokens for a clip of any length.
     """
 
-    def __init__(self, dim: int, num_codes: int = 12, n_head: int = 4, grid=(8, 4), iters: int = None,
-                 least: int = 4, most: int = 32):
+    def __init__(self, dim: int, num_codes: int = 12, n_head: int = 4, grid=(8, 4), least: int = 4, most: int = 32):
         super().__init__()
         self.num_codes, self.n_head, self.grid, self.least, self.most = num_codes, n_head, grid, least, most
-        self.iters = iters or (10 if num_codes else 3)                         # of k-means
+        self.iters = 10 if num_codes else 3                                    # of k-means
         self.norm = nn.RMSNorm(dim)
         self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
@@ -960,21 +921,14 @@ class VQToken(nn.Module):
         self.key.load_state_dict(self.query.state_dict())
         nn.init.normal_(self.out.weight, std=0.1 / math.sqrt(dim))             # a little; it is mostly the mean
 
-    def cluster(self, x: Tensor) -> Tensor:
-        """x (B, N, C) -> (B, N) int64. num_codes 0: least to most clusters, by the best silhouette."""
-        if self.num_codes:
-            return kmeans(x, self.num_codes, self.iters, metric='cosine')[1]
-        return select_k(x, self.least, self.most, self.iters)[2]
-
     def occupancy(self, index_map: Tensor, K: int) -> Tensor:
         """(B, T, P) -> (B, K, cells): how much of each cell of the grid a code fills, 0 to 1."""
         (B, T, P), (a, b) = index_map.shape, self.grid
         cells, cell = a * b * b, grid_cells(T, math.isqrt(P), a, b).to(index_map.device)       # (N,)
-        table = torch.zeros(B, (K + 1) * cells, device=cell.device)
-        slot = (index_map.flatten(1) % (K + 1)) * cells + cell                 # -1 goes to row K
-        table = table.scatter_add(1, slot, torch.ones_like(slot, dtype=torch.float))
+        place = index_map.flatten(1) * cells + cell                            # (B, N)
+        filled = slot_sums(torch.ones_like(place, dtype=torch.float), place, K * cells)
         size = torch.bincount(cell, minlength=cells).clamp(min=1)              # (cells,)
-        return table.view(B, K + 1, cells)[:, :K] / size
+        return filled.unflatten(1, (K, cells)) / size
 
     def forward(self, x: Tensor):
         """x (B, T, P, C) -> tokens (B, K, C), mask (B, K), index_map (B, T, P) int64.
@@ -984,7 +938,10 @@ class VQToken(nn.Module):
         """
         B, T, P, C = x.shape
         x = x.flatten(1, 2)                                                    # (B, N, C)
-        assign = self.cluster(x.detach())
+        if self.num_codes:
+            assign = kmeans(x, self.num_codes, self.iters, metric='cosine')[1]             # (B, N)
+        else:                                                  # as many as have the best silhouette
+            assign = select_k(x, self.least, self.most, self.iters)[2]
         K = self.num_codes or int(assign.max()) + 1              # waits for the device: K is data
         reduction = from_clusters(assign, K)
         codes, mask = reduce_tokens(x, reduction), reduction.mask              # (B, K, C), (B, K)
@@ -992,9 +949,8 @@ class VQToken(nn.Module):
         split = lambda y: y.view(B, K, self.n_head, -1).transpose(1, 2)        # (B, H, K, D)
         near = self.norm(codes)
         value = self.value(self.occupancy(index_map, K).to(codes.dtype))       # (B, K, C)
-        seen = mask | ~mask.any(1, keepdim=True)
         y = F.scaled_dot_product_attention(split(self.query(near)), split(self.key(near)), split(value),
-                                           attn_mask=seen[:, None, None, :].expand(-1, 1, K, -1))
+                                           attn_mask=mask[:, None, None])
         tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
         return tokens * mask[..., None], mask, index_map
 
@@ -1047,7 +1003,6 @@ class PatchEmbed(nn.Module):
             frames = torch.cat([frames, change], 2)                            # (B, T, 6, height, width)
         return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # (B*T, P, C)
 
-
     def flops(self, size) -> int:
         """FLOPs of the stem on one frame of size (height, width)."""
         total = 0
@@ -1076,13 +1031,12 @@ class VisionEncoder(nn.Module):
         saliency (B*T, P), or None if not wanted: the attention that each patch receives in the last
         layer, mean over heads and queries; it sums to one. Only this layer's map is computed.
         """
-        x = self.embed(video, previous) + self.place
-        for block in self.blocks[:-1]:
-            x = x + block(x)
-        last, saliency = self.blocks[-1], None
+        x, saliency = self.embed(video, previous) + self.place, None
+        for block in self.blocks:
+            before, x = x, x + block(x)
         if want_saliency:
-            saliency = last.attention.weights(last.norm1(x).detach()).float().mean((1, 2))
-        return self.norm(x + last(x)), saliency
+            saliency = block.attention.weights(block.norm1(before).detach()).mean((1, 2))
+        return self.norm(x), saliency
 
     def flops(self, T: int, size) -> int:
         """FLOPs on T frames of size (height, width)."""
@@ -1262,10 +1216,8 @@ class TempMeEncoder(VisionEncoder):
         stand = first_members(slot, clips * n)                                 # (B, F*n)
         stand[:, front] = P * torch.arange(T, device=device)
         stand, order = stand.sort(dim=1, stable=True)                          # (B, M)
-        tokens = x.reshape(B, clips * n, -1).gather(1, order[..., None].expand(-1, -1, x.size(2)))
-        assign = order.argsort(1).gather(1, slot)
-        weight = torch.ones(assign.shape, device=device)
-        return tokens, summaries, mean_of(Reduction(assign, weight, stand, torch.ones_like(stand).bool()))
+        tokens = x.reshape(B, clips * n, -1).take_along_dim(order[..., None], 1)
+        return tokens, summaries, mean_of(order.argsort(1).gather(1, slot), stand)
 
 
 class LoRA(nn.Module):
@@ -1346,7 +1298,7 @@ class FrameSelector(nn.Module):
     def __init__(self, dim: int, n_head: int, budget: int, num_frames: int = 8, num_tokens: int = 16,
                  temperature: float = 0.5, hard: bool = False):
         super().__init__()
-        if not num_frames <= budget:
+        if num_frames > budget:
             raise ValueError(f'a budget of {budget} tokens is too small for {num_frames} frames')
         self.budget, self.temperature, self.hard = budget, temperature, hard
         self.frame_queries = nn.Parameter(torch.randn(num_frames, dim))        # (K, C)
@@ -1363,11 +1315,10 @@ class FrameSelector(nn.Module):
         """
         (B, S, _), K, device = x.shape, len(queries), x.device
         both = torch.cat([queries.expand(B, -1, -1).to(x.dtype), words, x], 1)
-        seen = F.pad(F.pad(known, (K, 0), value=True), (0, S), value=True)     # (B, K + L + S)
+        seen = F.pad(known, (K, S), value=True)                                # (B, K + L + S)
         position = torch.cat([torch.arange(n, device=device) for n in (K, words.size(1), S)])
         position[:K] = 0                                                       # queries stand at 0
-        both = both + self.blocks[i](
-            both, position, seen[:, None, None, :].expand(-1, 1, both.size(1), -1))
+        both = both + self.blocks[i](both, position, seen[:, None, None])
         with torch.autocast(device.type, enabled=False):
             wish = self.keys[i](both[:, :K].float())                           # (B, K, C)
             logits = wish @ unit(x - x.mean(1, keepdim=True)).mT               # (B, K, S)
@@ -1377,9 +1328,10 @@ class FrameSelector(nn.Module):
     def forward(self, x: Tensor, words: Tensor, known: Tensor):
         """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> tokens, position, selector.
 
-        tokens (B, M, C), M at most budget; position (B, M): strongest frame * P + place, NEVER at
-        padding; selector (B, K, T): what each query takes of each frame, rows sum to one. Training
-        adds Gumbel noise, a function of the number of calls; evaluation adds none.
+        tokens (B, M, C), M at most budget; position (B, M): strongest frame * P + the token's number
+        among that frame's, NEVER at padding; selector (B, K, T): what each query takes of each frame,
+        rows sum to one. Training adds Gumbel noise, a function of the number of calls; evaluation
+        adds none.
         """
         B, T, P, C = x.shape
         logits = self.ask(0, self.frame_queries, words, known, x.mean(2))      # (B, K, T)
@@ -1396,7 +1348,7 @@ class FrameSelector(nn.Module):
         mixed = reduce_tokens(selector, kept)[:, :k]                           # (B, k, T)
         frame = mixed.argmax(-1).masked_fill(~kept.mask[:, :k], T)             # (B, k) the strongest
         frame, order = frame.sort(dim=1, stable=True)                          # in time, padding last
-        mixed = mixed.gather(1, order[..., None].expand_as(mixed))
+        mixed = mixed.take_along_dim(order[..., None], 1)
         mixed = (mixed.to(x.dtype) @ x.flatten(2)).view(-1, P, C)              # (B * k, P, C)
         real = frame < T                                                       # (B, k)
         words, known = words.repeat_interleave(k, 0), known.repeat_interleave(k, 0)
@@ -1406,8 +1358,7 @@ class FrameSelector(nn.Module):
         m = tokens.size(1)
         place = frame.clamp(max=T - 1)[..., None] * P + torch.arange(m, device=x.device).clamp(max=P - 1)
         slots = pack(mask.view(B, k * m))
-        position = place.flatten(1).gather(1, slots.position.clamp(max=k * m - 1))
-        position = torch.where(slots.mask, position, NEVER)                    # (B, M)
+        position = look_up(place.flatten(1), slots.position, NEVER)            # (B, M)
         return reduce_tokens(tokens.reshape(B, k * m, C), slots), position, selector
 
     def to_budget(self, tokens: Tensor, real: Tensor):
@@ -1417,7 +1368,7 @@ class FrameSelector(nn.Module):
         """
         share = self.budget // real.sum(1).clamp(min=1)                        # (B,) tokens a frame
         quota = (share[:, None] * real).flatten()                              # (B * k,)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) & real.view(-1, 1)
+        mask = real.view(-1, 1).expand(tokens.shape[:2])                       # (B * k, n)
         size = mask.float()
         for _ in range(tokens.size(1).bit_length()):                           # each at most halves
             step = bipartite_soft_matching(tokens, mask.sum(1) - quota, size=size, mask=mask)
@@ -1479,7 +1430,7 @@ def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> T
     if forced is not None:
         score = score.masked_fill(forced, math.inf)
     rank = score.view(B, group, -1).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
-    start = torch.arange(0, N, N // group, device=score.device)            # (group,) first of each
+    start = torch.arange(group, device=score.device) * (N // group)            # (group,) first of each
     return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)
 
 
@@ -1502,7 +1453,7 @@ def select_ragged(score: Tensor, frame: Tensor, ratio: float) -> Tensor:
     order = score.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, home.gather(1, order).argsort(dim=1, stable=True))  # by frame, then score
     rank = order.argsort(1) - first                                            # (B, N) in its frame
-    return real & (rank < (ratio * count - 1e-4).ceil().clamp(min=1))          # as capacity() says
+    return real & (rank < (ratio * precise(count) - 1e-9).ceil().clamp(min=1))     # as capacity() says
 
 
 class Router(nn.Module):
@@ -1525,18 +1476,15 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)  # (B, S)
+        N, mask = S - text, None
         if isinstance(group, Tensor):
             chosen = pack(select_ragged(logits.detach(), group, ratio))
-            index = chosen.position.clamp(max=S - 1)
-            gate = GATES[self.gate](logits.gather(1, index))
-            return Route(index, gate, logits, chosen.mask)
-        N = S - text
-        k = capacity(ratio, N // group) if N else 0
-        index = select_tokens(logits.detach()[:, :N], group, k, forced) if N else (
-            logits.new_zeros(B, 0, dtype=torch.long))                          # (B, group * k)
+            index, mask = chosen.position.clamp(max=S - 1), chosen.mask        # (B, K)
+        else:
+            index = select_tokens(logits.detach()[:, :N], group, capacity(ratio, N // group), forced)
         words = torch.arange(N, S, device=x.device).expand(B, text)            # (B, text)
-        index = torch.cat([index, words], 1)                                   # (B, K)
-        return Route(index, GATES[self.gate](logits.gather(1, index)), logits)
+        index = torch.cat([index, words], 1)                                   # (B, K + text)
+        return Route(index, GATES[self.gate](logits.gather(1, index)), logits, mask)
 
 
 def routing_loss(route: Route) -> Tensor:
@@ -1716,7 +1664,7 @@ class ModVideo(nn.Module):
         place = torch.arange(T * x.size(2), device=x.device)                   # (N,)
         if c.reduction == 'vq':
             x, index_map, loss = self.quantizer(x)
-            return x.flatten(1, 2), place, Quantized(index_map, loss)
+            return self.for_questions(x.flatten(1, 2), place, question, Quantized(index_map, loss))
         if c.reduction == 'vqtoken':
             tokens, mask, index_map = self.vqtoken(x)                          # (B, K, C), (B, K)
             reduction = from_clusters(index_map.flatten(1), mask.size(1))
@@ -1731,9 +1679,8 @@ class ModVideo(nn.Module):
     def for_questions(self, tokens: Tensor, place: Tensor, question: Tensor, reduction):
         """What encode_video returns: each question has tokens of its own, if they will depend on it."""
         if self.config.by_question:
-            B, M, _ = tokens.shape
-            again = len(question) // B
-            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place.expand(B, M)))
+            again, place = len(question) // len(tokens), place.expand(tokens.shape[:2])
+            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place))
         return tokens, place, reduction
 
     def reduce(self, x: Tensor, saliency: Tensor):
@@ -1744,11 +1691,11 @@ class ModVideo(nn.Module):
         if c.reduction == 'tome':
             return tome(x.flatten(1, 2), c.budget)
         if c.reduction == 'pool':
-            cell = pool_grid(T, math.isqrt(P), c.budget).to(device)
-            return from_clusters(cell.expand(B, -1), min(T * P, c.budget))
+            cell = pool_grid(T, math.isqrt(P), c.budget)                       # (N,)
+            return from_clusters(cell.to(device).expand(B, -1), int(cell.max()) + 1)
         if c.reduction == 'prune':
-            best = select_tokens(saliency.view(B, -1), 1, min(T * P, c.budget))
-            return pack(torch.zeros(B, T * P, dtype=torch.bool, device=device).scatter(1, best, True))
+            every = torch.ones(B, T * P, dtype=torch.bool, device=device)
+            return pack(best_of(saliency.view(B, -1), c.budget, every))
         if c.reduction == 'uniform':
             n = min(T, c.budget // P)
             frames = (torch.arange(n, device=device) * 2 + 1) * T // (2 * n)   # the middles of n parts
@@ -1780,12 +1727,11 @@ class ModVideo(nn.Module):
         x = torch.cat([vision, self.embed(text).flatten(1, 2)], 1)             # (B, N + Q*L, C)
         word = start + torch.arange(L, device=x.device).repeat(Q)              # (Q*L,)
         mask = question_mask(N, Q, L, x.device) if Q > 1 else None    # one question: plainly causal
-        last = None
+        last = N - 1 + asked[:, 0] if self.config.inner_layer else None        # (B,)
         if self.config.merges:                               # padding behind the vision of some clips
             position = torch.cat([place.expand(B, N), word.expand(B, Q * L)], 1)
             # By position, not by place in x: a frame's summary and its first patch share one.
             mask = visible(position) if mask is None else visible(position) & (mask | mask.T)
-            last = N - 1 + asked[:, 0] if self.config.inner_layer else None    # (B,)
         else:
             position = torch.cat([place, word])
         x, aux = self.decode(x, position, video.size(1), N, mask, last=last)
@@ -1828,11 +1774,12 @@ class ModVideo(nn.Module):
         """
         block = self.blocks[i - 1]
         block = block.block if isinstance(block, MoDBlock) else block
-        score = block.attention.looked_at(block.norm1(before), position, last)[:, :N]      # (B, N)
-        place, real = position[:, :N], position[:, :N] < NEVER
-        merged = holitom_inner(x[:, :N], score, real, self.config.inner_ratio, real)
-        stands = place.gather(1, merged.position.clamp(max=N - 1))             # (B, M)
-        position = torch.cat([torch.where(merged.mask, stands, NEVER), position[:, N:]], 1)
+        seen = visible(position.gather(1, last[:, None]), position)            # (B, 1, 1, S)
+        score = block.attention.weights(block.norm1(before), position, seen, last).mean((1, 2))    # (B, S)
+        real = position[:, :N] < NEVER
+        merged = holitom_inner(x[:, :N], score[:, :N], real, self.config.inner_ratio, real)
+        stands = look_up(position[:, :N], merged.position, NEVER)              # (B, M)
+        position = torch.cat([stands, position[:, N:]], 1)
         x = torch.cat([reduce_tokens(x[:, :N], merged), x[:, N:]], 1)
         return x, position, stands.size(1), merged
 
@@ -1884,8 +1831,8 @@ class ModVideo(nn.Module):
             position = position + count
             if len(said) >= max_new_tokens or bool(ended.all()):
                 break
-            last = (count - 1).clamp(min=0)[..., None].expand(-1, 1, x.size(2))
-            word = self.head(self.norm(x.gather(1, last))).argmax(-1).masked_fill(ended, PAD)
+            last = x.take_along_dim((count - 1).clamp(min=0)[..., None], 1)    # (B, 1, C)
+            word = self.head(self.norm(last)).argmax(-1).masked_fill(ended, PAD)
             said.append(word)
             ended = (word == EOS) | (word == PAD)
         return torch.cat(said, 1) if said else word[:, :0], position
@@ -2037,7 +1984,8 @@ class Retriever(nn.Module):
     def forward(self, video: Tensor, text: Tensor):
         """Clips and their sentences: similarity (B, B), rows are sentences, and the symmetric InfoNCE loss
         (van den Oord et al., arXiv 1807.03748). The same sentence elsewhere in a batch is no negative."""
-        similarity = self.encode_text(text) @ self.encode_video(video).T       # (B, B) in [-1, 1]
+        sentences, clips = self.encode_text(text), self.encode_video(video)    # (B, C) each
+        similarity = exact(torch.matmul)(sentences, clips.T)                   # (B, B) in [-1, 1], float32
         same = (text[:, None] == text[None]).all(-1)
         same.fill_diagonal_(False)
         logits = (self.log_scale.exp() * similarity).masked_fill(same, -math.inf)
@@ -2107,8 +2055,7 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
     if c.merges and aux is None:
         raise ValueError('with merging the cost depends on the clip; wanted aux of a forward pass')
     again = questions if c.by_question else 1                  # each question is a clip of its own
-    text, P = questions * text_len // again, (height // c.patch_size) * (width // c.patch_size)
-    N = T * P
+    text, P, N = questions * text_len // again, c.patches, T * c.patches
     M = model.encoder.num_tokens(T) if c.encoder == 'tempme' else N            # tokens of the encoder
     K = 0 if model.skips_all else (
         capacity(c.keep_ratio, N) if c.routing == 'sequence' else T * capacity(c.keep_ratio, P))
@@ -2120,13 +2067,18 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
     flops = {
         'encoder': model.encoder.flops(T, (height, width)),
         'projector': 2 * M * (c.encoder_dim * c.dim + c.dim * c.dim),
-        'reduction': 2 * T * P * P * c.encoder_dim if c.reduction in ('holitom', 'prune') else 0,  # saliency
+        'reduction': 0,
         'routers': again * 2 * sum(scored) * c.dim,
         'decoder': again * sum(block_flops(S, c.dim) for S in tokens),
         'head': again * 2 * (text + T * c.streaming) * c.dim * len(c.vocab)}
+    look = lambda S, rows, C: 6 * S * C * C + 2 * rows * S * C                 # queries, keys, values, scores
+    if c.reduction in ('holitom', 'prune'):                                    # saliency
+        flops['reduction'] = T * look(P, P, c.encoder_dim)
+    if c.inner_layer:
+        flops['reduction'] += again * look(aux['inner'].assign.size(1) + text, 1, c.dim)
     if c.reduction == 'bvllm':              # all queries' frames, though some turn out to be duplicates
         K, n = len(model.selector.frame_queries), len(model.selector.token_queries)
-        flops['reduction'] = again * (
+        flops['reduction'] += again * (
             block_flops(K + text + T, c.dim) + K * block_flops(n + text + P, c.dim)
             + 2 * K * c.dim * (c.dim + T + T * P))
     if c.reduction == 'vqtoken':
@@ -2134,7 +2086,7 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
         fits = [K] if c.codes else range(model.vqtoken.least, model.vqtoken.most + 1)
         search = 2 * 8 * max(fits) + sum(2 * k * (model.vqtoken.iters + 1 + (not c.codes)) for k in fits)
         cells = model.vqtoken.value[0].in_features
-        flops['reduction'] = N * n * search + 2 * K * (cells * n + 4 * n * n) + 4 * K * K * n
+        flops['reduction'] += N * n * search + 2 * K * (cells * n + 4 * n * n) + 4 * K * K * n
     if c.reduction == 'vq':
         flops['reduction'] = 2 * N * c.codes * c.dim
     flops = {part: B * n for part, n in flops.items()}
@@ -2203,7 +2155,7 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
 # --------------------------------------------------------------------------------------------------
 # 11. Save, load, draw
 # Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
-# needs sections 1, 3, 8, 9
+# needs sections 1, 3, 8, 9, 10
 # --------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, model: nn.Module, **extra):
@@ -2242,7 +2194,7 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment:
 
     import numpy as np
     from PIL import Image
-    T, _, height, width = video.shape
+    T = len(video)
     if isinstance(tokens, Route):
         slot = torch.full_like(tokens.logits[sample], -1, dtype=torch.long)
         slot[tokens.index[sample]] = torch.arange(tokens.index.size(1), device=slot.device)
@@ -2252,14 +2204,13 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment:
     side = math.isqrt(slot.numel() // T)
     if T * side * side != slot.numel():
         raise ValueError(f'{slot.numel()} tokens are not {T} frames of a square grid of patches')
-    grow = lambda a, h, w: F.interpolate(a[:, None].float(), (h, w))[:, 0].numpy()
     frames = video.float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()     # (T, height, width, 3)
     frames = frames.repeat(scale, 1).repeat(scale, 2)
     height, width = frames.shape[1:3]
-    slots = grow(slot.view(T, side, side), height, width).astype(int)          # (T, height, width)
+    slots = F.interpolate(slot.view(T, 1, side, side).float(), (height, width))[:, 0].long().numpy()
     grey = frames.mean(-1, keepdims=True)
     picture = np.where(slots[..., None] < 0, 0.25 * grey + 0.08, frames)
-    members = torch.bincount(slot.clamp(min=0)[slot >= 0], minlength=1).numpy()
+    members = torch.bincount(slot[slot >= 0], minlength=1).numpy()
     hue = np.array([colorsys.hsv_to_rgb(i * 0.618 % 1, 0.9, 1) for i in range(len(members))])
     merged = (slots >= 0) & (members[slots.clip(0)] > 1)                       # shares its slot
     picture = np.where(merged[..., None], 0.5 * picture + 0.5 * hue[slots.clip(0)], picture)

@@ -21,10 +21,12 @@ tokens.png, tokens.gif, clip.webp (the clip in these pictures), curve.png, and o
 import argparse
 import csv
 import difflib
+import functools
 import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -33,6 +35,7 @@ import textwrap
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from operator import ge, le
 from pathlib import Path
 
 BEGAN = time.time()     # importing torch takes seconds, and they count
@@ -197,37 +200,72 @@ def parse(argv) -> Settings:
                                if f.name in saved and f.name not in ('resume', 'out')})
         args = parser.parse_args(argv)
     settings = Settings(**vars(args))
-    for name in ('steps', 'batch', 'seed', 'seeds', 'frames', 'layers', 'window', 'dense_layers', 'inner_layer',
-                 'budget', 'lora_rank'):
-        if getattr(settings, name) < 0:
-            raise ValueError(f'--{name.replace("_", "-")} must be at least 0, '
-                             f'got {getattr(settings, name)}')
-    for name in ('skip_ratio', 'theta'):
-        if not 0 < getattr(settings, name) < 1:
-            raise ValueError(f'--{name.replace("_", "-")} must be between 0 and 1, '
-                             f'got {getattr(settings, name)}')
-    if not 0 < settings.lr < math.inf:
-        raise ValueError(f'--lr must be a number above 0, got {settings.lr}')
-    if settings.resume and settings.out:
-        raise ValueError(f'--resume goes on in its own folder, {settings.resume}; leave --out away')
-    if settings.compile and settings.bench:
-        raise ValueError('--bench times the model as it is; leave --compile away')
-    reduces = 'reduction' in RECIPES[settings.recipe]
-    for name, wrong, where in (('question', settings.question and not settings.stream, '--stream'),
-                               ('inner_layer', settings.inner_layer and not reduces, '--recipe holitom')):
-        if wrong and not (name == 'question' and not settings.question[0].isdecimal()):
-            raise ValueError(f'--{name.replace("_", "-")} goes with {where}')
-    for name in ('placement', 'routing', 'gate'):
-        if settings.recipe == 'dense' and getattr(settings, name) != 'auto' and not settings.bench:
-            raise ValueError(f'--{name} does not go with --recipe dense, which routes nothing')
-    if settings.question and not settings.question[0].isdecimal():
-        raise ValueError(f'--question wants the number of a frame first, got {settings.question[0]!r}')
-    if not (settings.codes in ('auto', 'adaptive') or settings.codes.isdecimal() and int(settings.codes)):
-        raise ValueError(f"--codes wants a number from 1 on or 'adaptive', got {settings.codes!r}")
-    if settings.codes == 'adaptive' and settings.recipe == 'vq':
-        raise ValueError('--codes adaptive goes with --recipe vqtoken')
-    parse_grid(settings.grid)
+    check(settings)
     return settings
+
+
+# Flags that mean something to these recipes alone; --study and --bench have gamma in them, too.
+ONLY = {'retain_ratio': ['holitom'], 'tau': ['holitom'], 'inner_layer': ['holitom'], 'inner_ratio': ['holitom'],
+        'budget': ['bvllm', 'uniform', 'prune', 'tome', 'pool'], 'hard': ['bvllm'], 'codes': ['vqtoken', 'vq'],
+        'skip_ratio': ['gamma'], 'dense_layers': ['gamma'], 'lora_rank': ['retrieval', 'tempme']}
+INSTEAD = ['ask', 'stream', 'find', 'study', 'compare', 'bench']       # of training
+
+
+def dashed(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
+def given(s: Settings) -> dict:
+    """The flags that differ from their defaults."""
+    return {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) not in (f.default, [])}
+
+
+def check(s: Settings):
+    """ValueError: values out of range, and flags that would do nothing."""
+    said = given(s)
+    for f in fields(s):
+        if f.type is int and not 0 <= getattr(s, f.name) < 2 ** 63:
+            raise ValueError(f'{dashed(f.name)} must be at least 0, below 2**63, got {getattr(s, f.name)}')
+    for name in ('skip_ratio', 'theta'):
+        if not 0 < getattr(s, name) < 1:
+            raise ValueError(f'{dashed(name)} must be between 0 and 1, got {getattr(s, name)}')
+    if not 0 < s.lr < math.inf:
+        raise ValueError(f'--lr must be a number above 0, got {s.lr}')
+    if s.question and not s.question[0].isdecimal():
+        raise ValueError(f'--question wants the number of a frame first, got {s.question[0]!r}')
+    if not (s.codes in ('auto', 'adaptive') or s.codes.isdecimal() and int(s.codes)):
+        raise ValueError(f"--codes wants a number from 1 on or 'adaptive', got {s.codes!r}")
+    if s.codes == 'adaptive' and s.recipe == 'vq':
+        raise ValueError('--codes adaptive goes with --recipe vqtoken')
+    if s.blind and s.batch == 1:
+        raise ValueError('--blind shows the video of another clip of the batch; wanted --batch 2 or more')
+    instead = [dashed(name) for name in INSTEAD if name in said]
+    if len(instead) > 1:
+        raise ValueError(f'{" and ".join(instead)} do not go together')
+    for names, partner in (({'question'}, 'stream'), ({'recipes', 'seeds'}, 'compare')):
+        for name in sorted(names & {*said} if partner not in said else []):
+            raise ValueError(f'{dashed(name)} goes with {dashed(partner)}')
+    if s.resume and s.out:
+        raise ValueError(f'--resume goes on in its own folder, {s.resume}; leave --out away')
+    if s.compile and s.bench:
+        raise ValueError('--bench times the model as it is; leave --compile away')
+    for name in {*said} & {'placement', 'routing', 'gate', 'keep_ratio'}:
+        if s.recipe in ('dense', *RETRIEVAL) and not s.bench:
+            raise ValueError(f'{dashed(name)} does not go with --recipe {s.recipe}, which routes nothing')
+    sets = {'study': ['placement'], 'bench': [] if 'reduction' in RECIPES[s.recipe] else ['placement', 'encoder']}
+    for what, name in ((what, name) for what, names in sets.items() for name in names):
+        if what in said and name in said:
+            raise ValueError(f'{dashed(name)} does not go with --{what}, which compares several')
+    for name in [] if s.compare or s.resume else [name for name in ONLY if name in said]:
+        if s.recipe not in ONLY[name] and not ('gamma' in ONLY[name] and (s.study or s.bench)):
+            raise ValueError(f'{dashed(name)} goes with --recipe {" or ".join(ONLY[name])}')
+    if s.recipe == 'frames' and s.encoder == 'tempme':
+        raise ValueError('--recipe frames has nothing to merge; leave --encoder tempme away')
+    if s.recipe == 'gamma' and 'keep_ratio' in said:
+        raise ValueError('--keep-ratio does not go with --recipe gamma; --skip-ratio decides there')
+    if s.recipe == 'tempme' and ('init_from' in said or 'encoder' in said):
+        raise ValueError('--recipe tempme begins with single frames and sets --encoder and --init-from itself')
+    parse_grid(s.grid)
 
 
 def read_config(run: Path) -> dict:
@@ -240,10 +278,26 @@ def read_config(run: Path) -> dict:
         raise ValueError(f'{path} is not the configuration of a run') from None
 
 
-def write_json(path: Path, value: dict):
+def write_whole(path: Path, text: str):
     """Write whole or not at all."""
-    Path(f'{path}.part').write_text(json.dumps(value, indent=1))
+    Path(f'{path}.part').write_text(text)
     os.replace(f'{path}.part', path)
+
+
+def write_json(path: Path, value: dict):
+    write_whole(path, json.dumps(value, indent=1))
+
+
+def begin_with(folder: Path, asked: dict):
+    """Note what the runs in a folder are made with. ValueError: they were begun with something else."""
+    path, asked = folder / 'asked.json', json.loads(json.dumps(asked))         # lists, as they are read again
+    before = json.loads(path.read_text()) if path.exists() else asked
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise ValueError(f'{folder} was begun with {dashed(name)} {before.get(name)}, not {value}; '
+                             'name another folder with --out')
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, asked)
 
 
 def existing(path: Path) -> Path:
@@ -269,7 +323,7 @@ def pick_machine(s: Settings):
     s.dtype = ('bfloat16' if s.device == 'cuda' else 'float32') if s.dtype == 'auto' else s.dtype
     s.preset = ('gpu' if s.device == 'cuda' else 'cpu') if s.preset == 'auto' else s.preset
     finds = s.recipe in RETRIEVAL
-    if not (s.recipe in AS_IT_IS and s.init_from):                 # merging alone needs no training
+    if not (s.recipe in AS_IT_IS and s.init_from and s.placement == 'auto'):    # merging alone needs no training
         s.steps = s.steps or RUNS[s.preset][
             'steps' if not finds else 'frames' if s.recipe == 'frames' else 'adapt']
     s.batch = s.batch or RUNS[s.preset]['pairs' if finds else 'batch']
@@ -343,6 +397,9 @@ def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
         flags = {name: getattr(s, name) for name in ('placement', 'routing', 'gate')}
         config.update({name: value for name, value in flags.items() if value != 'auto'})
     config = ModVideoConfig(vocab=list(vocab), **{**config, **changes})
+    for name in ('routing', 'gate') if config.placement == 'none' and not s.bench else ():
+        if getattr(s, name) != 'auto':
+            raise ValueError(f'{dashed(name)}: no layer of this model routes; see --placement')
     if s.recipe in RETRIEVAL:
         return Retriever(config).to(s.device)
     model = ModVideo(config).to(s.device)
@@ -526,8 +583,9 @@ def train(s: Settings, model, data, run: Path, autocast, stop: list) -> dict:
     log, first, before = [], 0, 0.0
     if s.resume:
         log, first, before = resume_run(run, model, optimizers)
-        if first >= s.steps:
+        if first > s.steps or first == s.steps and (run / 'result.json').exists():
             raise ValueError(f'{run} already has {first} steps; ask for more of them with --steps')
+        (run / 'result.json').unlink(missing_ok=True)                      # it goes on: not finished
     write_json(run / 'config.json', dict(settings=asdict(s), model=asdict(model.config)))
     every = max(1, s.steps // 100)                                         # a row of the log
     start, recent, times = time.time(), [], []
@@ -563,7 +621,7 @@ def train(s: Settings, model, data, run: Path, autocast, stop: list) -> dict:
                   f'go on with: python train_tiny.py --resume {run}')
             raise SystemExit(130)
         tick = time.time()
-    step_ms = 1000 * statistics.median(times) if times else 0.0
+    step_ms = 1000 * (statistics.median(times) if times else before / max(1, first))
     return dict(log=log, seconds_before=before, steps=s.steps, step_ms=round(step_ms, 2))
 
 
@@ -749,6 +807,11 @@ def evaluate_retrieval(model, data, split, s: Settings, autocast, clips: int) ->
                 clips=len(text))
 
 
+def num_learning(model) -> int:
+    """Number of parameters that learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def peak_memory_mb(device: str) -> float:
     """Most memory taken so far: of the GPU's allocator, or of this process."""
     if device == 'cuda':
@@ -790,9 +853,14 @@ def print_table(result: dict):
               f'{result["blind_by_type"][name]:7.1%} {result["chance_by_type"][name]:7.1%}')
     print(f'{"all":34} {result["accuracy"]:8.1%} {"":8} {result["blind_accuracy"]:7.1%} '
           f'{result["chance"]:7.1%}   {result["questions"]} questions about held-out clips')
-    print(f'{result["vision_by_layer"][0]:.1f} vision tokens, TokDense {result["tok_density"]:.3f}'
+    print(f'{result["decoder_tokens"]:.1f} vision tokens enter the decoder, TokDense {result["tok_density"]:.3f}'
           + (f', codes in use {result["codes_used"]}, perplexity {result["perplexity"]}'
              if 'codes_used' in result else ''))
+
+
+def say(ids, vocab: list) -> str:
+    """Word ids -> words, without padding and end marks."""
+    return ' '.join(vocab[i] for i in torch.as_tensor(ids).tolist() if i not in (PAD, EOS)) or '(nothing)'
 
 
 def split_question(text, targets):
@@ -805,16 +873,15 @@ def split_question(text, targets):
 def show_answers(model, data, s: Settings, count: int = 5):
     """Print answers in words, a mistake among them if there is one."""
     batch = data.batch('test', 0, 8, s.device)
-    say = lambda ids: ' '.join(
-        data.vocab[i] for i in ids.tolist() if i not in (PAD, EOS)) or '(nothing)'
     lines = []
     for b in range(len(batch.text)):
         pairs = [split_question(t, w) for t, w in zip(batch.text[b], batch.targets[b])]
         asked = torch.nn.utils.rnn.pad_sequence(
             [q for q, _ in pairs], batch_first=True, padding_value=PAD)[None]
         longest = max(len(a) for _, a in pairs) + 1
-        for (q, a), said in zip(pairs, model.generate(batch.video[b:b + 1], asked, longest)[0]):
-            lines.append((say(said) == say(a), f'  {say(q)}? {say(said)}', say(a)))
+        for pair, said in zip(pairs, model.generate(batch.video[b:b + 1], asked, longest)[0]):
+            question, truth, said = (say(ids, data.vocab) for ids in (*pair, said))
+            lines.append((said == truth, f'  {question}? {said}', truth))
     wrong = [line for line in lines if not line[0]][:1]
     right = [line for line in lines if line[0]]
     right = right[::max(1, len(right) // count)][:count - len(wrong)]
@@ -888,15 +955,14 @@ def narrate(model, video, path: Path, theta: float, asked: dict):
     encode = lambda question: torch.tensor([encode_question(question, c.vocab)])
     frames = ((frame[None], encode(asked[t]) if t in asked else None)
               for t, frame in enumerate(video, 1))
-    say = lambda ids: ' '.join(c.vocab[i] for i in ids[0].tolist() if i not in (PAD, EOS))
     sheet = draw_tokens(video, pack(torch.ones(1, len(video) * c.patches, dtype=torch.bool)), scale=scale)
     width = sheet.width // len(video) + 2
     strip = Image.new('RGB', (sheet.width, sheet.height + 80), 'white')
     strip.paste(sheet, (0, 0))
     for t, moment in enumerate(model.stream(frames, encode(PROMPT), theta), 1):
-        lines = [] if moment['said'] is None else [say(moment['said'])]
+        lines = [] if moment['said'] is None else [say(moment['said'][0], c.vocab)]
         if t in asked:
-            lines.append(f'{asked[t]}? {say(moment["answer"])}')
+            lines.append(f'{asked[t]}? {say(moment["answer"][0], c.vocab)}')
         print(f'  frame {t:3} of {len(video)}   silence {moment["silence"].item():6.1%}   '
               + '   '.join(lines), flush=True)
         text = '\n'.join(row for line in [f'{t}', *lines] for row in textwrap.wrap(line, width // 7))
@@ -937,12 +1003,14 @@ def run_training(s: Settings, began: float = None) -> Path:
     """Train, evaluate on the test split, show, fill the run folder. began: the command's start."""
     began = began or time.time()
     autocast = pick_machine(s)
+    if s.device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()                                   # of this run alone
     data = load_data(s)
     model = prepare_model(s, data)
     run = open_run(s, model)
     batch = draw_batch(s, data, 'train', 0, 1)
     N, cost = batch.video.size(1) * model.config.patches, clip_cost(s, model, data, clips=1)
-    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learns = num_learning(model)
     print(f'{num_params(model):,} parameters, {learns:,} of them learn, {N} vision tokens, layers process '
           f'{cost["vision_by_layer"]} of them, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps of {s.batch} '
           + ('clips' if s.recipe in RETRIEVAL else f'clips with {batch.text.size(1)} questions') + f' -> {run}')
@@ -960,7 +1028,7 @@ def run_training(s: Settings, began: float = None) -> Path:
                       clips=EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
     cost = clip_cost(s, model, data)                          # a trained encoder may merge otherwise
     if s.recipe not in RETRIEVAL:
-        scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['vision_by_layer'][0]), 3)
+        scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['decoder_tokens']), 3)
     if model.config.reduction == 'vq':
         scores.update(code_report(model, draw_batch(s, data, 'test', 0, 64).video))
     result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__,
@@ -990,6 +1058,7 @@ def clip_cost(s: Settings, model, data, clips: int = 8) -> dict:
         flops, rows = model.encoder.flops(T, (c.frame_size, c.frame_size)) / 1e9, model.encoder.counts(T)
         model.train()
         return dict(vision_by_layer=[F * n for F, _, n in rows], gflops=round(flops, 4))
+    enter = []                                                 # vision tokens that the decoder is given
     for step in range(clips if c.merges else 1):
         batch = draw_batch(s, data, 'train', step, 1)
         Q, L = batch.text.shape[1:]
@@ -997,9 +1066,11 @@ def clip_cost(s: Settings, model, data, clips: int = 8) -> dict:
         parts = count_flops(model, batch.video.shape, L, Q, aux)
         flops.append([parts[part] / 1e9 for part in ('total', 'decoder')])
         rows.append([n - L * (1 if c.by_question else Q) for n in aux['tokens']])
+        enter.append(aux['routes'][0].logits.size(1) if 0 in aux['routes'] else rows[-1][0])
     model.train()
     N = batch.video.size(1) * c.patches
     return dict(vision_by_layer=[round(statistics.mean(layer), 1) for layer in zip(*rows)],
+                decoder_tokens=round(statistics.mean(enter), 1),
                 gflops=round(statistics.mean(total for total, _ in flops), 4),
                 decoder_gflops=round(statistics.mean(decoder for _, decoder in flops), 4),
                 paper_share=round(statistics.mean(map(paper, rows)) / paper([N] * c.n_layer), 4))
@@ -1017,7 +1088,7 @@ def show_run(s: Settings, model, data, run: Path):
         return show_retrieval(s, model, data, run)
     test = draw_batch(s, data, 'test', 0, 64)
     b = liveliest(test.video)
-    video, words_of = test.video[b], lambda ids: ' '.join(data.vocab[i] for i in ids.tolist())
+    video = test.video[b]
     save_clip(video, run / 'clip.webp')
     if s.recipe == 'stream':
         print()
@@ -1026,8 +1097,8 @@ def show_run(s: Settings, model, data, run: Path):
     else:
         show_answers(model, data, s)
         asked, told = split_question(test.text[b, 0], test.targets[b, 0])
-        title, text = f'{words_of(asked)}? {words_of(told)}', asked[None]       # (1, L) without its answer
-        command = f'--ask {run}/clip.webp "{words_of(asked)}"'
+        question, text = say(asked, data.vocab), asked[None]                    # (1, L) without its answer
+        title, command = f'{question}? {say(told, data.vocab)}', f'--ask {run}/clip.webp "{question}"'
     draw_clip(model, video.to(text.device), text, run / 'tokens', title)
     print(f'\ngo on with: python train_tiny.py --out {run} {command}')
 
@@ -1050,14 +1121,13 @@ def encode_question(question: str, vocab: list) -> list:
 def show_retrieval(s: Settings, model, data, run: Path, among: int = 64):
     """tokens.png: what merged of one held-out clip; find.png: the first five clips for its sentence."""
     batch = data.captions('test', 0, among, s.device)
-    words_of = lambda ids: ' '.join(data.caption_vocab[i] for i in ids.tolist() if i not in (PAD, EOS))
-    merged = model.encoder(batch.video[:1])[2]
-    title, scale = words_of(batch.text[0]), max(1, 128 // batch.video.size(-1))
+    merged, names = model.encoder(batch.video[:1])[2], [say(ids, data.caption_vocab) for ids in batch.text]
+    title, scale = names[0], max(1, 128 // batch.video.size(-1))
     whole = pack(torch.ones_like(merged.assign, dtype=torch.bool))
     stack([label(draw_tokens(batch.video[0].cpu(), what, scale=scale), name) for what, name in (
         (whole, title), (merged, f'{merged.position.size(1)} tokens'))]).save(run / 'tokens.png')
     save_clip(batch.video[0], run / 'clip.webp')
-    rank_clips(model, batch.video, [words_of(t) for t in batch.text], title, run / 'find.png')
+    rank_clips(model, batch.video, names, title, run / 'find.png')
     print(f'\ngo on with: python train_tiny.py --out {run} --find "a red circle moves left"')
 
 
@@ -1084,13 +1154,13 @@ def run_find(s: Settings):
     if s.data == 'shapes':
         world = ShapeWorld(frames=c.frames, size=c.frame_size, seed=s.seed)
         batch = world.captions('test', 0, 64)
-        video, names = batch.video, [' '.join(c.vocab[i] for i in t if i not in (PAD, EOS))
-                                     for t in batch.text.tolist()]
+        video, names = batch.video, [say(ids, c.vocab) for ids in batch.text]
     else:
         folder, grid = Path(s.data), parse_grid(s.grid)
-        names = [row['file'] for row in read_rows(folder)]
-        video = torch.stack([resample(read_clip(folder / name, grid), c.frames, c.frame_size)
-                             for name in names]).float() / 255
+        rows = read_rows(folder)
+        names = [row['file'] for row in rows]
+        video = torch.stack([resample(read_clip(folder / row['file'], row.get('grid', grid)), c.frames, c.frame_size)
+                             for row in rows]).float() / 255
     path = run / 'find.png'
     rank_clips(model, video, names, s.find, path)
     print(f'the best of {len(names)} clips: {path}')
@@ -1103,23 +1173,40 @@ def stages(s: Settings) -> dict:
             'full-merging': ('tempme', 0), 'full': ('plain', 0)}
 
 
+BEGUN = {'config.json', 'ckpt.pt', 'log.csv', 'clip.webp', 'tokens.png', 'tokens.gif'}     # of an unfinished run
+
+
+def finish(s: Settings) -> dict:
+    """The result of the run in --out: as it is, gone on with, or trained from its start."""
+    run = Path(s.out)
+    if not (run / 'result.json').exists():
+        saved = read_config(run)['settings'] if (run / 'ckpt.pt').exists() else {}
+        if saved.get('steps'):
+            run_training(replace(s, resume=s.out, out=''))
+        else:
+            if run.is_dir() and {path.name.replace('.part', '') for path in run.iterdir()} <= BEGUN:
+                shutil.rmtree(run)                         # what died before its first checkpoint
+            run_training(s)
+    return json.loads((run / 'result.json').read_text())
+
+
 def run_tempme(s: Settings):
-    """Train plain towers on single frames, adapt them to clips in four ways, compare. Stages that are
-    finished already in --out are not trained again."""
+    """Train plain towers on single frames, adapt them to clips in four ways, compare. What is finished
+    already in --out is not trained again."""
     machine = replace(s)
     pick_machine(machine)                                       # steps and batch are each stage's own
     s = replace(s, preset=machine.preset, device=machine.device)
+    if s.data != 'shapes':
+        load_data(s)                                            # says why not
     folder = Path(s.out or f'out/tempme-{s.preset}-seed{s.seed}')
-    runs, frames = {}, folder / 'frames'
+    begin_with(folder, {name: value for name, value in asdict(s).items() if name != 'out'})
+    runs = {}
     for name, (encoder, rank) in {'frames': ('plain', 0), **stages(s)}.items():
-        recipe = 'frames' if name == 'frames' else 'retrieval'
-        trial = replace(s, recipe=recipe, encoder=encoder, lora_rank=rank,
-                        init_from='' if recipe == 'frames' else str(frames), out=str(folder / name))
-        done = folder / name / 'result.json'
-        if not done.exists():
-            print(f'\n{name}')
-            run_training(trial)
-        runs[name] = json.loads(done.read_text())
+        first = name == 'frames'
+        print(f'\n{name}')
+        runs[name] = finish(replace(
+            s, recipe='frames' if first else 'retrieval', encoder=encoder, lora_rank=rank,
+            init_from='' if first else str(folder / 'frames'), out=str(folder / name)))
     print(f'\n{"":13} {"R@1":>6} {"R-Sum":>6} {"direction":>9} {"order":>6} {"learns":>10} {"tokens":>6} {"GFLOPs":>7} '
           f'{"step ms":>8} {"seconds":>8}')
     for name, r in runs.items():
@@ -1153,7 +1240,8 @@ def open_model(s: Settings, flag: str, kind: str):
                 else 'streams' if config['model'].get('streaming') else 'questions')
 
     train = {'questions': '', 'streams': ' --recipe stream', 'retrieval': ' --recipe tempme'}[kind]
-    found = [path.parent for where in ('*', '*/*') for path in Path('out').glob(f'{where}/ckpt.pt')]
+    found = [path.parent for where in ('*', '*/*') for path in Path('out').glob(f'{where}/ckpt.pt')
+             if (path.parent / 'config.json').exists()]
     runs = [Path(s.out)] if s.out else sorted(
         (run for run in found if kind_of(run) == kind), key=lambda run: -(run / 'ckpt.pt').stat().st_mtime)
     if not runs:
@@ -1205,12 +1293,13 @@ def run_ask(s: Settings):
 
 def run_study(s: Settings):
     """gamma-MoD by placement at equal FLOPs: convert one dense model in four ways, train, compare."""
-    folder = Path(s.out or 'out/study')
-    if folder.exists():
-        raise ValueError(f'--out {folder} exists; name another folder')
+    asked = {name: value for name, value in asdict(s).items() if name != 'out'}
     pick_machine(s)
+    folder = Path(s.out or f'out/study-{s.preset}-seed{s.seed}')
+    begin_with(folder, asked)
     if not s.init_from:
-        s.init_from = str(run_training(replace(s, recipe='dense', study=False, out=f'{folder}/dense')))
+        s.init_from = f'{folder}/dense'
+        finish(replace(s, recipe='dense', placement='auto', study=False, init_from='', out=s.init_from))
     data = load_data(s)
     depth = read_config(Path(s.init_from))['model']['n_layer']
     s = replace(s, recipe='gamma', study=False, dense_layers=s.dense_layers or depth // 2)
@@ -1231,7 +1320,7 @@ def run_study(s: Settings):
             return cost(model)['total']
         k = min(range(1, N + 1, max(1, N // 128)), key=lambda k: abs(price(k) - wanted))
         trial.skip_ratio = (1 - k / N) * N / (N + batch.text[0].numel())
-        result = json.loads((run_training(trial) / 'result.json').read_text())
+        result = finish(trial)
         rows.append((name, placement, 1 - k / N, result['gflops'], result['accuracy']))
     print(f'\n{"placement":13} {"layers":20} {"vision skipped":>14} {"GFLOPs":>7} {"accuracy":>8}')
     for name, placement, skipped, gflops, accuracy in rows:
@@ -1251,12 +1340,28 @@ def clock(device: str):
     return sync, seconds
 
 
+def in_turn(seconds, runs: dict, rounds: int = None) -> dict:
+    """Time functions in turn, so that what slows the machine down slows all: name -> seconds, without the
+    first two, which warm up."""
+    times = {name: [] for name in runs}
+    for _ in tqdm(range((rounds or ROUNDS) + 2), desc='timing', dynamic_ncols=True):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: each[2:] for name, each in times.items()}
+
+
+def stepper(s: Settings, model, batch, autocast):
+    """A function that makes a training step."""
+    optimizers = configure_optimizer(model, s.lr)
+    return lambda: train_step(model, model, optimizers, batch, autocast)
+
+
 def run_bench(s: Settings):
     """Time, memory, FLOPs, cache of each placement against dense: in turn, medians, ratios."""
     autocast = pick_machine(s)
     data = load_data(s)
     sync, seconds = clock(s.device)
-    if s.recipe == 'tempme':
+    if s.recipe in RETRIEVAL:
         return bench_retrieval(s, data, seconds, autocast)
     batch = draw_batch(s, data, 'train', 0, s.batch)
     if 'reduction' in RECIPES[s.recipe]:
@@ -1270,31 +1375,27 @@ def run_bench(s: Settings):
         variants[f'gamma, skip {s.skip_ratio}'] = dict(
             RECIPES['gamma'], placement=converted, keep_ratio=keep_of_skip(s, data))
 
-    def runner(name):
+    def runs_of(name):
         model = build_model(s, data.vocab, **variants[name])
-        optimizers = configure_optimizer(model, s.lr)
 
+        @torch.no_grad()
         def look():
-            with torch.no_grad(), autocast():
+            with autocast():
                 model(*batch[:2], None, batch.after)
-        return lambda: train_step(model, model, optimizers, batch, autocast), look
+        return {(name, 'step'): stepper(s, model, batch, autocast), (name, 'look'): look}
 
-    runs, times = {name: runner(name) for name in variants}, {name: ([], []) for name in variants}
-    for _ in tqdm(range(ROUNDS + 2), desc='bench', dynamic_ncols=True):
-        for name, which in itertools.product(variants, (0, 1)):
-            times[name][which].append(seconds(runs[name][which]))
-    del runs                                                       # each alone for its memory
+    times = in_turn(seconds, {key: run for name in variants for key, run in runs_of(name).items()})
     rows = {}
     for name in variants:
         model = build_model(s, data.vocab, **variants[name])
         Q, L = batch.text.shape[1:]
         forward = count_flops(model, batch.video.shape, L, Q)['total']
         rows[name] = dict(
-            ms=[1000 * statistics.median(a[2:]) for a in times[name]], layers=len(model.mod_layers),
-            share=[statistics.median(a / b for a, b in zip(mine[2:], dense[2:]))
-                   for mine, dense in zip(times[name], times['dense'])],
+            ms=[1000 * statistics.median(times[name, what]) for what in ('step', 'look')],
+            share=[statistics.median(a / b for a, b in zip(times[name, what], times['dense', what]))
+                   for what in ('step', 'look')], layers=len(model.mod_layers),
             step=3 * forward + optimizer_flops(model, s.lr),                   # backward: twice forward
-            forward=forward, memory=step_memory_mb(s.device, runner(name)[0]),
+            forward=forward, memory=step_memory_mb(s.device, stepper(s, model, batch, autocast)),
             cache=cache_bytes(model, batch.video[:1]))
     print_bench(rows, s)
     print(f'{s.batch} clips a step, keep ratio {s.keep_ratio}; making them takes {1000 * making:.1f} ms')
@@ -1328,17 +1429,20 @@ def cache_bytes(model, video) -> int:
 
 @torch.no_grad()
 def answer_times(models: dict, batch, seconds, autocast, words: int = 32) -> dict:
-    """Seconds to the first token of an answer, and for `words` more, of models in turn: {name: (first, rest)}."""
-    text, times = batch.text[:, :1], {name: ([], []) for name in models}
+    """Seconds until the first token is known, and for `words` more, of models in turn: {name: (first, rest)}.
+
+    Without a word to say, generate reads the clip and the question; the head's one product is left out.
+    """
     for model in models.values():
         model.eval().head.weight[:2] = 0                                      # hardly ever an end mark
-    for _ in range(ROUNDS // 2 + 2):                                           # one to warm up
-        for name, model in models.items():
-            for n, measured in zip((1, words + 1), times[name]):
-                with autocast():
-                    measured.append(seconds(lambda: model.generate(batch.video, text, n)))
-    return {name: (statistics.median(one[1:]), statistics.median(b - a for a, b in zip(one[1:], many[1:])))
-            for name, (one, many) in times.items()}
+
+    def answer(model, n):
+        with autocast():
+            model.generate(batch.video, batch.text[:, :1], n)
+    times = in_turn(seconds, {(name, n): (lambda model=model, n=n: answer(model, n))
+                              for name, model in models.items() for n in (0, words)}, ROUNDS // 2)
+    return {name: (statistics.median(times[name, 0]), statistics.median(
+        b - a for a, b in zip(times[name, 0], times[name, words]))) for name in models}
 
 
 def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
@@ -1346,41 +1450,45 @@ def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
     models = {'dense': build_model(replace(s, recipe='dense'), data.vocab), s.recipe: build_model(s, data.vocab)}
     times = answer_times(models, batch, seconds, autocast, words)
     for name, (first, rest) in times.items():
+        cost = clip_cost(s, models[name], data)
         print(f'{name:8} {1000 * first:8.0f} ms to the first token, {times["dense"][0] / first:.2f} times '
               f'as fast as dense; {len(batch.text) * words / rest:8.1f} tokens/s, '
-              f'{times["dense"][1] / rest:.2f} times')
+              f'{times["dense"][1] / rest:.2f} times; vision tokens by layer {cost["vision_by_layer"]}, '
+              f'{cost["gflops"]:.2f} GFLOPs a clip, {cost["paper_share"]:.1%} of the decoder by the papers\' formula')
 
 
-def retrieval_times(models: dict, batch, seconds, autocast, s: Settings) -> dict:
-    """Of Retrievers in turn: {name: (seconds to encode the clips, of a training step, its memory in MB)}."""
-    def runner(model):
-        optimizers = configure_optimizer(model, s.lr)
+def retrieval_times(make: dict, batch, seconds, autocast, s: Settings) -> dict:
+    """Of Retrievers in turn: {name: (seconds to encode the clips, of a training step, its memory in MB)}.
 
-        def encode():
-            with torch.no_grad(), autocast():
-                model.encode_video(batch.video)
-        return encode, lambda: train_step(model, model, optimizers, batch, autocast)
+    make: name -> a function that makes the model, so that each is alone when its memory is measured.
+    """
+    memory = {name: step_memory_mb(s.device, stepper(s, new(), batch, autocast)) for name, new in make.items()}
 
-    runs, times = {name: runner(model) for name, model in models.items()}, {name: ([], []) for name in models}
-    for _ in tqdm(range(ROUNDS + 2), desc='bench', dynamic_ncols=True):
-        for name, which in itertools.product(models, (0, 1)):
-            times[name][which].append(seconds(runs[name][which]))
-    return {name: (*(statistics.median(a[2:]) for a in times[name]), step_memory_mb(s.device, runs[name][1]))
-            for name in models}
+    @torch.no_grad()
+    def encode(model):
+        with autocast():
+            model.encode_video(batch.video)
+    runs = {}
+    for name, new in make.items():
+        model = new()
+        runs[name, 'encode'] = lambda model=model: encode(model)
+        runs[name, 'step'] = stepper(s, model, batch, autocast)
+    times = {key: statistics.median(each) for key, each in in_turn(seconds, runs).items()}
+    return {name: (times[name, 'encode'], times[name, 'step'], memory[name]) for name in make}
 
 
 def bench_retrieval(s: Settings, data, seconds, autocast):
     """Encoding clips, and training on them, with merging against without: in turn, medians, ratios."""
     batch = data.captions('train', 0, s.batch, s.device)
-    models = {name: build_model(replace(s, recipe='retrieval', encoder=encoder, lora_rank=rank), data.caption_vocab)
-              for name, (encoder, rank) in stages(s).items()}
-    times = retrieval_times(models, batch, seconds, autocast, s)
+    make = {name: functools.partial(build_model, replace(s, recipe='retrieval', encoder=encoder, lora_rank=rank),
+                                    data.caption_vocab) for name, (encoder, rank) in stages(s).items()}
+    times, models = retrieval_times(make, batch, seconds, autocast, s), {name: new() for name, new in make.items()}
     print(f'\n{"":13} {"encode ms":>9} {"faster":>6} {"step ms":>8} {"faster":>6} {"memory MB":>9} {"share":>5} '
           f'{"GFLOPs":>7} {"share":>5} {"tokens":>6} {"learns":>17}')
     for name, (encode, step, memory) in times.items():
         plain, model, other = times[name.split('-')[0]], models[name], models[name.split('-')[0]]
         flops, full = (m.encoder.flops(s.frames, batch.video.shape[3:]) / 1e9 for m in (model, other))
-        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        learns = num_learning(model)
         print(f'{name:13} {1000 * encode:9.0f} {plain[0] / encode:6.2f} {1000 * step:8.0f} {plain[1] / step:6.2f} '
               f'{memory:9.0f} {memory / plain[2]:5.2f} {flops:7.2f} {flops / full:5.2f} '
               f'{model.encoder.num_tokens(s.frames):6} {learns:10,} {learns / num_params(model):6.2%}')
@@ -1447,6 +1555,7 @@ def routing_overhead(device: str, sync) -> dict:
 def step_memory_mb(device: str, step) -> float:
     """Memory of a training step: allocator's peak on CUDA, else bytes kept for the backward."""
     if device == 'cuda':
+        step()                                                 # makes the optimizers' averages
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() / 2 ** 20
@@ -1480,85 +1589,108 @@ COMPARED = {     # flags; all but the first two begin with the dense model of th
 DERIVED = 0.2
 
 
+SHARED = ['preset', 'data', 'grid', 'frames', 'layers', 'keep_ratio', 'steps', 'batch', 'lr', 'device', 'dtype',
+          'deterministic']           # flags that --compare hands on to its rows
+
+
+def as_flags(values: dict) -> list:
+    """{'keep_ratio': 0.1, 'blind': True} -> ['--keep-ratio', '0.1', '--blind']."""
+    return [word for name, value in values.items()
+            for word in ([dashed(name)] if value is True else [dashed(name), str(value)])]
+
+
 def compare_flags(s: Settings, name: str, seed: int, folder: Path) -> list:
-    """The command line of one row."""
-    depth = s.layers or PRESETS[s.preset]['n_layer']
+    """The command line of one row, without its folder."""
+    depth, own = s.layers or PRESETS[s.preset]['n_layer'], ('dense', 'blind', 'retrieval')
     flags = COMPARED[name].format(half=max(1, depth // 2), deep='all-deep' if depth > 3 else 'all').split()
-    flags += ['--preset', s.preset, '--seed', str(seed), '--data', s.data, '--device', s.device]
-    flags += ['--layers', str(s.layers)] * (s.layers > 0 and name != 'retrieval')
-    if name not in ('dense', 'blind', 'retrieval'):
-        flags += ['--init-from', str(folder / f'seed{seed}/dense')]
-    if name not in ('holitom-untrained', 'retrieval'):
-        share = 1 if name in ('dense', 'blind') else DERIVED
-        flags += ['--steps', str(max(1, round(share * (s.steps or RUNS[s.preset]['steps']))))]
-    return [*flags, '--out', str(folder / f'seed{seed}' / name)]
+    hand = {key: value for key, value in given(s).items() if key in SHARED and key != 'preset'}
+    hand = dict(preset=s.preset, seed=seed, **{**hand, 'device': s.device, 'steps': s.steps or RUNS[s.preset]['steps']})
+    if name == 'holitom-untrained' or name == 'retrieval' and not s.steps:
+        del hand['steps']                                                      # each stage has its own
+    elif name not in own:
+        hand['steps'] = max(1, round(DERIVED * hand['steps']))
+    if name == 'retrieval':
+        hand.pop('layers', None)
+    flags += as_flags(hand)
+    return flags if name in own else [*flags, '--init-from', str(folder / f'seed{seed}/dense')]
 
 
 def run_row(s: Settings, name: str, seed: int, folder: Path):
     """Train one row, or go on where it was interrupted, unless it is finished -> result, command."""
     flags, run = compare_flags(s, name, seed, folder), folder / f'seed{seed}' / name
-    command = 'python train_tiny.py ' + ' '.join(flags)
+    trial = parse([*flags, '--out', str(run)])
     if not (run / 'result.json').exists():
         print(f'\n== {name}, seed {seed}')
-        trial = parse(flags)
         if name == 'retrieval':
             run_tempme(trial)
-        elif (run / 'ckpt.pt').exists() and trial.steps:
-            run_training(replace(trial, resume=str(run), out=''))
         else:
-            shutil.rmtree(run, ignore_errors=True)                             # what died before its first save
-            run_training(trial)
-    return json.loads((run / 'result.json').read_text()), command
+            finish(trial)
+    return json.loads((run / 'result.json').read_text()), shlex.join(['python', 'train_tiny.py', *flags])
 
 
 def time_rows(s: Settings, folder: Path, names: list, data, autocast) -> dict:
     """Training step, answers and memory of the trained models of one seed, in turn: medians."""
     _, seconds = clock(s.device)
-    models = {name: load_checkpoint(folder / name / 'ckpt.pt', s.device)[0] for name in names}
-    batch = draw_batch(s, data, 'train', 0, s.batch)
-    steps, times = {name: configure_optimizer(model, s.lr) for name, model in models.items()}, {n: [] for n in names}
-    for _ in range(ROUNDS):
-        for name, model in models.items():
-            times[name].append(seconds(lambda: train_step(model, model, steps[name], batch, autocast)))
-    memory = {name: step_memory_mb(s.device, lambda: train_step(model, model, steps[name], batch, autocast))
-              for name, model in models.items()}
-    answers = answer_times(models, batch, seconds, autocast)
-    return {name: dict(step_ms=1000 * statistics.median(times[name][2:]), clips_per_s=s.batch / statistics.median(
-                times[name][2:]), memory_mb=memory[name], first_ms=1000 * answers[name][0],
-                tokens_per_s=32 * s.batch / answers[name][1]) for name in names}
+    load = lambda name: load_checkpoint(folder / name / 'ckpt.pt', s.device)[0]
+    batch, words = draw_batch(s, data, 'train', 0, s.batch), 32
+    memory = {name: step_memory_mb(s.device, stepper(s, load(name), batch, autocast)) for name in names}
+    models = {name: load(name) for name in names}
+    answers = answer_times(models, batch, seconds, autocast, words)            # before steps change them
+    steps = in_turn(seconds, {name: stepper(s, model.train(), batch, autocast) for name, model in models.items()})
+    rows = {}
+    for name, (first, rest) in answers.items():
+        step = statistics.median(steps[name])
+        rows[name] = dict(step_ms=1000 * step, clips_per_s=s.batch / step, memory_mb=memory[name],
+                          first_ms=1000 * first, tokens_per_s=words * s.batch / rest)
+    return rows
+
+
+def rows_to_compare(s: Settings, folder: Path) -> list:
+    """The rows that --recipes names, 'dense', with which all begin, and those that are finished already."""
+    asked = s.recipes.split(',') if s.recipes else [*COMPARED]
+    for name in asked:
+        if name not in COMPARED:
+            raise ValueError(f'--recipes: {name!r} is none of {", ".join(COMPARED)}')
+    if s.data != 'shapes':
+        asked = [name for name in asked if name != 'retrieval']                # it needs sentences
+    done = lambda name: all((folder / f'seed{s.seed + k}/{name}/result.json').exists() for k in range(s.seeds or 3))
+    return [name for name in COMPARED if name in ('dense', *asked) or done(name)]
 
 
 def run_compare(s: Settings):
     """--compare: train what is missing, time all rows, write tables and pictures."""
-    names = s.recipes.split(',') if s.recipes else list(COMPARED)
-    for name in names:
-        if name not in COMPARED:
-            raise ValueError(f'--recipes: {name!r} is none of {", ".join(COMPARED)}')
-    names = [name for name in COMPARED if name in {'dense', *names}]           # all begin with dense
+    for name in given(s):
+        if name not in (*SHARED, 'compare', 'recipes', 'seeds', 'seed', 'out'):
+            raise ValueError(f'{dashed(name)} does not go with --compare, whose rows set it themselves')
+    told = replace(s)                                          # without what the machine fills in
     autocast = pick_machine(s)
-    folder, seeds, rows = Path(s.out or f'out/compare-{s.preset}'), range(s.seed, s.seed + (s.seeds or 3)), {}
+    told.preset, told.device = s.preset, s.device
+    clips = '' if s.data == 'shapes' else f'-{Path(s.data).name}'
+    folder, seeds, rows = Path(s.out or f'out/compare-{s.preset}{clips}'), range(s.seed, s.seed + (s.seeds or 3)), {}
+    names = rows_to_compare(s, folder)
+    begin_with(folder, {name: getattr(told, name) for name in SHARED})
     for seed, name in itertools.product(seeds, names):
-        result, command = run_row(s, name, seed, folder)
+        result, command = run_row(told, name, seed, folder)
         rows.setdefault(name, dict(command=command, seeds=[]))['seeds'].append(result)
     retrieval = rows.pop('retrieval', None)
-    s = replace(s, recipe='dense', blind=False)
-    data = load_data(s)
-    timed = time_rows(s, folder / f'seed{seeds[0]}', list(rows), data, autocast)
+    s = replace(s, recipe='dense')
+    data, first = load_data(s), folder / f'seed{seeds[0]}'
+    timed = time_rows(s, first, list(rows), data, autocast)
     if retrieval:
-        where, names = folder / f'seed{seeds[0]}/retrieval', ('full', 'full-merging')
+        make = {name: lambda name=name: load_checkpoint(first / f'retrieval/{name}/ckpt.pt', s.device)[0]
+                for name in ('full', 'full-merging')}
         retrieval['times'] = retrieval_times(
-            {name: load_checkpoint(where / name / 'ckpt.pt', s.device)[0] for name in names},
-            data.captions('train', 0, s.batch, s.device), clock(s.device)[1], autocast, s)
+            make, data.captions('train', 0, s.batch, s.device), clock(s.device)[1], autocast, s)
     for name, row in rows.items():
         row.update(summarize(row['seeds']), **timed[name])
         if name not in ('dense', 'blind'):
             clip_picture(s, folder, f'seed{seeds[0]}/{name}', data)
     report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
                   seeds=list(seeds), rows=rows, retrieval=retrieval, claims=claims(rows, retrieval))
-    write_json(folder / 'results.json', report)
-    text = write_report(report)
-    (folder / 'results.md').write_text(text)
     draw_pareto(rows, folder / 'results.png')
+    text = write_report(report)
+    write_whole(folder / 'results.md', text)
+    write_json(folder / 'results.json', report)
     print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, a picture of one clip for every method')
 
 
@@ -1580,94 +1712,130 @@ def clip_picture(s: Settings, folder: Path, name: str, data):
     b = liveliest(batch.video)
     asked, _ = split_question(batch.text[b, 0], batch.targets[b, 0])
     draw_clip(model, batch.video[b], asked[None], folder / Path(name).name,
-              f'{Path(name).name}: ' + ' '.join(data.vocab[i] for i in asked.tolist()))
+              f'{Path(name).name}: {say(asked, data.vocab)}')
+
+
+def change(key):
+    """-0.42: so much less than the row it is compared with."""
+    return lambda row, base: share(key)(row, base) - 1
+
+
+def share(key):
+    return lambda row, base: row[key] / max(base[key], 1e-9)
+
+
+def speed_up(key):
+    """2.28: so many times as fast, of a time."""
+    return lambda row, base: base[key] / row[key]
+
+
+def points(row, base) -> float:
+    return 100 * (row['accuracy'] - base['accuracy'])
+
+
+def moment_points(row, base):
+    """Percentage points of questions about a moment; None where the data have none."""
+    return 100 * (row['by_type']['moment'] - base['by_type']['moment']) if 'moment' in row['by_type'] else None
+
+
+def token_share(row, base) -> float:
+    return row['layers'][0] / row['vision_tokens']
+
+
+def converted(row, base) -> float:
+    """Share of the layers that process fewer vision tokens than there are."""
+    return sum(n < row['vision_tokens'] for n in row['layers']) / len(row['layers'])
+
+
+SMALL = 'a clip has {vision_tokens} vision tokens here, thousands in the paper'
+SHORT = f'a row is trained for {DERIVED:.0%} of the dense steps'
+BRIEF = 'the towers are adapted for some hundred steps'
+CLAIMS = [     # paper, row, compared with; claim, the paper's figure, ours, from where on it is reached, else why not
+    ('VideoLLM-MoD', 'mod-all-deep', 'dense', [
+        ('training time', '-42 %', change('step_ms'), '{:+.1%}', le, -0.42, SMALL),
+        ('training memory', '-30 %', change('memory_mb'), '{:+.1%}', le, -0.30, SMALL),
+        ('accuracy kept, within 0.5 points', '0', points, '{:+.2f} points', ge, -0.5, SHORT)]),
+    ('gamma-MoD', 'gamma-mod', 'dense', [
+        ('training time', '-31.0 %', change('step_ms'), '{:+.1%}', le, -0.31, SMALL),
+        ('inference throughput', '1.532 times', speed_up('first_ms'), '{:.2f} times', ge, 1.532, SMALL),
+        ('accuracy', '-1.5 %', points, '{:+.2f} points', ge, -1.5, SHORT),
+        ('layers converted', '> 90 % (its code: 87.5 %)', converted, '{:.1%}', ge, 0.875,
+         'the last layer stays dense')]),
+    ('HoliTom', 'holitom-untrained', 'dense', [
+        ('FLOPs by its formula', '6.9 %', lambda row, base: row['paper_share'], '{:.1%}', le, 0.069, SMALL),
+        ('accuracy kept, untrained', '99.1 %', share('accuracy'), '{:.1%}', ge, 0.991, SMALL),
+        ('time to first token', '2.28 times', speed_up('first_ms'), '{:.2f} times', ge, 2.28, SMALL),
+        ('decoding', '1.32 times', share('tokens_per_s'), '{:.2f} times', ge, 1.32, SMALL)]),
+    ('VQToken', 'vqtoken', 'dense', [
+        ('share of the tokens', '0.07 %', token_share, '{:.2%}', le, 0.0007, SMALL),
+        ('accuracy', '-0.66 points', points, '{:+.2f} points', ge, -0.66, SHORT)]),
+    ('B-VLLM', 'bvllm', 'uniform', [
+        ('questions about a moment, against uniform frames', '+10 %', moment_points, '{:+.1f} points', ge, 10, SHORT)]),
+    ('TempMe', 'lora-merging', 'lora', [
+        ('output tokens', '-95 %', change('tokens'), '{:+.1%}', le, -0.95, SMALL),
+        ('encoder FLOPs', '-51 % (against an earlier method)', change('gflops'), '{:+.1%}', le, -0.51, SMALL),
+        ('R-Sum with LoRA', '+4.4 %', change('r_sum'), '{:+.1%}', ge, 0.044, BRIEF),
+        ('parameters that learn, at most 1 %', '0.50 M', lambda row, base: row['learns'] / row['parameters'],
+         '{:.2%}', le, 0.01, 'the model is a hundred times as small')]),
+    ('TempMe', 'full-merging', 'full', [
+        ('R-Sum, all weights', '+7.9 %', change('r_sum'), '{:+.1%}', ge, 0.079, BRIEF),
+        ('encoding speed', '1.8 times', speed_up('encode_s'), '{:.2f} times', ge, 1.8, SMALL),
+        ('training speed', '1.57 times', speed_up('step_s'), '{:.2f} times', ge, 1.57, SMALL),
+        ('training memory', '75.2 %', share('memory_mb'), '{:.1%}', le, 0.752, SMALL)])]
+
+
+def stage_rows(retrieval: dict) -> dict:
+    """The stages of the retrieval recipe, means over its seeds, and the times of those that were timed."""
+    rows = {}
+    for name, first in retrieval['seeds'][0].items():
+        rows[name] = dict(tokens=first['vision_by_layer'][-1], **{
+            key: statistics.mean(seed[name][key] for seed in retrieval['seeds'])
+            for key in ('gflops', 'r_sum', 'accuracy', 'learns', 'parameters')})
+    for name, measured in retrieval['times'].items():
+        rows[name].update(zip(('encode_s', 'step_s', 'memory_mb'), measured))
+    return rows
 
 
 def claims(rows: dict, retrieval) -> list:
     """[paper, what, its figure, ours, reached, why not]: of the rows that there are."""
-    dense, made, found = rows['dense'], [], retrieval and retrieval['seeds']
-
-    def claim(paper, what, theirs, ours, reached, why):
-        made.append([paper, what, theirs, ours, bool(reached), '' if reached else why])
-    N, small = dense['vision_tokens'], f'a clip has {dense["vision_tokens"]} vision tokens here, thousands in the paper'
-    time_of, drop = lambda row: row['step_ms'] / dense['step_ms'] - 1, lambda row: row['accuracy'] - dense['accuracy']
-    short = f'a row is trained for {DERIVED:.0%} of the dense steps'
-    if 'mod-all-deep' in rows:
-        row = rows['mod-all-deep']
-        memory = row['memory_mb'] / dense['memory_mb'] - 1
-        claim('VideoLLM-MoD', 'training time', '-42 %', f'{time_of(row):+.0%}', time_of(row) <= -0.42, small)
-        claim('VideoLLM-MoD', 'training memory', '-30 %', f'{memory:+.0%}', memory <= -0.30, small)
-        claim('VideoLLM-MoD', 'accuracy kept', '0', f'{100 * drop(row):+.1f} points', drop(row) >= -0.005, short)
-    if 'gamma-mod' in rows:
-        row = rows['gamma-mod']
-        skips, faster = sum(n < N for n in row['layers']) / len(row['layers']), dense['first_ms'] / row['first_ms'] - 1
-        claim('gamma-MoD', 'training time', '-31.0 %', f'{time_of(row):+.0%}', time_of(row) <= -0.31, small)
-        claim('gamma-MoD', 'inference throughput', '+53.2 %', f'{faster:+.0%}', faster >= 0.532, small)
-        claim('gamma-MoD', 'accuracy', '-1.5 %', f'{100 * drop(row):+.1f} points', drop(row) >= -0.015, short)
-        claim('gamma-MoD', 'layers converted', '> 90 % (its code: 87.5 %)', f'{skips:.1%}', skips > 0.87,
-              f'the last of {len(row["layers"])} layers stays dense')
-    if 'holitom-untrained' in rows:
-        row = rows['holitom-untrained']
-        kept, first = row['accuracy'] / max(dense['accuracy'], 1e-9), dense['first_ms'] / row['first_ms']
-        rest = row['tokens_per_s'] / dense['tokens_per_s']
-        share = row['paper_share']
-        claim('HoliTom', 'FLOPs by its formula', '6.9 %', f'{share:.1%}', share <= 0.069, small)
-        claim('HoliTom', 'accuracy kept, untrained', '99.1 %', f'{kept:.1%}', kept >= 0.991, small)
-        claim('HoliTom', 'time to first token', '2.28 times', f'{first:.2f} times', first >= 2.28, small)
-        claim('HoliTom', 'decoding', '1.32 times', f'{rest:.2f} times', rest >= 1.32, small)
-    if 'vqtoken' in rows:
-        row = rows['vqtoken']
-        share = row['layers'][0] / N
-        claim('VQToken', 'share of the tokens', '0.07 %', f'{share:.2%}', share <= 0.0007, small)
-        claim('VQToken', 'accuracy', '-0.66 points', f'{100 * drop(row):+.2f} points', drop(row) >= -0.0066, short)
-    if 'bvllm' in rows and 'uniform' in rows and 'moment' in dense['by_type']:
-        better = rows['bvllm']['by_type']['moment'] - rows['uniform']['by_type']['moment']
-        claim('B-VLLM', 'against uniform frames (ours: questions about a moment)', '+10 %',
-              f'{100 * better:+.1f} points', better >= 0.1, short)
-    if found:
-        mean = lambda name, key: statistics.mean(r[name][key] for r in found)
-        tokens = found[0]['lora-merging']['vision_by_layer'][-1] / found[0]['lora']['vision_by_layer'][-1] - 1
-        flops = mean('lora-merging', 'gflops') / mean('lora', 'gflops') - 1
-        gain = {way: mean(f'{way}-merging', 'r_sum') / mean(way, 'r_sum') - 1 for way in ('lora', 'full')}
-        learns = found[0]['lora-merging']['learns']
-        encode, step, memory = (plain / merging for plain, merging in zip(
-            retrieval['times']['full'], retrieval['times']['full-merging']))
-        claim('TempMe', 'output tokens', '-95 %', f'{tokens:+.0%}', tokens <= -0.95, small)
-        claim('TempMe', 'encoder FLOPs', '-51 % (against an earlier method)', f'{flops:+.0%}', flops <= -0.51, small)
-        claim('TempMe', 'R-Sum with LoRA', '+4.4 %', f'{gain["lora"]:+.1%}', gain['lora'] >= 0.044, short)
-        claim('TempMe', 'R-Sum, all weights', '+7.9 %', f'{gain["full"]:+.1%}', gain['full'] >= 0.079, short)
-        claim('TempMe', 'encoding speed', '1.8 times', f'{encode:.2f} times', encode >= 1.8, small)
-        claim('TempMe', 'training speed, all weights', '1.57 times', f'{step:.2f} times', step >= 1.57, small)
-        claim('TempMe', 'training memory, all weights', '75.2 %', f'{1 / memory:.1%}', 1 / memory <= 0.752, small)
-        claim('TempMe', 'parameters that learn', '0.50 M', f'{learns:,}', learns <= 500_000, '')
+    made, N = [], rows['dense']['vision_tokens']
+    rows = {**rows, **(stage_rows(retrieval) if retrieval else {})}
+    for paper, name, base, said in CLAIMS:
+        for what, figure, measure, shown, reaches, bound, why in said if name in rows and base in rows else []:
+            ours = measure(rows[name], rows[base])
+            if ours is not None:
+                reached = reaches(ours, bound)
+                made.append([paper, what, figure, shown.format(ours), reached,
+                             '' if reached else why.format(vision_tokens=N)])
     return made
 
 
 def write_report(report: dict) -> str:
     """Both tables in Markdown."""
     rows, dense = report['rows'], report['rows']['dense']
-    types = list(dense['by_type'])
-    head = ['recipe', 'accuracy', *types, 'vision tokens by layer', 'decoder GFLOPs', 'GFLOPs', 'step ms', 'clips/s',
-            'memory MB', 'first token ms', 'tokens/s', 'TokDense', 'learns', 'command']
+    head = ['recipe', 'accuracy', *dense['by_type'], 'vision tokens by layer', 'decoder GFLOPs', 'GFLOPs', 'step ms',
+            'clips/s', 'memory MB', 'first token ms', 'tokens/s', 'TokDense', 'learns', 'command']
     percent = lambda x: f'{100 * x:.1f}'
     against = lambda row, key: f'{row[key]:.1f} ({row[key] / dense[key]:.2f})'
+    spread = lambda row: f' ± {percent(row["std"])}' if len(report['seeds']) > 1 else ''
     lines = [head, ['---'] * len(head)]
     for name, row in rows.items():
         lines.append([
-            name, f'{percent(row["accuracy"])} ± {percent(row["std"])}', *map(percent, row['by_type'].values()),
+            name, percent(row['accuracy']) + spread(row), *map(percent, row['by_type'].values()),
             ' '.join(f'{n:g}' for n in row['layers']), f'{row["decoder_gflops"]:.3f}', f'{row["gflops"]:.3f}',
             *(against(row, key) for key in ('step_ms', 'clips_per_s', 'memory_mb', 'first_ms', 'tokens_per_s')),
             f'{row["tok_density"]:.2f}', f'{row["learns"]:,}', f'`{row["command"]}`'])
     lines.append(['chance', percent(dense['chance']), *[''] * (len(head) - 2)])
+    table = lambda lines: ['| ' + ' | '.join(line) + ' |' for line in lines]
     out = [f'{report["device"]}, torch {report["torch"]}, {report["dtype"]}, preset {report["preset"]}, '
-           f'seeds {report["seeds"]}; in brackets: against dense in the same run', '',
-           *('| ' + ' | '.join(line) + ' |' for line in lines), '',
-           '| paper | claim | its figure | here | reached | why not |', '|' + ' --- |' * 6]
-    out += ['| ' + ' | '.join('yes' if x is True else 'no' if x is False else x for x in line) + ' |'
-            for line in report['claims']]
-    for name, r in (report['retrieval'] or dict(seeds=[{}]))['seeds'][0].items():
-        out += ['', f'retrieval, {name}: R@1 {r["recall"]["sentence to clip"]["R@1"]:.1f}, R-Sum {r["r_sum"]:.1f}, '
-                f'{r["gflops"]:.3f} GFLOPs, {r["learns"]:,} parameters learn']
+           f'seeds {report["seeds"]}; in brackets: against dense in the same run; times and commands: of the first '
+           'seed', '', *table(lines)]
+    out += ['', *table([['paper', 'claim', 'its figure', 'here', 'reached', 'why not'], ['---'] * 6,
+                        *([*line[:4], 'yes' if line[4] else 'no', line[5]] for line in report['claims'])])]
+    if report['retrieval']:
+        out += ['', f'retrieval: `{report["retrieval"]["command"]}`', '']
+        out += [f'- {name}: R@1 {percent(r["accuracy"])}, R-Sum {r["r_sum"]:.1f}, {r["gflops"]:.3f} GFLOPs, '
+                f'{r["learns"]:,.0f} parameters learn' for name, r in stage_rows(report['retrieval']).items()]
     return '\n'.join(out) + '\n'
 
 
@@ -1733,6 +1901,9 @@ def main(argv=None, began: float = None) -> int:
     except (ValueError, OSError) as error:
         print(f'train_tiny: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('\ntrain_tiny: stopped; --resume RUN goes on from its last checkpoint', file=sys.stderr)
+        return 130
     return 0
 
 

@@ -77,7 +77,11 @@ def read_rows(folder: Path) -> list:
     if not path.exists():
         reason = 'the folder holds no clips.jsonl' if folder.is_dir() else 'no such folder'
         raise ValueError(f'--data {folder}: {reason}')
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    try:
+        lines = path.read_text(encoding='utf-8-sig').splitlines()          # some editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 text ({error})') from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f'{path}, line {number}'
@@ -96,6 +100,8 @@ def read_rows(folder: Path) -> list:
         pairs = isinstance(qa, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in qa)
         if not qa or not pairs or not all(isinstance(s, str) and words(s) for pair in qa for s in pair):
             raise ValueError(f'{where}: wanted "qa": [[question, answer], ...] or "caption"')
+        if not isinstance(row.get('label'), (str, int, float, type(None))):
+            raise ValueError(f'{where}: label must be a word or a number, got {row["label"]!r}')
         rows.append(row)
     if not rows:
         raise ValueError(f'{path}: no clip is listed')

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -2345,8 +2346,9 @@ def test_gamma_recipe_converts_a_dense_run(tmp_path, capsys):
     assert 'that model is not dense' in capsys.readouterr().err
 
 
-def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
+def test_recipes_that_merge_and_select(trained, tmp_path, capsys, monkeypatch):
     """Catches recipes that do not run, a conversion without training that trains, costs of dense."""
+    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 16)
     dense = tmp_path / 'dense'
     assert train_tiny.main([*TINY, '--recipe', 'dense', '--steps', '2', '--out', str(dense)]) == 0
     for recipe, more in (('holitom', ['--init-from', str(dense), '--retain-ratio', '0.5', '--inner-layer', '1']),
@@ -2360,7 +2362,7 @@ def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
         result = json.loads((run / 'result.json').read_text())
         assert max(result['vision_by_layer']) < 64 and result['paper_share'] < 0.8, recipe
         assert result['tok_density'] == pytest.approx(
-            100 * result['accuracy'] / result['vision_by_layer'][0], abs=1e-3)
+            100 * result['accuracy'] / result['decoder_tokens'], abs=1e-3)
         if '--init-from' in more:
             a, b = (mv.load_checkpoint(r / 'ckpt.pt')[0].state_dict() for r in (dense, run))
             assert all(torch.equal(a[k], b[k]) for k in a) and result['steps'] == 0
@@ -2389,7 +2391,9 @@ def test_tempme_recipe_trains_compares_and_finds(tmp_path, capsys, trained):
     base, tuned = (mv.load_checkpoint(run / name / 'ckpt.pt')[0] for name in ('frames', 'lora-merging'))
     assert torch.equal(base.embed.weight, tuned.embed.weight)                  # frozen: where it began
     before = (run / 'lora/ckpt.pt').stat().st_mtime_ns
+    shutil.rmtree(run / 'full')                                                # cut behind a stage
     assert train_tiny.main(args) == 0 and (run / 'lora/ckpt.pt').stat().st_mtime_ns == before
+    assert train_tiny.main([*args, '--lr', '0.02']) == 2                       # would show the old table
     capsys.readouterr()
     assert train_tiny.main(['--out', str(run), '--find', 'a red circle moves left']) == 0
     ranks = [float(n) for n in re.findall(r'(?m)^ +(-?\d\.\d{3}) ', capsys.readouterr().out)]
@@ -2433,6 +2437,7 @@ def bad_folders(tmp_path):
              ('nofile', '{"qa": []}', None, 'line 1: wanted an object with "file"'),
              ('noqa', '{"file": "0.png"}', 'image', 'line 1: wanted "qa"'),
              ('split', '{"file": "0.png", "split": "tset", "caption": "a"}', 'image', "got 'tset'"),
+             ('label', '{"file": "0.png", "label": ["a"], "caption": "a"}', 'image', "label must be"),
              ('layout', '{"file": "0.png", "grid": "4x4", "caption": "a"}', 'image', 'grid must be ['),
              ('gone', good, None, '0.png: no such file'),
              ('text', good, 'text', '0.png: not a readable image'),
@@ -2480,6 +2485,15 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
              (['--placement', '1,7'], 'there are 3 layers'), (['--theta', '2'], '--theta must be between'),
              (['--placement', 'sometimes'], 'placement must be one of'),
              (['--gate', 'none'], 'without a gradient'), (['--window', '2'], 'window is a number'),
+             (['--seed', '9' * 20], 'below 2**63'), (['--budget', '4'], '--budget goes with --recipe bvllm'),
+             (['--recipe', 'vq', '--inner-layer', '1'], '--inner-layer goes with'),
+             (['--seeds', '2'], '--seeds goes with --compare'), (['--blind', '--batch', '1'], '--blind shows'),
+             (['--study', '--bench'], 'do not go together'), (['--bench', '--placement', 'all'], 'compares several'),
+             (['--recipe', 'holitom', '--gate', 'zero'], 'no layer of this model routes'),
+             (['--recipe', 'gamma', '--keep-ratio', '0.3'], '--skip-ratio decides'),
+             (['--recipe', 'tempme', '--encoder', 'plain'], 'sets --encoder'),
+             (['--recipe', 'frames', '--encoder', 'tempme'], 'nothing to merge'),
+             (['--recipe', 'retrieval', '--gate', 'zero'], '--gate does not go with'),
              (['--recipe', 'gamma', '--init-from', str(tmp_path / 'no')], 'does not exist'),
              (['--recipe', 'gamma', '--skip-ratio', '0.9', '--init-from', str(trained)], 'not dense'),
              (['--recipe', 'stream', '--data', str(tmp_path / 'one')], 'questions about whole clips'),
@@ -2577,6 +2591,7 @@ def test_dense_recipe_and_clip_folders_train(tmp_path):
 def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, monkeypatch):
     """Catches rows trained twice, a command that gives another number, tables without a row or a claim."""
     monkeypatch.setattr(train_tiny, 'ROUNDS', 3)
+    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 32)
     folder = tmp_path / 'compare'
     args = ['--compare', '--preset', 'tiny', '--device', 'cpu', '--steps', '5', '--out', str(folder), '--seeds', '2']
     assert train_tiny.main([*args, '--recipes', 'mod-all']) == 0
@@ -2599,12 +2614,15 @@ def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, monkey
     again = [*row['command'].split()[2:], '--out', str(tmp_path / 'again')]
     assert train_tiny.main(again) == 0
     assert json.loads((tmp_path / 'again/result.json').read_text())['accuracy'] == row['accuracy']
-    assert train_tiny.main([*args, '--recipes', 'mod-al']) == 2
-    assert "'mod-al' is none of dense" in capsys.readouterr().err
+    for wrong, words in ((['--recipes', 'mod-al'], "'mod-al' is none of dense"), (['--lr', '0.02'], 'begun with --lr'),
+                         (['--budget', '4'], '--budget does not go with --compare')):
+        assert train_tiny.main([*args, *wrong]) == 2 and words in capsys.readouterr().err
 
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    """Catches an interrupted row that is trained from its start, or taken for finished."""
+    """Catches an interrupted row that is trained from its start, taken for finished, or stuck behind its last
+    step; a folder with other files in it that is emptied."""
+    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 32)
     s = train_tiny.parse(['--compare', '--preset', 'tiny', '--device', 'cpu', '--steps', '10'])
     whole, command = train_tiny.run_row(s, 'dense', 0, tmp_path / 'whole')
     assert command.startswith('python train_tiny.py --recipe dense --preset tiny --seed 0')
@@ -2620,6 +2638,23 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
         train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
     halves, _ = train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
     assert len(calls) == 10 and halves['accuracy'] == whole['accuracy']
+    (tmp_path / 'cut/seed0/dense/result.json').unlink()                        # cut while it evaluates
+    again, _ = train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
+    assert len(calls) == 10 and again['accuracy'] == whole['accuracy']
+    (tmp_path / 'mine/seed0/dense').mkdir(parents=True)
+    (tmp_path / 'mine/seed0/dense/notes.txt').write_text('mine')
+    with pytest.raises(ValueError, match='exists; name another folder'):
+        train_tiny.run_row(s, 'dense', 0, tmp_path / 'mine')
+    assert (tmp_path / 'mine/seed0/dense/notes.txt').read_text() == 'mine'
+
+
+def test_cost_tells_what_enters_from_what_is_processed():
+    """Catches a density in tokens that layer 0 processes, where routing lets the decoder have them all."""
+    s = train_tiny.parse([*TINY, '--placement', 'all', '--keep-ratio', '0.25'])
+    train_tiny.pick_machine(s)
+    data = train_tiny.load_data(s)
+    cost = train_tiny.clip_cost(s, train_tiny.build_model(s, data.vocab), data)
+    assert cost['decoder_tokens'] == 64 and cost['vision_by_layer'] == [16, 16, 64]
 
 
 def test_claims_compare_with_the_papers():

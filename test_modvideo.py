@@ -113,33 +113,44 @@ def test_later_frames_and_words_never_change_the_past(placement, training):
     assert (a[:, :, 3:] - b[:, :, 3:]).abs().max() > 1e-3
 
 
-def test_questions_do_not_see_each_other_and_start_alike():
-    """Catches answers that depend on the other questions, or on a question's place in the list."""
-    model = make()
-    video, text = sample(Q=3)
+WAYS = {'dense': {}, 'mod': dict(placement='all'), 'early-exit': dict(placement='early-exit'),
+        'gamma': dict(placement='0,2', routing='sequence', gate='gamma', keep_ratio=0.4),
+        'random': dict(placement='all', routing='random'), 'tempme': dict(encoder='tempme'),
+        'tempme and mod': dict(encoder='tempme', placement='all'),
+        'tempme inside': dict(encoder='tempme', inner_layer=2),
+        'holitom': dict(reduction='holitom', retain_ratio=0.4, tau=0.9),
+        'holitom and mod': dict(reduction='holitom', retain_ratio=0.4, tau=0.9, placement='all'),
+        'holitom inside': dict(reduction='holitom', retain_ratio=0.4, tau=0.9, inner_layer=2, placement='1'),
+        'bvllm': dict(reduction='bvllm', budget=20, select_frames=4), 'vq': dict(reduction='vq', codes=16),
+        'vqtoken': dict(reduction='vqtoken', codes=5), 'adaptive': dict(reduction='vqtoken', codes=0),
+        **{name: dict(reduction=name, budget=20) for name in ('uniform', 'prune', 'tome', 'pool')}}
+
+
+def of_every_kind(changes, B, Q):
+    """A model, clips of which the first stands still, questions of different lengths."""
+    model, (video, text) = make(**{'placement': 'none', **changes}).eval(), sample(B=B, Q=Q)
+    if 'retain_ratio' in changes:                              # then clips keep unequal numbers of tokens
+        video[0, 1:] = video[0, :1]
+    text[0, 1, 4:], text[1, 0, 3:] = 0, 0
+    return model, video, text
+
+
+@pytest.mark.parametrize('changes', WAYS.values(), ids=WAYS)
+def test_an_answer_depends_on_its_clip_and_its_question_alone(changes):
+    """Catches samples that mix, selection from the first one only, questions that see each other or their place in the
+    list, padding that is seen, a word that changes what stands before it."""
+    model, video, text = of_every_kind(changes, 3, 2)
     together = model(video, text)[0]
-    for q in range(3):
-        close(together[:, q], model(video, text[:, q:q + 1])[0][:, 0])
     close(together.flip(1), model(video, text.flip(1))[0])
-
-
-def test_padding_behind_a_question_changes_nothing():
-    """Catches padding that is attended to."""
-    model = make()
-    video, text = sample()
-    close(model(video, text)[0], model(video, F.pad(text, (0, 3)))[0][:, :, :5])
-
-
-def test_batch_of_one_equals_batch_of_many():
-    """Catches selection from the first sample only, and gathers that mix samples."""
-    model = make()
-    video, text = sample(B=4)
-    many, _, aux = model(video, text)
-    for b in range(4):
-        one, _, aux_one = model(video[b:b + 1], text[b:b + 1])
-        close(many[b:b + 1], one)
-        for i, route in aux['routes'].items():
-            assert torch.equal(route.index[b:b + 1], aux_one['routes'][i].index)
+    close(together, model(video, F.pad(text, (0, 3)))[0][:, :, :5])
+    for b, q in itertools.product(range(3), range(2)):
+        n = int((text[b, q] > 0).sum())
+        close(together[b:b + 1, q:q + 1, :n], model(video[b:b + 1], text[b:b + 1, q:q + 1, :n])[0])
+    asked, words = torch.full((3, 2), 3), text.clone()         # the answer begins behind three words
+    words[:, :, 3:] = 2 + (words[:, :, 3:] - 1) % 8
+    before, after = (model(video, t, asked=asked)[0] for t in (text, words))
+    close(before[:, :, :3], after[:, :, :3], 1e-6)
+    assert (before[:, :, 3:] - after[:, :, 3:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize('placement', ['none', 'interleaved', 'all'])
@@ -159,29 +170,26 @@ def test_frame_by_frame_with_a_cache_equals_the_whole(placement, B):
     assert [c.k.size(2) for c in caches] == held
 
 
-@pytest.mark.parametrize('placement', ['none', 'all'])
-def test_generate_equals_greedy_decoding_without_a_cache(placement):
-    """Catches wrong positions of new words, seen padding of shorter questions, rows that mix."""
-    model = make(placement)
-    with torch.no_grad():                                          # answers that depend on every key
+@pytest.mark.parametrize('changes', WAYS.values(), ids=WAYS)
+def test_generate_equals_greedy_decoding_without_a_cache(changes):
+    """Catches wrong positions of new words, seen padding of shorter questions, rows that mix, words behind '<eos>'."""
+    model, video, text = of_every_kind(changes, 2, 3)
+    with torch.no_grad():                                      # answers that depend on every key
         for p in model.blocks.parameters():
             p.mul_(4 if p.dim() == 2 else 1)
-        model.head.weight[:2] = 0                                   # and that do not end at once
-    video, text = sample(B=2, Q=3)
-    text[0, 1, 3:] = 0                                              # questions of different lengths
-    text[1, 2, 2:] = 0
+        model.head.weight[:2] = 0                              # and few end at once
     made = model.generate(video, text, max_new_tokens=4)
-    for b in range(2):
-        for q in range(3):
-            ids = text[b, q][text[b, q] != 0]
-            for step in range(4):
-                word = model(video[b:b + 1], ids[None, None])[0][0, 0, -1].argmax()
-                assert made[b, q, step] == word
-                if word in (mv.PAD, mv.EOS):
-                    break
-                ids = torch.cat([ids, word[None]])
-            assert (made[b, q, step + 1:] == 0).all()
-    assert len(made.unique()) > 3
+    for b, q in itertools.product(range(2), range(3)):
+        ids = text[b, q][text[b, q] != 0]
+        asked = torch.tensor([[len(ids)]])
+        for step in range(4):
+            word = model(video[b:b + 1], ids[None, None], asked=asked)[0][0, 0, -1].argmax()
+            assert made[b, q, step] == word
+            if word in (mv.PAD, mv.EOS):
+                break
+            ids = torch.cat([ids, word[None]])
+        assert (made[b, q, step + 1:] == 0).all()
+    assert len(made.unique()) >= 3
 
 
 def test_generate_stops_at_the_end_mark():
@@ -206,22 +214,27 @@ def run_block(x, route, position=None):
 
 
 def test_mod_block_is_raposos_equation():
-    """Catches the residual counted twice or gated, k - 1 tokens, a skipped token that is a key."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 14, 16, dtype=torch.double)                     # 12 vision tokens, 2 of text
-    router = mv.Router(16)
-    route = router(x[:, :12], 3, 0.5)                                        # 2 of 4 tokens a frame
-    block, y = run_block(x, route._replace(gate=route.gate.double()))
+    """Catches the residual counted twice or gated, k - 1 tokens, new positions, a skipped token that is a key,
+    is computed and then masked, or changes by a bit."""
+    torch.manual_seed(3)
+    x, position = torch.randn(2, 14, 16, dtype=torch.double), 100 + 3 * torch.arange(14)   # 12 of vision, 2 of text
+    router, block = mv.Router(16), mv.MoDBlock(mv.Block(16, 2).double())
+    route, given = router(x[:, :12], 3, 0.5), []                             # 2 of 4 tokens a frame
+    block.block.register_forward_pre_hook(lambda _, args: given.append(args[0].shape))
+    y = block(x, route._replace(gate=route.gate.double()), position)
+    assert given == [(2, 8, 16)]
     for b in range(2):
         scores = [float(x[b, i].float() @ router.weight.detach()) for i in range(12)]
         chosen = [i for t in range(3)
                   for i in sorted(range(4 * t, 4 * t + 4), key=lambda i: -scores[i])[:2]]
         chosen = sorted(chosen) + [12, 13]
-        f = block.block(x[b:b + 1, chosen], torch.tensor(chosen))[0]
+        f = block.block(x[b:b + 1, chosen], position[chosen])[0]
         wanted = x[b].clone()
         for row, i in enumerate(chosen):
             wanted[i] += (scores[i] if i < 12 else 1) * f[row]                 # text is ungated
         close(y[b], wanted, 1e-6)
+        skipped = [i for i in range(12) if i not in chosen]
+        assert torch.equal(y[b, skipped], x[b, skipped])
 
 
 def test_capacity_one_with_gate_one_is_the_dense_block():
@@ -245,35 +258,6 @@ def test_exactly_k_tokens_a_frame_even_with_ties_and_nan_free():
     assert (mv.Router(8)(torch.zeros(1, 8, 8), 2, 0.5).index == torch.tensor([0, 1, 4, 5])).all()
 
 
-def test_skipped_tokens_are_bit_identical_and_not_seen():
-    """Catches 'computed and then masked', and skipped tokens that serve as keys."""
-    x = torch.randn(2, 20, 32)
-    route = mv.Router(32)(x[:, :16], 2, 0.25)
-    block, y = run_block(x, route)
-    skipped = torch.ones(2, 20, dtype=torch.bool).scatter(1, route.index, False)
-    skipped[:, 16:] = False
-    assert torch.equal(y[skipped], x[skipped]) and skipped.sum() == 24
-    other = x.clone()
-    other[skipped] = 100.0
-    assert torch.equal(block(other, route, torch.arange(20))[~skipped], y[~skipped])
-
-
-def test_the_block_gets_only_the_selected_tokens_at_their_own_positions():
-    """Catches positions renumbered to 0..k-1, and a full-length call that is not skipped at all."""
-    seen = {}
-
-    class Recorder(nn.Module):
-        def forward(self, x, position, mask, cache):
-            seen.update(x=x, position=position)
-            return torch.zeros_like(x)
-
-    x = torch.randn(1, 12, 8)
-    route = mv.Route(torch.tensor([[1, 5, 9]]), torch.ones(1, 3), torch.zeros(1, 10))
-    y = mv.MoDBlock(Recorder())(x, route, torch.arange(100, 112))
-    assert seen['position'].tolist() == [[101, 105, 109, 110, 111]]
-    assert torch.equal(seen['x'], x[:, [1, 5, 9, 10, 11]]) and torch.equal(y, x)
-
-
 def test_gradient_reaches_every_router_and_is_right():
     """Catches a router that only selects (gradient None), one behind the last layer (near zero)."""
     model = make('all').double()
@@ -294,16 +278,6 @@ def test_gradient_reaches_every_router_and_is_right():
             router.weight.sub_(sign * eps * direction)
     numeric = (values[0] - values[1]) / (2 * eps)
     assert abs(numeric - router.weight.grad @ direction) < 0.03 * abs(numeric)
-
-
-def test_router_scores_are_float32_under_autocast():
-    """Catches selection by bfloat16 scores, which differ between batch sizes and machines."""
-    x = torch.randn(2, 32, 64)
-    router = mv.Router(64)
-    with torch.autocast('cpu', torch.bfloat16):
-        route = router(x, 2, 0.25)
-    assert (route.logits.dtype == torch.float32
-            and torch.equal(route.index, router(x, 2, 0.25).index))
 
 
 # ---- Mixture-of-Depths against the authors' code -------------------------------------------------
@@ -529,15 +503,30 @@ def test_gamma_layers_of_the_model_gate_their_mlp_by_the_normalized_input():
         close(y[b:b + 1, route.index[b]], chosen + a + route.logits[b, route.index[b], None].sigmoid() * m)
 
 
-def test_gamma_loss_adds_every_layers_routing_loss():
-    """Catches a loss that is computed and not added, or added without its coefficient."""
-    model, (video, text) = gamma(), sample()
-    _, loss, aux = model(video, text, text)
-    plain = F.cross_entropy(model(video, text)[0].flatten(0, 2), text.flatten())
-    close(loss, plain + 0.01 * aux['routing_loss'], 1e-6)
-    each = [F.binary_cross_entropy_with_logits(r.logits, torch.zeros(2, 64).scatter(1, r.index, 1.0))
-            for r in aux['routes'].values()]
-    assert aux['routing_loss'] > 0.5 * sum(each) and len(each) == 2
+def test_gamma_loss_adds_every_layers_routing_loss(monkeypatch):
+    """Catches a loss that is computed and not added, one layer's alone, one added without its coefficient."""
+    model, (video, text), real, each = gamma(), sample(), mv.routing_loss, []
+    monkeypatch.setattr(mv, 'routing_loss', lambda route: each.append(real(route)) or each[-1])
+    logits, loss, aux = model(video, text, text)
+    assert len(each) == 2
+    close(aux['routing_loss'], sum(each), 1e-6)
+    close(loss, F.cross_entropy(logits.flatten(0, 2), text.flatten()) + 0.01 * sum(each), 1e-6)
+
+
+def test_layer_ranks_are_of_each_layers_own_attention():
+    """Catches ranks of maps without positions, of other layers, the maximum of the heads, hooks that stay."""
+    model, (video, text) = make('none'), sample(Q=1)
+    ranks = mv.layer_ranks(model, video, text)
+    vision, position, _ = model.encode_video(video)
+    x, position = torch.cat([vision, model.embed(text[:, 0])], 1), torch.arange(64 + 5)
+    for i, block in enumerate(model.blocks):
+        q, k, _ = block.attention.project(block.norm1(x), position)
+        seen = (q @ k.mT / 16 ** 0.5).masked_fill(torch.ones(69, 69).triu(1).bool(), -math.inf).softmax(-1)
+        wanted = torch.stack(mv.attention_rank(seen)).mean(1)
+        close(ranks[1, i], wanted[1], 1e-3)                                  # the effective rank has no threshold
+        close(ranks[0, i], wanted[0], 0.5)
+        x = x + block(x, position)
+        assert not block.attention._forward_pre_hooks
 
 
 # ---- streaming -----------------------------------------------------------------------------------
@@ -572,7 +561,7 @@ def play(model, video, prompt, questions, theta=0.2):
                                        'early-exit', 'layer-skip'])
 def test_stream_equals_the_whole(placement, depth):
     """Catches positions taken from a cache's length, a frame that its window still holds or lost,
-    words of one sample that shift another, a mask in compact coordinates."""
+    words of one sample that shift another, a mask in compact coordinates, words that are not the most probable."""
     cases = ((0, 'frame', 4), (2, 'frame', 4), (1, 'random', 1), (3, 'uniform', 1))
     for window, routing, B in cases[:2 if placement in ('none', 'early-exit', 'layer-skip') else 4]:
         model = streamer(placement, n_layer=depth, window=window, routing=routing)
@@ -587,13 +576,17 @@ def test_stream_equals_the_whole(placement, depth):
         logits, _, aux = model(video, ids, None, after)
         close(logits[:, :6].softmax(-1)[..., mv.EOS], silence)
         assert B == 1 or (silence < theta).any() and (silence >= theta).any()
+        best = logits.argmax(-1)                                         # (B, 6 + L)
         for b in range(B):                                               # and the same words, greedily
-            for t in (1, 4):
-                if asked[b].any() and moments[t]['answer'][b, 0]:
-                    start = int((after[b] <= t).logical_and(ids[b, 0] > 0).sum())
-                    answer = moments[t]['answer'][b]
-                    start -= int((answer > 0).sum())
-                    assert logits[b, 6 + start - 1].argmax() == answer[0]
+            n = 6 + int((prompt[b] > 0).sum())                           # where the next word stands
+            for t, moment in enumerate(moments):
+                said, heard, answer = ([] if w is None else w[b][w[b] > 0].tolist()
+                                       for w in (moment['said'], questions[t], moment['answer']))
+                if said:
+                    assert said == [2 + int(logits[b, t, 2:].argmax()), *best[b, n:n + len(said) - 1].tolist()]
+                n += len(said) + len(heard)
+                assert answer == best[b, n - 1:n - 1 + len(answer)].tolist()
+                n += len(answer)
 
 
 def test_a_stream_never_looks_ahead():
@@ -613,16 +606,17 @@ def test_a_stream_never_looks_ahead():
 
 
 def test_window_forgets_all_but_the_prompt():
-    """Catches a window that drops the prompt, keeps old frames, or grows."""
-    model = streamer(window=2)
-    video, text = sample(T=6, Q=1)
-    prompt = text[:, 0, :2]
-    held = [m['held'] for m in play(model, video, prompt, [None] * 6, theta=0.0)[3]]
-    assert held[1] == held[5] == [2 + 32, 2 + 2 * 4, 2 + 32, 2 + 2 * 4] and held[0] != held[1]
-    early = video.clone()
-    early[:, :3] = 1 - early[:, :3]
+    """Catches a window that drops the prompt, keeps old frames, words or padding, or grows."""
+    model, (video, text) = streamer(window=2), sample(T=6, Q=1)
+    prompt, asked = text[:, 0, :2], text[:, 0].clone()
+    asked[1] = 0                                                             # padding, of one sample alone
+    questions = [None, asked, *[None] * 4]
+    held = [m['held'] for m in play(model, video, prompt, questions, theta=0.0)[3]]
+    assert held[0] == [2 + 16, 2 + 4] * 2 and held[4] == held[5] == [2 + 32, 2 + 2 * 4] * 2
+    early, model = video.clone(), streamer('none', n_layer=1, window=2)
+    early[:, :3] = 1 - early[:, :3]           # frame 3 tells its change from frame 2, frame 4 sees that, 5 does not
     a, b = (play(model, v, prompt, [None] * 6, theta=0.0)[0] for v in (video, early))
-    assert (a[:, 3] - b[:, 3]).abs().max() > 1e-4
+    assert torch.equal(a[:, 5], b[:, 5]) and (a[:, 4] - b[:, 4]).abs().max() > 1e-4
 
 
 def test_trimming_is_by_position_in_every_layer():
@@ -682,21 +676,6 @@ def test_streaming_loss_is_the_papers():
                 total -= (0.3 if silent else 1.0) * log[b, i, word].item()
                 count += 1
     assert abs(loss.item() - total / count) < 1e-5
-
-
-def test_stream_refuses_what_it_cannot_do():
-    """Catches a model for questions that streams nonsense, several lines of text in one stream."""
-    video, text = sample()
-    with pytest.raises(ValueError, match='not made for streams'):
-        next(iter(make().stream([(video[:, 0], None)])))
-    with pytest.raises(ValueError, match='one line of text'):
-        streamer()(video, text)
-    with pytest.raises(ValueError, match='looks at the whole clip'):
-        make(streaming=True, routing='sequence')
-    with pytest.raises(ValueError, match='without a gradient'):
-        make(gate='none')
-    with pytest.raises(ValueError, match='window is a number of frames'):
-        make(window=2)
 
 
 # ---- token reduction -----------------------------------------------------------------------------
@@ -855,7 +834,7 @@ def test_segments_equal_brute_force_over_all_partitions():
     """Catches a dynamic programme that misses the optimum, or takes another of several."""
     g = torch.Generator().manual_seed(0)
     for case in range(500):
-        T, P = int(torch.randint(1, 11, (1,), generator=g)), int(torch.randint(1, 4, (1,), generator=g))
+        T, P = int(torch.randint(1, 10, (1,), generator=g)), int(torch.randint(1, 4, (1,), generator=g))
         still = torch.rand(T - 1, P, generator=g) < 0.7
         longest, best = int(torch.randint(1, 12, (1,), generator=g)), None
         for cuts in itertools.product((0, 1), repeat=T - 1):
@@ -956,16 +935,19 @@ def test_holitom_in_a_batch_and_at_its_edges():
         mv.holitom(x, saliency, -0.1)
 
 
-def test_similarities_are_float32_under_autocast():
-    """Catches merging by bfloat16 similarities, which differ between batch sizes and machines."""
-    x, saliency = moving_clip()
-    flat, vision = x.flatten(1, 2), torch.ones(3, 54, dtype=torch.bool)
-    for decide in (lambda: mv.bipartite_soft_matching(flat, 20), lambda: mv.holitom(x, saliency, 0.4),
-                   lambda: mv.holitom_inner(flat, saliency.flatten(1), vision),
-                   lambda: mv.merge_duplicates(flat.softmax(-1))):
+def test_decisions_are_float32_under_autocast():
+    """Catches selecting, merging and clustering by bfloat16, which differ between batch sizes and machines."""
+    x, saliency = moving_clip(P=64, C=32)
+    flat, vision, router = x.flatten(1, 2), torch.ones(3, 384, dtype=torch.bool), mv.Router(32)
+    quantizer = mv.VectorQuantizer(200, 32)
+    for decide in (lambda: router(flat, 6, 0.25), lambda: mv.bipartite_soft_matching(flat, 90),
+                   lambda: mv.holitom(x, saliency, 0.4), lambda: mv.holitom_inner(flat, saliency.flatten(1), vision),
+                   lambda: mv.merge_duplicates(flat.softmax(-1)), lambda: mv.dpc_knn(flat, 60),
+                   lambda: mv.kmeans(flat, 60), lambda: mv.select_k(flat, 2, 4), lambda: quantizer.eval()(flat[0])[:2],
+                   lambda: [mv.silhouette(flat, torch.arange(384).expand(3, -1) % 7, 7)]):
         with torch.autocast('cpu', torch.bfloat16):
             inside = decide()
-        assert torch.equal(inside.assign, decide().assign) and torch.equal(inside.weight, decide().weight)
+        assert all(a is b is None or a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(inside, decide()))
 
 
 def test_cuts_of_real_clips_are_found():
@@ -1016,6 +998,8 @@ def test_bipartite_matching_of_twins_ragged_and_zero():
     zero[0, 3] = 0
     step = mv.bipartite_soft_matching(zero, 3)
     assert mv.reduce_tokens(zero, step).isfinite().all() and (step.assign[0] == step.assign[0, 3]).sum() < 4
+    alone = mv.bipartite_soft_matching(torch.randn(2, 1, 4), 1, mask=torch.tensor([[True], [False]]))
+    assert alone.assign.tolist() == [[0], [-1]]                      # nobody to merge with; padding is dropped
 
 
 def merging(placement='none', **changes):
@@ -1024,24 +1008,17 @@ def merging(placement='none', **changes):
 
 @pytest.mark.parametrize('changes', [{}, dict(placement='all'), dict(inner_layer=2),
                                      dict(placement='all', inner_layer=2, inner_ratio=0.4)])
-def test_a_model_that_merges_alone_and_in_a_batch(changes):
-    """Catches padding that is seen, ragged top-k that counts it, an answer that depends on others."""
+def test_a_model_that_merges_keeps_what_is_due(changes):
+    """Catches clips that keep equal numbers, ragged top-k that counts padding, a merge that no word decides."""
     model, (video, text) = merging(**changes).eval(), sample(B=3, Q=2)
     video[0, 1:] = video[0, :1]                                           # one clip stands still
     logits, _, aux = model(video, text)
     kept = aux['reduction'].mask.sum(1)
     assert kept.unique().numel() > 1 and kept.max() < 64
-    for b, q in itertools.product(range(3), range(2)):
-        one = model(video[b:b + 1], text[b:b + 1, q:q + 1])[0]
-        close(logits[b:b + 1, q:q + 1], one)
-    words = text.clone()
-    words[:, :, 3:] = 2 + (words[:, :, 3:] - 1) % 8
-    asked = torch.full((3, 2), 3)                               # the answer begins behind three words
-    a, b = (model(video, t, asked=asked)[0] for t in (text, words))
-    close(a[:, :, :3], b[:, :, :3], 1e-6)
     if 'inner_layer' in changes:
         assert aux['tokens'][2] < aux['tokens'][1]
-        assert (a[:, :, :3] - model(video, text)[0][:, :, :3]).abs().max() > 1e-4, 'the last word decides'
+        early = model(video, text, asked=torch.full((3, 2), 3))[0][:, :, :3]   # the answer begins behind three
+        assert (early - logits[:, :, :3]).abs().max() > 1e-4, 'the last word decides'
     route = aux['routes'].get(1)
     if route is not None and 'inner_layer' not in changes:          # of each frame, as many as are due
         place = torch.where(aux['reduction'].mask, aux['reduction'].position // 16, -1)
@@ -1049,32 +1026,6 @@ def test_a_model_that_merges_alone_and_in_a_batch(changes):
             chosen = place[b][route.index[b][route.mask[b]]]
             due = [mv.capacity(0.2, n) if n else 0 for n in ((place[b] == t).sum().item() for t in range(4))]
             assert [(chosen == t).sum() for t in range(4)] == due and route.mask[b].sum() == sum(due)
-
-
-@pytest.mark.parametrize('changes', [{}, dict(placement='all'), dict(inner_layer=2, placement='1')])
-def test_a_model_that_merges_generates_what_it_would_answer(changes):
-    """Catches caches in which padding stands, positions counted in merged tokens."""
-    model, (video, text) = merging(**changes).eval(), sample(B=2, Q=2)
-    with torch.no_grad():
-        for p in model.blocks.parameters():
-            p.mul_(3 if p.dim() == 2 else 1)
-        model.head.weight[:2] = 0
-    video[0, 1:] = video[0, :1]
-    text[1, 0, 3:] = 0
-    vision, place, _ = model.encode_video(video, None, text[:, 0])              # (2, N, C), (2, N)
-    x, position = torch.cat([vision, model.embed(text[:, 0])], 1), F.pad(place, (0, 5), value=64)
-    mask, N = mv.visible(position), place.size(1)
-    whole, kept = (model.decode(x, position, 4, N, mask, caches)[0][:, N:]
-                   for caches in (None, [mv.KVCache() for _ in range(4)]))
-    close(whole, kept)                                           # a first chunk with padding inside
-    made = model.generate(video, text, max_new_tokens=3)
-    for b, q in itertools.product(range(2), range(2)):
-        ids = text[b, q][text[b, q] != 0]
-        asked = torch.tensor([[len(ids)]])
-        for step in range(3):
-            word = model(video[b:b + 1], ids[None, None], asked=asked)[0][0, 0, -1].argmax()
-            assert made[b, q, step] == word
-            ids = torch.cat([ids, word[None]])
 
 
 def test_saliency_is_the_attention_received():
@@ -1089,17 +1040,6 @@ def test_saliency_is_the_attention_received():
     q, k, v = block.attention.project(block.norm1(before))
     y = block.attention.out((weights @ v).transpose(1, 2).flatten(2))
     close(y, block.attention(block.norm1(before)))                        # the weights are what it uses
-
-
-def test_a_picture_shows_merged_regions_and_cuts():
-    """Catches merged patches in different colours through time, a cut that leaves no gap."""
-    video, segment = torch.full((4, 3, 16, 16), 0.8), torch.tensor([0, 0, 1, 1])
-    assign = torch.arange(64)
-    assign[16:32] = assign[:16]                                      # the second frame repeats the first
-    picture = mv.draw_tokens(video, mv.from_clusters(assign[None], 64), scale=2, segment=segment)
-    value = lambda t, patch: picture.getpixel((t * 34 + patch % 4 * 8 + 4, patch // 4 * 8 + 4))
-    assert value(0, 5) == value(1, 5) != value(2, 5) == (204, 204, 204)
-    assert picture.getpixel((2 * 34 - 1, 20)) == (0, 0, 0) != picture.getpixel((34 - 1, 20))
 
 
 def test_retain_all_of_a_moving_clip_is_dense():
@@ -1167,6 +1107,8 @@ def test_clusters_of_few_different_tokens():
             different = len(x[0].unique(dim=0))
             assert centers.isfinite().all() and assign.max() == different - 1
             close(centers[0][assign[0]], x[0] if metric == 'l2' else mv.unit(x[0]))
+    masked = mv.spread_centers(torch.tensor([[[0.0], [0.0], [9.0]]]), 2, torch.tensor([[True, True, False]]))
+    assert not masked.any()                                             # equal ones are no reason to take another
     far = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [50.0, 50.0]]])        # nobody's centre stays where it was
     close(mv.kmeans(torch.rand(1, 20, 2), 3, init=far)[0][:, 2], far[:, 2])
     x = torch.randn(2, 6, 8)
@@ -1339,12 +1281,11 @@ def test_learned_and_adaptive_codes_in_the_model():
     assert aux['tokens'] == [64 + 10] * 4 and plain.isfinite()
     _, loss, aux = model(video, text, text)
     close(loss, F.cross_entropy(model(video, text)[0].flatten(0, 2), text.flatten()) + aux['reduction'].loss)
-    with pytest.raises(ValueError, match='for whole clips'):
-        make('none', reduction='vq', streaming=True)
 
 
 def test_baselines_keep_to_the_budget():
-    """Catches a pooling grid over the budget, ToMe that drops tokens, pruning by frame, not by clip."""
+    """Catches a pooling grid over the budget or padded up to it, ToMe that drops tokens, pruning by frame in
+    place of by clip."""
     for T, side, budget in ((8, 4, 12), (8, 4, 32), (8, 4, 64), (8, 4, 500), (3, 5, 1), (16, 8, 7), (7, 3, 20)):
         cell = mv.pool_grid(T, side, budget)
         used = cell.unique()
@@ -1366,7 +1307,7 @@ def test_baselines_keep_to_the_budget():
     for name in ('prune', 'tome', 'pool', 'uniform'):
         model = make('none', reduction=name, budget=20).eval()
         kept = model(video, text)[2]['reduction']
-        assert kept.mask.sum(1).max() <= 20
+        assert kept.mask.all() and kept.position.size(1) <= 20
         close(model(video, text)[0][1:], model(video[1:], text[1:])[0])
         if name == 'prune':
             looked = model.encoder(video, None, True)[1].view(2, -1)
@@ -1670,6 +1611,8 @@ def test_contrastive_loss_and_embeddings():
     similarity, loss = model(video, text)
     close(model.encode_text(text[1:2, :3]), model.encode_text(text[1:2]), 1e-6)
     close(similarity, model.encode_text(text) @ model.encode_video(video).T)
+    with torch.autocast('cpu', torch.bfloat16):                                # what is alike is told in float32
+        assert model(video, text)[0].dtype == torch.float32
     close(model.encode_video(video).norm(dim=-1), torch.ones(3))
     s = (10 * similarity).exp().double()
     rows = [s[i, i] / sum(s[i, j] for j in range(3) if i == j or 1 in (i, j)) for i in range(3)]
@@ -1751,19 +1694,22 @@ def test_sentences_say_what_the_clips_show():
 @pytest.mark.parametrize('preset,changes', [
     ('tiny', dict(placement='all')), ('cpu', {}), ('cpu', dict(placement='layer-skip')),
     ('cpu', dict(placement='interleaved')), ('cpu', dict(placement='all', streaming=True)),
-    ('tiny', dict(placement='0,1', routing='sequence', gate='gamma'))])
+    ('tiny', dict(placement='0,1', routing='sequence', gate='gamma')),
+    ('cpu', dict(encoder='tempme')), ('cpu', dict(encoder='tempme', encoder_layers=4, placement='all')),
+    ('cpu', dict(reduction='vq', codes=16)), ('cpu', dict(reduction='pool')), ('cpu', dict(reduction='uniform')),
+    ('cpu', dict(reduction='prune'))])
 def test_flops_equal_what_torch_counts(preset, changes):
     """Catches a cost formula that drifted from the model."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    model = mv.ModVideo(mv.ModVideoConfig(**mv.PRESETS[preset], vocab=VOCAB, **changes))
+    model = mv.ModVideo(mv.ModVideoConfig(vocab=VOCAB, **{**mv.PRESETS[preset], **changes})).eval()
     c, Q = model.config, 1 if 'streaming' in changes else 3
     video, text = torch.rand(2, c.frames, 3, 32, 32), torch.randint(2, 8, (2, Q, 5))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         aux = model(video, text)[2]
-    mine = mv.count_flops(model, video.shape, 5, questions=Q)
-    assert (mine['total'] == counter.get_total_flops()
-            == mv.count_flops(model, video.shape, 5, Q, aux)['total'])
+    mine = mv.count_flops(model, video.shape, 5, Q, aux)
+    assert mine['total'] == counter.get_total_flops()
+    assert c.merges or mine == mv.count_flops(model, video.shape, 5, questions=Q)
     assert mine['total'] == sum(v for k, v in mine.items() if k != 'total')
 
 
@@ -1775,6 +1721,22 @@ def test_orthogonalize_against_singular_values():
         u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
         inner = (u.mT @ y.double() @ vh.mT).diagonal(dim1=-2, dim2=-1)  # near 1, same directions
         assert ((inner > 0.3) | (s < 1e-1 * s.amax(-1, keepdim=True))).all() and (inner < 1.3).all()
+
+
+def test_optimizers_do_what_their_docstrings_say():
+    """Catches other shares of the learning rate, a Muon without momentum, look-ahead, decay or shape."""
+    rates = lambda model: [group['lr'] for o in mv.configure_optimizer(model, 1.0) for group in o.param_groups]
+    lora = mv.Retriever(mv.ModVideoConfig(**SMALL, encoder='tempme', lora_rank=2))
+    assert rates(make()) == [1.0, 0.03] and rates(lora) == [0.3]
+    p, gradients = nn.Parameter(torch.randn(6, 3)), torch.randn(2, 6, 3)
+    wanted, average, muon = p.detach().clone(), torch.zeros(6, 3), mv.Muon([p], 0.1, momentum=0.9, weight_decay=0.5)
+    for g in gradients:
+        p.grad = g.clone()
+        muon.step()
+        average = 0.9 * average + 0.1 * g
+        step = mv.orthogonalize((0.1 * g + 0.9 * average)[None])[0]
+        wanted = (1 - 0.1 * 0.5) * wanted - 0.1 * (6 / 3) ** 0.5 * step
+    close(p.detach(), wanted)
 
 
 def test_every_parameter_is_optimized_once_and_moves():
@@ -1824,36 +1786,59 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 
 def test_pictures_show_what_was_processed():
-    """Catches bright patches that are not the routed ones, merged ones of different colours."""
+    """Catches bright patches that are not the routed ones, merged ones of different colours, a cut without a gap,
+    another sample of the batch."""
     video = torch.full((2, 3, 16, 16), 0.8)
-    logits = torch.zeros(1, 2 * 16)
-    picture = mv.draw_tokens(
-        video, mv.Route(torch.tensor([[0, 21]]), torch.ones(1, 2), logits), scale=2)
-    assert picture.size == (2 * 34 - 2, 32)
     value = lambda image, t, patch: image.getpixel((t * 34 + patch % 4 * 8 + 4, patch // 4 * 8 + 4))
+    route = mv.Route(torch.tensor([[0, 21]]), torch.ones(1, 2), torch.zeros(1, 2 * 16))
+    picture = mv.draw_tokens(video, route, scale=2)
+    assert picture.size == (2 * 34 - 2, 32) and picture.getpixel((33, 20)) == (255, 255, 255)
     bright = [(t, p) for t in range(2) for p in range(16) if sum(value(picture, t, p)) > 450]
     assert bright == [(0, 0), (1, 5)]
-    assign = torch.full((1, 32), -1)
-    assign[0, [3, 19, 7]] = torch.tensor([0, 0, 1])
-    picture = mv.draw_tokens(video, mv.from_clusters(assign, 2), scale=2)
-    assert value(picture, 0, 3) == value(picture, 1, 3) != value(picture, 0, 7) == (204, 204, 204)
-    with pytest.raises(ValueError, match='square grid'):
-        mv.draw_tokens(video, mv.pack(torch.ones(1, 30, dtype=torch.bool)))
+    assign = torch.full((2, 32), -1)
+    assign[1, [2, 18, 6]] = torch.tensor([0, 0, 1])
+    picture = mv.draw_tokens(video, mv.from_clusters(assign, 2), sample=1, scale=2, segment=torch.tensor([0, 1]))
+    assert value(picture, 0, 2) == value(picture, 1, 2) != value(picture, 0, 6) == (204, 204, 204)
+    assert picture.getpixel((33, 20)) == (0, 0, 0)
 
 
 def test_wrong_shapes_and_configurations_are_named():
     """Catches errors that come from deep inside torch, or not at all."""
-    model = make()
-    video, text = sample()
+    model, (video, text), x = make(), sample(), torch.randn(1, 6, 9, 4)
+    whole = dict(placement='none')
     for call, words in (
-            (lambda: model(video[:, :, :, :8], text), r'video must be \(B, T, 3, 16, 16\), got'),
+            (lambda: model(video[..., :8], text), r'video must be \(B, T, 3, 16, 16\), got'),
             (lambda: model(video, text[0]), r'text must be \(B, Q, L\), got'),
             (lambda: make('every'), 'placement must be one of'),
+            (lambda: make(routing='best'), 'routing must be one of'),
             (lambda: make(keep_ratio=0.0), 'keep_ratio must be above 0'),
             (lambda: make(patch_size=5), 'patch_size must be a multiple of 4'),
             (lambda: make(dim=30, n_head=4), 'channels per head'),
             (lambda: make(vocab=['a', 'b']), 'the vocabulary starts with'),
-            (lambda: mv.Router(4)(torch.randn(1, 7, 4), 2, 0.5), '7 tokens do not divide')):
+            (lambda: make(gate='none'), 'without a gradient'),
+            (lambda: make(window=2), 'window is a number of frames'),
+            (lambda: make(streaming=True, routing='sequence'), 'looks at the whole clip'),
+            (lambda: make(**whole, retain_ratio=0.0), 'retain_ratio must be above 0'),
+            (lambda: make(**whole, reduction='vq', codes=0), 'codes must be at least 1'),
+            (lambda: make(**whole, inner_layer=4), 'inner_layer must be from 0 to 3, got 4'),
+            (lambda: make(**whole, reduction='uniform', budget=15), 'holds no frame'),
+            (lambda: make(**whole, reduction='vq', streaming=True), 'for whole clips'),
+            (lambda: make(**whole, reduction='vq', inner_layer=1), 'for whole clips'),
+            (lambda: make(**whole, encoder='tempme', reduction='holitom'), "reduction 'none' alone"),
+            (lambda: make(**whole, encoder='tempme', streaming=True), 'whole clip'),
+            (lambda: make(**whole, encoder='tempme', merge_cross=1.0), 'below 1'),
+            (lambda: next(iter(model.stream([(video[:, 0], None)]))), 'not made for streams'),
+            (lambda: streamer()(video, text), 'one line of text'),
+            (lambda: mv.init_from(make('all', n_layer=3), model), 'another n_layer: 4, wanted 3'),
+            (lambda: mv.count_flops(make(**whole, reduction='tome'), video.shape, 5), 'wanted aux'),
+            (lambda: mv.Router(4)(torch.randn(1, 7, 4), 2, 0.5), '7 tokens do not divide'),
+            (lambda: mv.choose_mod_layers(torch.ones(3), 3), 'num_dense must be 0 to 2, got 3'),
+            (lambda: mv.holitom(x * float('nan'), x[..., 0]), 'NaN'),
+            (lambda: mv.holitom(x, x[..., 0], -0.1), 'retain_ratio'),
+            (lambda: mv.kmeans(x[0], 2, metric='l1'), "got 'l1'"),
+            (lambda: mv.FrameSelector(32, 2, 7), 'too small for 8 frames'),
+            (lambda: mv.TempMeEncoder(32, 3, 2, 16, 4, frames=4)(sample(T=3)[0]), 'clips of 4 frames, got 3'),
+            (lambda: mv.draw_tokens(video[0], mv.pack(torch.ones(1, 30, dtype=torch.bool))), 'square grid')):
         with pytest.raises(ValueError, match=words):
             call()
 
@@ -2166,6 +2151,7 @@ TINY = ['--preset', 'tiny', '--batch', '4', '--device', 'cpu']
 @pytest.fixture(autouse=True)
 def few_clips(monkeypatch):
     monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 16)
+    monkeypatch.setattr(train_tiny, 'ROUNDS', 1)
     monkeypatch.setattr(train_tiny, 'FIND_CLIPS', 32)
 
 
@@ -2262,7 +2248,7 @@ def test_ask_answers_in_words(trained, capsys):
 
 def test_bench_prints_ratios(capsys, monkeypatch):
     """Catches a bench that does not compare, and a long stream whose cache grows."""
-    monkeypatch.setattr(train_tiny, 'ROUNDS', 1)
+    monkeypatch.setattr(train_tiny, 'PLACEMENTS', ['all', 'all-deep'])
     monkeypatch.setattr(train_tiny, 'LONG_STREAM', 205)
     assert train_tiny.main([*TINY, '--bench']) == 0
     out = capsys.readouterr().out
@@ -2295,6 +2281,52 @@ def test_timing_scores_by_hand():
     scores = train_tiny.timing_scores(spoke, should)
     assert scores['time_diff'] == (1 + 0 + 3) / 3 and scores['spoken'] == pytest.approx(1 / 3)
     assert scores['silence'] == pytest.approx(8 / 9)
+
+
+def test_evaluation_by_hand():
+    """Catches balanced scores that weigh by frequency, a blind score that sees its clip, chance of a rare answer."""
+    answers = torch.tensor([[2, 4], [2, 5], [2, 5], [3, 5]])                 # (clips, kinds)
+    video = torch.tensor([2.0, 2, 3, 3])[:, None, None, None, None].expand(-1, 1, 3, 1, 1)
+
+    class Data:
+        kinds = ['colour', 'count']
+
+        def batch(self, *_):
+            targets = torch.stack([torch.full_like(answers, -1), answers], -1)         # (B, Q, L)
+            return shapes.Batch(video, targets.clamp(min=2), targets, torch.arange(2).expand(4, 2))
+
+    class Seer(nn.Module):
+        def forward(self, video, text, asked):                               # colours it sees, counts are always 4
+            words = torch.stack([video[:, 0, 0, 0, 0].long(), torch.full((len(video),), 4)], 1)
+            return (F.one_hot(words, 6)[:, :, None].expand(-1, -1, 2, -1).float(),)
+
+    s = train_tiny.Settings(batch=3, device='cpu')
+    scores = train_tiny.evaluate(Seer(), Data(), 'test', s, torch.no_grad, clips=4)
+    assert scores['accuracy_by_type'] == {'colour': 0.75, 'count': 0.25} and scores['accuracy'] == 0.5
+    assert scores['balanced_accuracy_by_type'] == pytest.approx({'colour': (2 / 3 + 1) / 2, 'count': 0.5})
+    assert scores['blind_by_type'] == {'colour': 0.25, 'count': 0.25} and scores['blind_accuracy'] == 0.25
+    assert scores['chance_by_type'] == {'colour': 0.75, 'count': 0.75} and scores['chance'] == 0.75
+
+
+def test_twins_are_told_apart_by_hand():
+    """Catches directions counted as orders of events, a clip compared with its twin's score in place of its own."""
+    turned = torch.arange(32) % 2 == 0                                       # pair i is rows i and i + 32
+
+    class Data:
+        def captions(self, *_):
+            return shapes.Captions(torch.eye(64), torch.arange(64)[:, None] + 2, turned.repeat(2))
+
+    class Finder(nn.Module):
+        encode_video = lambda self, video: video
+
+        def encode_text(self, text):
+            x = torch.eye(64)[text[:, 0] - 2]
+            return x.where((text % 2 == 0), x.roll(32, 1))                   # of odd pairs it takes the twin
+
+    s = train_tiny.Settings(recipe='retrieval', device='cpu')
+    scores = train_tiny.evaluate_retrieval(Finder(), Data(), 'test', s, torch.no_grad, 8)
+    assert scores['direction_pairs'] == 1 and scores['order_pairs'] == 0 and scores['clips'] == 8
+    assert scores['recall']['sentence to clip']['R@1'] == 50 and scores['accuracy'] == 0.5
 
 
 @pytest.fixture(scope='module')
@@ -2346,17 +2378,14 @@ def test_gamma_recipe_converts_a_dense_run(tmp_path, capsys):
     assert 'that model is not dense' in capsys.readouterr().err
 
 
-def test_recipes_that_merge_and_select(trained, tmp_path, capsys, monkeypatch):
+def test_recipes_that_merge_and_select(trained, tmp_path, capsys):
     """Catches recipes that do not run, a conversion without training that trains, costs of dense."""
-    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 16)
     dense = tmp_path / 'dense'
     assert train_tiny.main([*TINY, '--recipe', 'dense', '--steps', '2', '--out', str(dense)]) == 0
     for recipe, more in (('holitom', ['--init-from', str(dense), '--retain-ratio', '0.5', '--inner-layer', '1']),
                          ('bvllm', ['--steps', '2', '--budget', '16']),
                          ('holitom', ['--steps', '1', '--placement', 'all', '--inner-layer', '1']),
-                         ('pool', ['--steps', '1', '--budget', '12']),
-                         ('vqtoken', ['--steps', '1', '--codes', '8', '--placement', '0,1']),
-                         ('vqtoken', ['--steps', '1', '--codes', 'adaptive'])):
+                         ('vqtoken', ['--steps', '1', '--codes', '8', '--placement', '0,1'])):
         run = tmp_path / '-'.join([recipe, *more]).replace('/', '')[-60:]
         assert train_tiny.main([*TINY, '--recipe', recipe, '--out', str(run), *more]) == 0
         result = json.loads((run / 'result.json').read_text())
@@ -2368,6 +2397,8 @@ def test_recipes_that_merge_and_select(trained, tmp_path, capsys, monkeypatch):
             assert all(torch.equal(a[k], b[k]) for k in a) and result['steps'] == 0
             assert train_tiny.main(['--resume', str(run)]) == 2                # and keeps them
             assert train_tiny.main(['--resume', str(run), '--steps', '2']) == 0
+    s = train_tiny.parse([*TINY, '--recipe', 'vqtoken', '--frames', '4', '--codes', 'adaptive'])
+    assert train_tiny.build_model(s, VOCAB).config.codes == 0
     capsys.readouterr()
     assert train_tiny.main([*TINY, '--recipe', 'vq', '--steps', '2', '--codes', '32',
                             '--out', str(tmp_path / 'vq')]) == 0
@@ -2464,6 +2495,33 @@ def bad_folders(tmp_path):
     yield ['--data', str(tmp_path / 'bare')], 'holds no clips.jsonl'
 
 
+BAD_FLAGS = [
+    (['--recipe', 'best'], "invalid choice: 'best'"), (['--stepz', '3'], 'unrecognized arguments: --stepz 3'),
+    (['--steps', 'many'], "invalid int value: 'many'"), (['--steps', '-1'], '--steps must be at least 0'),
+    (['--keep-ratio', '0'], 'keep_ratio must be above 0'), (['--grid', '4'], '--grid wants COLUMNSxROWS'),
+    (['--placement', '1,7'], 'there are 3 layers'), (['--theta', '2'], '--theta must be between'),
+    (['--placement', 'sometimes'], 'placement must be one of'), (['--gate', 'none'], 'without a gradient'),
+    (['--window', '2'], 'window is a number'), (['--seed', '9' * 20], 'below 2**63'),
+    (['--budget', '4'], '--budget goes with --recipe bvllm'),
+    (['--recipe', 'vq', '--inner-layer', '1'], '--inner-layer goes with'),
+    (['--seeds', '2'], '--seeds goes with --compare'), (['--blind', '--batch', '1'], '--blind shows'),
+    (['--study', '--bench'], 'do not go together'), (['--bench', '--placement', 'all'], 'compares several'),
+    (['--recipe', 'holitom', '--gate', 'zero'], 'no layer of this model routes'),
+    (['--recipe', 'gamma', '--keep-ratio', '0.3'], '--skip-ratio decides'),
+    (['--recipe', 'tempme', '--encoder', 'plain'], 'sets --encoder'),
+    (['--recipe', 'frames', '--encoder', 'tempme'], 'nothing to merge'),
+    (['--recipe', 'retrieval', '--gate', 'zero'], '--gate does not go with'),
+    (['--question', 'x', 'how many shapes'], 'wants the number of a frame'),
+    (['--question', '2', 'how many shapes'], '--question goes with --stream'),
+    (['--codes', '0'], '--codes wants a number'),
+    (['--recipe', 'vq', '--codes', 'adaptive'], 'goes with --recipe vqtoken'),
+    (['--recipe', 'vq', '--codes', 'all'], 'wants a number'), (['--inner-layer', '1'], '--inner-layer goes with'),
+    (['--gate', 'best'], 'invalid choice'),
+    (['--recipe', 'dense', '--placement', 'all'], '--placement does not go with'),
+    (['--placement', 'interleaved-deep'], 'routes no layer'), (['--lr', 'nan'], '--lr must be'),
+    (['--device', 'cuda'], 'this machine has none')]
+
+
 def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
     """Catches tracebacks, silence, and run folders left behind by a run that could not start."""
     (tmp_path / 'frames').mkdir()
@@ -2474,48 +2532,22 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
     (tmp_path / 'broken/config.json').write_text('{}')
     Image.new('RGB', (32, 32)).save(tmp_path / 'still.png')
     ask = lambda clip, question: ['--out', str(trained), '--ask', str(clip), question]
-    natural = ROOT / 'data/natural/cockatoo.webp'
-    cases = [*bad_folders(tmp_path),
-             (['--recipe', 'best'], "invalid choice: 'best'"),
-             (['--stepz', '3'], 'unrecognized arguments: --stepz 3'),
-             (['--steps', 'many'], "invalid int value: 'many'"),
-             (['--steps', '-1'], '--steps must be at least 0'),
-             (['--keep-ratio', '0'], 'keep_ratio must be above 0'),
-             (['--grid', '4'], '--grid wants COLUMNSxROWS'),
-             (['--placement', '1,7'], 'there are 3 layers'), (['--theta', '2'], '--theta must be between'),
-             (['--placement', 'sometimes'], 'placement must be one of'),
-             (['--gate', 'none'], 'without a gradient'), (['--window', '2'], 'window is a number'),
-             (['--seed', '9' * 20], 'below 2**63'), (['--budget', '4'], '--budget goes with --recipe bvllm'),
-             (['--recipe', 'vq', '--inner-layer', '1'], '--inner-layer goes with'),
-             (['--seeds', '2'], '--seeds goes with --compare'), (['--blind', '--batch', '1'], '--blind shows'),
-             (['--study', '--bench'], 'do not go together'), (['--bench', '--placement', 'all'], 'compares several'),
-             (['--recipe', 'holitom', '--gate', 'zero'], 'no layer of this model routes'),
-             (['--recipe', 'gamma', '--keep-ratio', '0.3'], '--skip-ratio decides'),
-             (['--recipe', 'tempme', '--encoder', 'plain'], 'sets --encoder'),
-             (['--recipe', 'frames', '--encoder', 'tempme'], 'nothing to merge'),
-             (['--recipe', 'retrieval', '--gate', 'zero'], '--gate does not go with'),
+    natural, before = ROOT / 'data/natural/cockatoo.webp', (trained / 'config.json').read_text()
+    cases = [*bad_folders(tmp_path), *BAD_FLAGS,
              (['--recipe', 'gamma', '--init-from', str(tmp_path / 'no')], 'does not exist'),
              (['--recipe', 'gamma', '--skip-ratio', '0.9', '--init-from', str(trained)], 'not dense'),
              (['--recipe', 'stream', '--data', str(tmp_path / 'one')], 'questions about whole clips'),
-             (['--question', 'x', 'how many shapes'], 'wants the number of a frame'),
-             (['--question', '2', 'how many shapes'], '--question goes with --stream'),
-             (['--codes', '0'], '--codes wants a number'),
-             (['--inner-layer', '1'], '--inner-layer goes with'), (['--gate', 'best'], 'invalid choice'),
-             (['--recipe', 'dense', '--placement', 'all'], '--placement does not go with'),
-             (['--placement', 'interleaved-deep'], 'routes no layer'), (['--lr', 'nan'], '--lr must be'),
-             (['--device', 'cuda'], 'this machine has none'),
+             (['--resume', str(trained), '--keep-ratio', '0.5', '--steps', '14'], 'another configuration'),
+             (['--resume', str(trained), '--steps', '5'], 'already has 12 steps'),
              (['--resume', str(tmp_path / 'no')], 'does not exist'),
              (['--resume', str(trained)], 'already has 12 steps'),
              (['--resume', str(tmp_path / 'broken')], 'is not the configuration of a run'),
              (['--out', str(tmp_path / 'full')], 'exists; name another folder'),
-             (ask(natural, 'what shpe is red'), "'shpe' (nearest known: shape"),
-             (ask(natural, '?'), 'has no words'),
+             (ask(natural, 'what shpe is red'), "'shpe' (nearest known: shape"), (ask(natural, '?'), 'has no words'),
              (ask(tmp_path / 'frames', 'what shape is red'), 'the folder holds no image'),
              (ask(tmp_path / 'none.gif', 'what shape is red'), 'no such file'),
-             (['--grid', '3x3', *ask(tmp_path / 'still.png', 'what shape is red')],
-              'does not divide into 3x3'),
-             (['--out', str(tmp_path / 'broken'), '--ask', str(natural), 'red'],
-              'is not a checkpoint of this model'),
+             (['--grid', '3x3', *ask(tmp_path / 'still.png', 'what shape is red')], 'does not divide into 3x3'),
+             (['--out', str(tmp_path / 'broken'), '--ask', str(natural), 'red'], 'is not a checkpoint of this model'),
              (['--out', str(tmp_path / 'nowhere'), '--ask', str(natural), 'red'], 'does not exist')]
     if torch.cuda.is_available():
         cases = [c for c in cases if 'cuda' not in c[0]]
@@ -2533,22 +2565,7 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, capsys):
         assert len(message.splitlines()) == 1 and 'Traceback' not in message, message
         assert not (tmp_path / 'never').exists(), args
     assert (tmp_path / 'full/notes.txt').read_text() == 'mine'
-
-
-def test_codes_for_a_learned_codebook_are_a_number(tmp_path, capsys):
-    """Catches an 'adaptive' size of something that has to be stored."""
-    for codes, words in (('adaptive', 'goes with --recipe vqtoken'), ('all', 'wants a number')):
-        assert train_tiny.main(['--recipe', 'vq', '--codes', codes, '--out', str(tmp_path / 'x')]) == 2
-        assert words in capsys.readouterr().err and not (tmp_path / 'x').exists()
-
-
-def test_resuming_with_another_configuration_is_refused(trained, capsys):
-    """Catches weights loaded into a model of another shape or routing."""
-    assert train_tiny.main(['--resume', str(trained), '--keep-ratio', '0.5', '--steps', '14']) == 2
-    assert 'was trained with another configuration' in capsys.readouterr().err
-    before = (trained / 'config.json').read_text()
-    assert train_tiny.main(['--resume', str(trained), '--steps', '5']) == 2
-    assert (trained / 'config.json').read_text() == before          # a refused resume changes nothing
+    assert (trained / 'config.json').read_text() == before                     # a refused resume changes nothing
 
 
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path, monkeypatch, capsys):
@@ -2591,7 +2608,6 @@ def test_dense_recipe_and_clip_folders_train(tmp_path):
 def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, monkeypatch):
     """Catches rows trained twice, a command that gives another number, tables without a row or a claim."""
     monkeypatch.setattr(train_tiny, 'ROUNDS', 3)
-    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 32)
     folder = tmp_path / 'compare'
     args = ['--compare', '--preset', 'tiny', '--device', 'cpu', '--steps', '5', '--out', str(folder), '--seeds', '2']
     assert train_tiny.main([*args, '--recipes', 'mod-all']) == 0
@@ -2622,7 +2638,6 @@ def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, monkey
 def test_a_comparison_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     """Catches an interrupted row that is trained from its start, taken for finished, or stuck behind its last
     step; a folder with other files in it that is emptied."""
-    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 32)
     s = train_tiny.parse(['--compare', '--preset', 'tiny', '--device', 'cpu', '--steps', '10'])
     whole, command = train_tiny.run_row(s, 'dense', 0, tmp_path / 'whole')
     assert command.startswith('python train_tiny.py --recipe dense --preset tiny --seed 0')
@@ -2752,10 +2767,11 @@ class Cut(ast.NodeTransformer):
 @pytest.mark.parametrize('unit', UNITS)
 def test_every_unit_can_be_deleted(unit):
     """Catches methods that hold on to each other: each goes with the `if`s that call it, the rest trains."""
-    source = (ROOT / 'modvideo.py').read_text()
-    tree = ast.fix_missing_locations(Cut(*UNITS[unit]).visit(ast.parse(source)))
+    tree, names = ast.parse((ROOT / 'modvideo.py').read_text()), set(UNITS[unit][0].split())
+    assert names <= {getattr(node, 'name', None) for node in ast.walk(tree)}, 'a name that is not there any more'
+    tree = ast.fix_missing_locations(Cut(*UNITS[unit]).visit(tree))
     used = {getattr(node, 'id', getattr(node, 'attr', None)) for node in ast.walk(tree)}
-    assert not used & set(UNITS[unit][0].split()) and len(ast.unparse(tree)) < len(ast.unparse(ast.parse(source)))
+    assert not used & names
     left = {'__name__': 'left'}
     exec(compile(tree, 'left', 'exec'), left)
     config = left['ModVideoConfig'](**left['PRESETS']['tiny'], vocab=VOCAB, placement='all')

@@ -95,6 +95,11 @@ PAD, EOS, IGNORE = 0, 1, -1  # '<pad>', '<eos>' in every vocabulary; the target 
 # 'frame': a router in each layer, the best of every frame. 'sequence': one router for all layers, the
 # best of the clip. 'random', 'uniform': as many of every frame, without a router.
 ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
+GATES = {                                   # from the score r to the factor of a token's update
+    'raposo': lambda r: r,
+    'gamma': torch.sigmoid,      # of the MLP alone; a softmax over two scores, written as one score
+    'zero': lambda r: 1 + 0.2 * r.tanh(),   # w = 0 at first: a converted dense model is as it was
+    'none': torch.ones_like}
 # Before the decoder: 'holitom' merges, 'bvllm' selects by the question, 'vqtoken' clusters a clip, 'vq'
 # replaces each token by a code. Baselines: 'uniform' keeps whole frames, evenly spaced, 'prune' the most
 # looked-at tokens, 'tome' merges in pairs, 'pool' averages over a grid.
@@ -1383,7 +1388,7 @@ class FrameSelector(nn.Module):
 # frame by frame: it looks across one frame and never at a later one, so training, prefill and
 # streaming choose alike. gamma-MoD chooses among a whole clip (offline use only), with one router
 # for all layers and for text, in the layers of a trained model whose attention has the lowest rank.
-# needs sections 2, 3; MoDBlock works around any block that returns its update
+# needs sections 1 (`GATES`), 2, 3; MoDBlock works around any block that returns its update
 # --------------------------------------------------------------------------------------------------
 
 def mod_layers(placement: str, depth: int) -> list:
@@ -1432,13 +1437,6 @@ def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> T
     rank = score.view(B, group, -1).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
     start = torch.arange(group, device=score.device) * (N // group)            # (group,) first of each
     return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)
-
-
-GATES = {                                   # from the score r to the factor of a token's update
-    'raposo': lambda r: r,
-    'gamma': torch.sigmoid,      # of the MLP alone; a softmax over two scores, written as one score
-    'zero': lambda r: 1 + 0.2 * r.tanh(),   # w = 0 at first: a converted dense model is as it was
-    'none': torch.ones_like}
 
 
 def select_ragged(score: Tensor, frame: Tensor, ratio: float) -> Tensor:

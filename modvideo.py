@@ -1213,16 +1213,21 @@ class TempMeEncoder(VisionEncoder):
                 x, size, *merged = image_block(block, x, size, step.inner, c)
             for reduction in merged:
                 slot = slot if reduction is None else reduction.assign.gather(1, slot)
-        x, n, clips = self.norm(x), x.size(1), len(x) // B                     # (B*F, n, C)
-        summaries = x[:, :c].reshape(B, T, -1)
-        slot = (slot + n * (torch.arange(len(slot), device=device) % clips)[:, None]).view(B, T * P)
-        # Into ascending position: a slot stands at its first patch, a summary where its frame begins.
+        return self.by_position(self.norm(x), slot, B, T, c)
+
+    def by_position(self, x: Tensor, slot: Tensor, B: int, T: int, c: int):
+        """Clips x (B*F, n, C), c summaries in front, and the slot of each patch (B*F, T*P/F) -> as forward.
+
+        A slot stands at its first patch, a summary where its frame begins.
+        """
+        n, clips, device = x.size(1), len(x) // B, x.device
+        slot = (slot + n * (torch.arange(len(slot), device=device) % clips)[:, None]).view(B, -1)  # (B, T*P)
         front = torch.arange(clips * n, device=device) % n < c                 # (F*n,) summaries
         stand = first_members(slot, clips * n)                                 # (B, F*n)
-        stand[:, front] = P * torch.arange(T, device=device)
+        stand[:, front] = slot.size(1) // T * torch.arange(T, device=device)
         stand, order = stand.sort(dim=1, stable=True)                          # (B, M)
         tokens = x.reshape(B, clips * n, -1).take_along_dim(order[..., None], 1)
-        return tokens, summaries, mean_of(order.argsort(1).gather(1, slot), stand)
+        return tokens, x[:, :c].reshape(B, T, -1), mean_of(order.argsort(1).gather(1, slot), stand)
 
 
 class LoRA(nn.Module):
@@ -1348,23 +1353,27 @@ class FrameSelector(nn.Module):
         if self.hard:                                                # straight-through: one frame each
             one = F.one_hot(selector.argmax(-1), T).to(selector.dtype)
             selector = one + selector - selector.detach()
-        kept = merge_duplicates(selector.detach())
-        k = int(kept.mask.sum(1).max())                      # waits for the device: how many differ
-        mixed = reduce_tokens(selector, kept)[:, :k]                           # (B, k, T)
-        frame = mixed.argmax(-1).masked_fill(~kept.mask[:, :k], T)             # (B, k) the strongest
-        frame, order = frame.sort(dim=1, stable=True)                          # in time, padding last
-        mixed = mixed.take_along_dim(order[..., None], 1)
-        mixed = (mixed.to(x.dtype) @ x.flatten(2)).view(-1, P, C)              # (B * k, P, C)
-        real = frame < T                                                       # (B, k)
+        shares, frame = self.distinct(selector)                                # (B, k, T), (B, k)
+        mixed = (shares.to(x.dtype) @ x.flatten(2)).view(-1, P, C)             # (B * k, P, C)
+        k, real = frame.size(1), frame < T                                     # (B, k)
         words, known = words.repeat_interleave(k, 0), known.repeat_interleave(k, 0)
-        shares = self.ask(1, self.token_queries, words, known, mixed) / self.temperature
-        tokens = shares.softmax(-1).to(x.dtype) @ mixed                        # (B * k, n, C)
+        wish = self.ask(1, self.token_queries, words, known, mixed) / self.temperature
+        tokens = wish.softmax(-1).to(x.dtype) @ mixed                          # (B * k, n, C)
         tokens, mask = self.to_budget(tokens, real)                            # (B * k, m, C), (B * k, m)
         m = tokens.size(1)
         place = frame.clamp(max=T - 1)[..., None] * P + torch.arange(m, device=x.device).clamp(max=P - 1)
         slots = pack(mask.view(B, k * m))
         position = look_up(place.flatten(1), slots.position, NEVER)            # (B, M)
         return reduce_tokens(tokens.reshape(B, k * m, C), slots), position, selector
+
+    def distinct(self, selector: Tensor):
+        """(B, K, T) -> the k of them that differ (B, k, T), in order of their strongest frame (B, k); T at padding."""
+        kept = merge_duplicates(selector.detach())
+        k = int(kept.mask.sum(1).max())                      # waits for the device: how many differ
+        shares = reduce_tokens(selector, kept)[:, :k]
+        frame = shares.argmax(-1).masked_fill(~kept.mask[:, :k], selector.size(2))
+        frame, order = frame.sort(dim=1, stable=True)
+        return shares.take_along_dim(order[..., None], 1), frame
 
     def to_budget(self, tokens: Tensor, real: Tensor):
         """Merge each frame's tokens (B * k, n, C) down to budget // frames, by ToMe with sizes.

@@ -939,11 +939,11 @@ def test_decisions_are_float32_under_autocast():
     """Catches selecting, merging and clustering by bfloat16, which differ between batch sizes and machines."""
     x, saliency = moving_clip(P=64, C=32)
     flat, vision, router = x.flatten(1, 2), torch.ones(3, 384, dtype=torch.bool), mv.Router(32)
-    quantizer = mv.VectorQuantizer(200, 32)
+    quantizer, noise = mv.VectorQuantizer(200, 32), torch.randn(20, 60, 16)
     for decide in (lambda: router(flat, 6, 0.25), lambda: mv.bipartite_soft_matching(flat, 90),
                    lambda: mv.holitom(x, saliency, 0.4), lambda: mv.holitom_inner(flat, saliency.flatten(1), vision),
                    lambda: mv.merge_duplicates(flat.softmax(-1)), lambda: mv.dpc_knn(flat, 60),
-                   lambda: mv.kmeans(flat, 60), lambda: mv.select_k(flat, 2, 4), lambda: quantizer.eval()(flat[0])[:2],
+                   lambda: mv.kmeans(flat, 60), lambda: mv.select_k(noise, 4, 32), lambda: quantizer.eval()(flat[0])[:2],
                    lambda: [mv.silhouette(flat, torch.arange(384).expand(3, -1) % 7, 7)]):
         with torch.autocast('cpu', torch.bfloat16):
             inside = decide()

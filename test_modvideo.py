@@ -943,7 +943,8 @@ def test_decisions_are_float32_under_autocast():
     for decide in (lambda: router(flat, 6, 0.25), lambda: mv.bipartite_soft_matching(flat, 90),
                    lambda: mv.holitom(x, saliency, 0.4), lambda: mv.holitom_inner(flat, saliency.flatten(1), vision),
                    lambda: mv.merge_duplicates(flat.softmax(-1)), lambda: mv.dpc_knn(flat, 60),
-                   lambda: mv.kmeans(flat, 60), lambda: mv.select_k(noise, 4, 32), lambda: quantizer.eval()(flat[0])[:2],
+                   lambda: mv.kmeans(flat, 60), lambda: mv.select_k(noise, 4, 32),
+                   lambda: quantizer.eval()(flat[0])[:2],
                    lambda: [mv.silhouette(flat, torch.arange(384).expand(3, -1) % 7, 7)]):
         with torch.autocast('cpu', torch.bfloat16):
             inside = decide()

@@ -1428,7 +1428,7 @@ def cache_bytes(model, video) -> int:
 
 
 @torch.no_grad()
-def answer_times(models: dict, batch, seconds, autocast, words: int = 32) -> dict:
+def answer_times(models: dict, batch, seconds, autocast, words: int, rounds: int) -> dict:
     """Seconds until the first token is known, and for `words` more, of models in turn: {name: (first, rest)}.
 
     Without a word to say, generate reads the clip and the question; the head's one product is left out.
@@ -1440,7 +1440,7 @@ def answer_times(models: dict, batch, seconds, autocast, words: int = 32) -> dic
         with autocast():
             model.generate(batch.video, batch.text[:, :1], n)
     times = in_turn(seconds, {(name, n): (lambda model=model, n=n: answer(model, n))
-                              for name, model in models.items() for n in (0, words)}, ROUNDS // 2)
+                              for name, model in models.items() for n in (0, words)}, rounds)
     return {name: (statistics.median(times[name, 0]), statistics.median(
         b - a for a, b in zip(times[name, 0], times[name, words]))) for name in models}
 
@@ -1448,7 +1448,7 @@ def answer_times(models: dict, batch, seconds, autocast, words: int = 32) -> dic
 def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
     """Time to the first token of an answer, and speed of the rest, against dense, in turn."""
     models = {'dense': build_model(replace(s, recipe='dense'), data.vocab), s.recipe: build_model(s, data.vocab)}
-    times = answer_times(models, batch, seconds, autocast, words)
+    times = answer_times(models, batch, seconds, autocast, words, ROUNDS // 2)
     for name, (first, rest) in times.items():
         cost = clip_cost(s, models[name], data)
         print(f'{name:8} {1000 * first:8.0f} ms to the first token, {times["dense"][0] / first:.2f} times '
@@ -1635,8 +1635,9 @@ def time_rows(s: Settings, folder: Path, names: list, data, autocast) -> dict:
     batch, words = draw_batch(s, data, 'train', 0, s.batch), 32
     memory = {name: step_memory_mb(s.device, stepper(s, load(name), batch, autocast)) for name in names}
     models = {name: load(name) for name in names}
-    answers = answer_times(models, batch, seconds, autocast, words)            # before steps change them
-    steps = in_turn(seconds, {name: stepper(s, model.train(), batch, autocast) for name, model in models.items()})
+    answers = answer_times(models, batch, seconds, autocast, words, 2 * ROUNDS)    # before steps change them
+    steps = {name: stepper(s, model.train(), batch, autocast) for name, model in models.items()}
+    steps = in_turn(seconds, steps, 2 * ROUNDS)
     rows = {}
     for name, (first, rest) in answers.items():
         step = statistics.median(steps[name])

@@ -1842,22 +1842,25 @@ def write_report(report: dict) -> str:
 
 
 def draw_pareto(rows: dict, path: Path, width: int = 720, height: int = 420):
-    """Accuracy over the measured time to the first token, as a share of dense; the front that nothing beats."""
+    """Accuracy (by the logarithm of the error) over the measured time to the first token, as a share of dense; the
+    front that nothing beats."""
     image = Image.new('RGB', (width, height), 'white')
     draw = ImageDraw.Draw(image)
     points = {name: (row['first_ms'] / rows['dense']['first_ms'], row['accuracy']) for name, row in rows.items()
               if name != 'blind'}
-    low, high = min(y for _, y in points.values()), max(y for _, y in points.values())
+    rise = lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
+    low, high = (f(rise(y) for _, y in points.values()) for f in (min, max))
     left, right = (math.log(f(x for x, _ in points.values())) for f in (min, max))
-    left, right, low = left - 0.05, right + 0.5, low - 0.05 * (high - low) - 1e-3      # room for a label
+    left, right, low, high = left - 0.05, right + 0.5, low - 0.2, high + 0.1           # room for labels
     place = lambda x, y: (50 + (width - 70) * (math.log(x) - left) / (right - left),
-                          20 + (height - 60) * (high - y) / (high - low))
+                          20 + (height - 60) * (high - rise(y)) / (high - low))
+    for y in (0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995):
+        if low < rise(y) < high:
+            draw.line([place(math.exp(left), y), place(math.exp(right), y)], fill='#dddddd')
+            draw.text((4, place(1, y)[1] - 6), f'{y:.1%}', fill='#666666')
     for i in range(5):
-        y = low + (high - low) * i / 4
-        draw.line([place(math.exp(left), y), place(math.exp(right), y)], fill='#dddddd')
-        draw.text((4, place(1, y)[1] - 6), f'{y:.1%}', fill='#666666')
         x = math.exp(left + (right - left) * i / 5)
-        draw.text((place(x, low)[0] - 8, height - 34), f'{x:.2f}', fill='#666666')
+        draw.text((place(x, 0)[0] - 8, height - 34), f'{x:.2f}', fill='#666666')
     front = [p for p in sorted(points.values())
              if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points.values())]
     draw.line([place(*p) for p in front], fill='#d03020', width=2)

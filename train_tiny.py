@@ -78,6 +78,7 @@ FIND_CLIPS = 256      # held-out clips, their sentences all different, that retr
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 ROUNDS = 7            # of a benchmark, behind two to warm up
 LONG_STREAM = 1000    # frames
+WORDS = 32            # of an answer whose speed is measured
 
 
 # --------------------------------------------------------------------------------------------------
@@ -873,15 +874,13 @@ def split_question(text, targets):
 def show_answers(model, data, s: Settings, count: int = 5):
     """Print answers in words, a mistake among them if there is one."""
     batch = data.batch('test', 0, 8, s.device)
-    lines = []
-    for b in range(len(batch.text)):
-        pairs = [split_question(t, w) for t, w in zip(batch.text[b], batch.targets[b])]
-        asked = torch.nn.utils.rnn.pad_sequence(
-            [q for q, _ in pairs], batch_first=True, padding_value=PAD)[None]
-        longest = max(len(a) for _, a in pairs) + 1
-        for pair, said in zip(pairs, model.generate(batch.video[b:b + 1], asked, longest)[0]):
-            question, truth, said = (say(ids, data.vocab) for ids in (*pair, said))
-            lines.append((said == truth, f'  {question}? {said}', truth))
+    pairs = [split_question(*pair) for pair in zip(batch.text.flatten(0, 1), batch.targets.flatten(0, 1))]
+    asked = torch.nn.utils.rnn.pad_sequence([q for q, _ in pairs], batch_first=True, padding_value=PAD)
+    longest, lines = max(len(a) for _, a in pairs) + 1, []
+    answers = model.generate(batch.video, asked.view(*batch.text.shape[:2], -1), longest).flatten(0, 1)
+    for pair, answer in zip(pairs, answers):
+        question, truth, said = (say(ids, data.vocab) for ids in (*pair, answer))
+        lines.append((said == truth, f'  {question}? {said}', truth))
     wrong = [line for line in lines if not line[0]][:1]
     right = [line for line in lines if line[0]]
     right = right[::max(1, len(right) // count)][:count - len(wrong)]
@@ -933,7 +932,7 @@ def draw_clip(model, video, text, path: Path, title: str):
         shown[f'processed by layer {layer}'] = route
     for name, what in shown.items():
         n = int((what.assign >= 0).sum()) if isinstance(what, Reduction) else what.index.size(1)
-        slots = int(what.mask.sum()) if isinstance(what, Reduction) else n
+        slots = len(what.assign[what.assign >= 0].unique()) if isinstance(what, Reduction) else n
         rows.append(label(draw_tokens(video, what, scale=scale), f'{name}: {n} of {T * P} patches'
                           + (f' in {slots} tokens' if slots != n else '')))
         names.append(name)
@@ -1428,8 +1427,8 @@ def cache_bytes(model, video) -> int:
 
 
 @torch.no_grad()
-def answer_times(models: dict, batch, seconds, autocast, words: int, rounds: int) -> dict:
-    """Seconds until the first token is known, and for `words` more, of models in turn: {name: (first, rest)}.
+def answer_times(models: dict, batch, seconds, autocast, rounds: int) -> dict:
+    """Seconds until the first token is known, and for WORDS more, of models in turn: {name: (first, rest)}.
 
     Without a word to say, generate reads the clip and the question; the head's one product is left out.
     """
@@ -1440,19 +1439,19 @@ def answer_times(models: dict, batch, seconds, autocast, words: int, rounds: int
         with autocast():
             model.generate(batch.video, batch.text[:, :1], n)
     times = in_turn(seconds, {(name, n): (lambda model=model, n=n: answer(model, n))
-                              for name, model in models.items() for n in (0, words)}, rounds)
+                              for name, model in models.items() for n in (0, WORDS)}, rounds)
     return {name: (statistics.median(times[name, 0]), statistics.median(
-        b - a for a, b in zip(times[name, 0], times[name, words]))) for name in models}
+        b - a for a, b in zip(times[name, 0], times[name, WORDS]))) for name in models}
 
 
-def bench_answers(s: Settings, data, batch, seconds, autocast, words: int = 32):
+def bench_answers(s: Settings, data, batch, seconds, autocast):
     """Time to the first token of an answer, and speed of the rest, against dense, in turn."""
     models = {'dense': build_model(replace(s, recipe='dense'), data.vocab), s.recipe: build_model(s, data.vocab)}
-    times = answer_times(models, batch, seconds, autocast, words, ROUNDS // 2)
+    times = answer_times(models, batch, seconds, autocast, ROUNDS // 2)
     for name, (first, rest) in times.items():
         cost = clip_cost(s, models[name], data)
         print(f'{name:8} {1000 * first:8.0f} ms to the first token, {times["dense"][0] / first:.2f} times '
-              f'as fast as dense; {len(batch.text) * words / rest:8.1f} tokens/s, '
+              f'as fast as dense; {len(batch.text) * WORDS / rest:8.1f} tokens/s, '
               f'{times["dense"][1] / rest:.2f} times; vision tokens by layer {cost["vision_by_layer"]}, '
               f'{cost["gflops"]:.2f} GFLOPs a clip, {cost["paper_share"]:.1%} of the decoder by the papers\' formula')
 
@@ -1632,17 +1631,17 @@ def time_rows(s: Settings, folder: Path, names: list, data, autocast) -> dict:
     """Training step, answers and memory of the trained models of one seed, in turn: medians."""
     _, seconds = clock(s.device)
     load = lambda name: load_checkpoint(folder / name / 'ckpt.pt', s.device)[0]
-    batch, words = draw_batch(s, data, 'train', 0, s.batch), 32
+    batch = draw_batch(s, data, 'train', 0, s.batch)
     memory = {name: step_memory_mb(s.device, stepper(s, load(name), batch, autocast)) for name in names}
     models = {name: load(name) for name in names}
-    answers = answer_times(models, batch, seconds, autocast, words, 2 * ROUNDS)    # before steps change them
+    answers = answer_times(models, batch, seconds, autocast, 2 * ROUNDS)           # before steps change them
     steps = {name: stepper(s, model.train(), batch, autocast) for name, model in models.items()}
     steps = in_turn(seconds, steps, 2 * ROUNDS)
     rows = {}
     for name, (first, rest) in answers.items():
         step = statistics.median(steps[name])
         rows[name] = dict(step_ms=1000 * step, clips_per_s=s.batch / step, memory_mb=memory[name],
-                          first_ms=1000 * first, tokens_per_s=words * s.batch / rest)
+                          first_ms=1000 * first, tokens_per_s=WORDS * s.batch / rest)
     return rows
 
 

@@ -390,11 +390,15 @@ class Reduction(NamedTuple):
     mask: Tensor   # (B, M) bool: False where a sample has fewer slots than the longest of its batch
 
 
+def flat_slots(assign: Tensor, M: int) -> Tensor:
+    """(B, N) slots -> (B*N,) rows of a flat (B, M + 1) table; its last column takes the dropped."""
+    return (assign % (M + 1) + (M + 1) * torch.arange(len(assign), device=assign.device)[:, None]).flatten()
+
+
 def slot_sums(x: Tensor, assign: Tensor, M: int) -> Tensor:
     """The sum of what each of M slots gets: x (B, N, C) or (B, N), assign (B, N) -> (B, M, C) or (B, M)."""
     B = len(x)
-    slot = assign % (M + 1) + (M + 1) * torch.arange(B, device=x.device)[:, None]   # dropped ones: column M
-    table = x.new_zeros(B * (M + 1), *x.shape[2:]).index_add(0, slot.flatten(), x.flatten(0, 1))
+    table = x.new_zeros(B * (M + 1), *x.shape[2:]).index_add(0, flat_slots(assign, M), x.flatten(0, 1))
     return table.unflatten(0, (B, M + 1))[:, :M]
 
 
@@ -411,9 +415,9 @@ def reduce_tokens(x: Tensor, reduction: Reduction) -> Tensor:
 
 def expand(y: Tensor, reduction: Reduction) -> Tensor:
     """Un-merge y (B, M, C) -> (B, N, C): a copy of its slot for each token, zeros for dropped."""
-    (B, M, C), padded = y.shape, F.pad(y, (0, 0, 0, 1))                        # a sample's last row: zeros
-    row = reduction.assign % (M + 1) + (M + 1) * torch.arange(B, device=y.device)[:, None]     # (B, N)
-    return padded.flatten(0, 1).index_select(0, row.flatten()).view(*row.shape, C)
+    padded = F.pad(y, (0, 0, 0, 1)).flatten(0, 1)                  # (B*(M + 1), C) a sample's last row: zeros
+    rows = padded.index_select(0, flat_slots(reduction.assign, y.size(1)))     # (B*N, C)
+    return rows.view(*reduction.assign.shape, y.size(2))
 
 
 def slot_sizes(reduction: Reduction, size: Tensor = None) -> Tensor:
@@ -1671,7 +1675,7 @@ class ModVideo(nn.Module):
         place = torch.arange(T * x.size(2), device=x.device)                   # (N,)
         if c.reduction == 'vq':
             x, index_map, loss = self.quantizer(x)
-            return self.for_questions(x.flatten(1, 2), place, question, Quantized(index_map, loss))
+            return x.flatten(1, 2), place, Quantized(index_map, loss)
         if c.reduction == 'vqtoken':
             tokens, mask, index_map = self.vqtoken(x)                          # (B, K, C), (B, K)
             reduction = from_clusters(index_map.flatten(1), mask.size(1))

@@ -290,8 +290,9 @@ def write_json(path: Path, value: dict):
 
 
 def begin_with(folder: Path, asked: dict):
-    """Note what the runs in a folder are made with. ValueError: they were begun with something else."""
+    """Note what the runs in a folder are made with, --out aside. ValueError: they were begun with something else."""
     path, asked = folder / 'asked.json', json.loads(json.dumps(asked))         # lists, as they are read again
+    asked.pop('out', None)
     before = json.loads(path.read_text()) if path.exists() else asked
     for name, value in asked.items():
         if before.get(name) != value:
@@ -1198,7 +1199,7 @@ def run_tempme(s: Settings):
     if s.data != 'shapes':
         load_data(s)                                            # says why not
     folder = Path(s.out or f'out/tempme-{s.preset}-seed{s.seed}')
-    begin_with(folder, {name: value for name, value in asdict(s).items() if name != 'out'})
+    begin_with(folder, asdict(s))
     runs = {}
     for name, (encoder, rank) in {'frames': ('plain', 0), **stages(s)}.items():
         first = name == 'frames'
@@ -1292,7 +1293,7 @@ def run_ask(s: Settings):
 
 def run_study(s: Settings):
     """gamma-MoD by placement at equal FLOPs: convert one dense model in four ways, train, compare."""
-    asked = {name: value for name, value in asdict(s).items() if name != 'out'}
+    asked = asdict(s)                                          # without what the machine fills in
     pick_machine(s)
     folder = Path(s.out or f'out/study-{s.preset}-seed{s.seed}')
     begin_with(folder, asked)
@@ -1645,7 +1646,7 @@ def time_rows(s: Settings, folder: Path, names: list, data, autocast) -> dict:
     return rows
 
 
-def rows_to_compare(s: Settings, folder: Path) -> list:
+def rows_to_compare(s: Settings, folder: Path, seeds) -> list:
     """The rows that --recipes names, 'dense', with which all begin, and those that are finished already."""
     asked = s.recipes.split(',') if s.recipes else [*COMPARED]
     for name in asked:
@@ -1653,7 +1654,7 @@ def rows_to_compare(s: Settings, folder: Path) -> list:
             raise ValueError(f'--recipes: {name!r} is none of {", ".join(COMPARED)}')
     if s.data != 'shapes':
         asked = [name for name in asked if name != 'retrieval']                # it needs sentences
-    done = lambda name: all((folder / f'seed{s.seed + k}/{name}/result.json').exists() for k in range(s.seeds or 3))
+    done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
     return [name for name in COMPARED if name in ('dense', *asked) or done(name)]
 
 
@@ -1667,7 +1668,7 @@ def run_compare(s: Settings):
     told.preset, told.device = s.preset, s.device
     clips = '' if s.data == 'shapes' else f'-{Path(s.data).name}'
     folder, seeds, rows = Path(s.out or f'out/compare-{s.preset}{clips}'), range(s.seed, s.seed + (s.seeds or 3)), {}
-    names = rows_to_compare(s, folder)
+    names = rows_to_compare(s, folder, seeds)
     begin_with(folder, {name: getattr(told, name) for name in SHARED})
     for seed, name in itertools.product(seeds, names):
         result, command = run_row(told, name, seed, folder)

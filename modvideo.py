@@ -1,222 +1,153 @@
 # SPDX-License-Identifier: MIT-0
-"""modvideo: a small video-language model that spends less on video. One file; the model needs torch
-alone, the pictures numpy and Pillow.
-
-    - a per-frame vision transformer with a convolutional stem, fed frames and frame differences
-    - a GPT-style decoder: pre-norm, RMSNorm, rotary positions, scaled dot-product attention,
-      a cache of keys and values
-    - Mixture-of-Depths (MoD): in chosen layers only the highest-scoring vision tokens of each frame
-      are processed (gathered, scattered back), the others skip the layer for real; text never skips
-    - streams: frames come one by one, words stand between them, the model speaks when it matters;
-      a window keeps speed and memory level, layers cache only the tokens that they processed
-    - gamma-MoD: a trained dense model converted, in the layers whose attention has the lowest rank
-    - fewer vision tokens: HoliTom merges what stands still and keeps what is looked at, without any
-      training, before and inside the decoder; B-VLLM selects frames and tokens by the question;
-      VQToken turns a clip into a dozen cluster means and a map of where they came from
-    - vector quantization with a learned codebook: straight-through, moving averages, revival
-    - an encoder that merges neighbouring frames step by step (TempMe), for the decoder, or to find
-      clips by sentences: two towers, contrastive loss, tuned through a few parameters (LoRA)
-    - one description, `Reduction`, for every way of merging, clustering or dropping tokens
-    - several questions per clip that share the vision tokens and do not see each other
-    - FLOP counts, safe checkpoints, pictures of what was processed
+"""modvideo: a small video-language model that spends less on video. It needs torch; the pictures need Pillow.
 
     video (B, T, 3, height, width)                   text (B, Q, L) word ids
-       |  PatchEmbed, per frame                        |  embedding
-    patches (B*T, P, C)                                |
-       |  VisionEncoder: n blocks, no mask             |      (TempMe: frames merge here)
-    patches (B*T, P, C)                                |
-       |  projector                                    |
-    vision tokens (B, N, C)                            |
-       |  HoliTom, B-VLLM, VQToken: N -> M tokens      |
-    vision tokens (B, N, C) ---- concatenated ---- text tokens (B, Q*L, C)
+       |  encoder, each frame alone                    |  embedding
+    vision tokens (B, T, P, C)                         |
+       |  reducer: N -> M tokens                       |
+    vision tokens (B, M, C) ---- concatenated ---- text tokens (B, Q*L, C)
                                   |
-                      (B, N + Q*L, C)  decoder layer 0      all tokens
-                                  |    decoder layer 1      MoD: K of the N vision tokens, all text
-                                  |    ...                  (others pass unchanged, not attended to)
+                      (B, M + Q*L, C)  decoder layer 0      all tokens
+                                  |    decoder layer 1      MoD: K of the M vision tokens, all text
+                                  |    (stage: M -> fewer)  (others pass unchanged, not attended to)
                                   |    last decoder layer   all tokens
                       logits (B, Q, L, V), loss
 
-Legend, used everywhere:
-    B batch · T frames · P patches of one frame · N = T*P vision tokens before reduction ·
-    M after reduction · Q questions a clip · L text tokens of one question · C channels · H heads ·
-    K clusters, codes or selected tokens · S tokens of any sequence · V words of the vocabulary.
-    Video is float in [0, 1].
+The core, up to the line that says so, runs without anything after it. After it, each method is a class that
+enters itself in a dictionary of the core.
 
-Sections:
-    1 configuration   2 transformer bricks   3 token reduction   4 merging and clustering
-    5 quantization   6 vision encoder   7 frame selection   8 Mixture-of-Depths   9 the model
-    10 accounting   11 save, load, draw
+Legend: B batch · T frames · P patches of one frame · N = T*P vision tokens before reduction · M after it ·
+    Q questions a clip · L text tokens of one question · C channels · H heads · D channels of a head ·
+    K clusters, codes or selected tokens · S tokens of any sequence · V words. Video is float in [0, 1].
 
-Papers:
-    Raposo et al., Mixture-of-Depths, arXiv 2404.02258    the routed update, equation 1
-    Wu et al., VideoLLM-MoD, arXiv 2408.16730             selection per frame, on vision tokens only
-    Chen et al., VideoLLM-online, arXiv 2406.11816        when to speak: the streaming loss
-    Luo et al., gamma-MoD, arXiv 2410.13859               rank of attention, one router for all layers
-    Shao et al., HoliTom, arXiv 2505.21334                segments, static tokens, merging in a layer
-    Bolya et al., ToMe, arXiv 2210.09461                  merging in pairs
-    Lu et al., B-VLLM, arXiv 2412.09919                   frames by the question, a budget of tokens
-    Zhang et al., VQToken, arXiv 2503.16980               a codebook for each clip, an index map
-    Shen et al., TempMe, arXiv 2409.01156                 merging inside the encoder, retrieval
-    Hu et al., LoRA, arXiv 2106.09685                     learning a few directions of a frozen map
-    van den Oord et al., VQ-VAE, arXiv 1711.00937         a learned codebook
+Core: 1 configuration   2 transformer bricks   3 vision encoder   4 Mixture-of-Depths   5 the model
+    6 save, load, draw. Methods: 7 token reduction   8 ToMe   9 HoliTom   10 clusters and codes   11 B-VLLM
+    12 TempMe and retrieval   13 gamma-MoD   14 accounting and optimizer
 
 Usage:
     vocab = ['<pad>', '<eos>', 'what', 'moves']
-    config = ModVideoConfig(**PRESETS['tiny'], vocab=vocab, placement='all')
-    model = ModVideo(config)
+    model = ModVideo(ModVideoConfig(**PRESETS['tiny'], vocab=vocab, placement='all'))
     video = torch.rand(2, 4, 3, 32, 32)                             # (B, T, 3, height, width)
     text = torch.tensor([[[2, 3]], [[2, 3]]])                       # (B, Q, L)
     logits, loss, aux = model(video, text)                          # (2, 1, 2, 4), None, dict
     answer = model.generate(video, text, max_new_tokens=3)          # (2, 1, 3)
     draw_tokens(video[0], aux['routes'][0]).save('tokens.png')      # what layer 0 processed
-    model = ModVideo(ModVideoConfig(**PRESETS['tiny'], vocab=vocab, streaming=True, window=3))
-    for moment in model.stream((frame, None) for frame in video.unbind(1)):
-        print(moment['silence'], moment['said'])                    # (2,) P(silence), ids or None
 
 Left out: distributed training, tokenizers (a word is a token), pretrained weights, dropout.
 """
+import copy
 import functools
+import inspect
 import math
 import os
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# --------------------------------------------------------------------------------------------------
-# 1. Configuration
-# All that decides the model's shape, its vocabulary included, so that a checkpoint explains itself.
+# ---- 1. Configuration --------------------------------------------------------------------------------------
+# All that decides the model's shape, its vocabulary too, so that a checkpoint explains itself. Five parts are
+# chosen by name. A class enters itself in these dictionaries where it is defined; its options are its
+# keyword-only arguments, `name: Annotated[type, 'one line of help'] = default`.
 # stands alone
-# --------------------------------------------------------------------------------------------------
 
-PAD, EOS, IGNORE = 0, 1, -1  # '<pad>', '<eos>' in every vocabulary; the target that the loss skips
-# 'frame': a router in each layer, the best of every frame. 'sequence': one router for all layers, the
-# best of the clip. 'random', 'uniform': as many of every frame, without a router.
-ROUTINGS = ['frame', 'sequence', 'random', 'uniform']
-GATES = {                                   # from the score r to the factor of a token's update
-    'raposo': lambda r: r,
-    'gamma': torch.sigmoid,      # of the MLP alone; a softmax over two scores, written as one score
-    'zero': lambda r: 1 + 0.2 * r.tanh(),   # w = 0 at first: a converted dense model is as it was
-    'none': torch.ones_like}
-# Before the decoder: 'holitom' merges, 'bvllm' selects by the question, 'vqtoken' clusters a clip, 'vq'
-# replaces each token by a code. Baselines: 'uniform' keeps whole frames, evenly spaced, 'prune' the most
-# looked-at tokens, 'tome' merges in pairs, 'pool' averages over a grid.
-REDUCTIONS = ['none', 'holitom', 'bvllm', 'vqtoken', 'vq', 'uniform', 'prune', 'tome', 'pool']
+PAD, EOS, IGNORE = 0, 1, -1     # '<pad>', '<eos>' in every vocabulary; the target that the loss skips
+ENCODERS, REDUCERS, STAGES, ROUTINGS, MODELS = {}, {}, {'none': None}, {}, {}
+PARTS = dict(encoder=ENCODERS, reducer=REDUCERS, stage=STAGES, routing=ROUTINGS, model=MODELS)
 
 GPU = dict(frames=16, frame_size=64, encoder_layers=2, encoder_dim=256, encoder_heads=4, n_layer=8,
-           dim=256, n_head=4, merge_image=0.25, merge_cross=0.4, merge_intra=0.2, tower_layers=6)
+           dim=256, n_head=4)
 PRESETS = {
     'tiny': dict(frames=4, frame_size=32, encoder_layers=1, encoder_dim=64, encoder_heads=2,
                  n_layer=3, dim=64, n_head=2),                                # tests and smoke runs
     'cpu': dict(frames=8, frame_size=32, encoder_layers=1, encoder_dim=96, encoder_heads=3,
-                n_layer=4, dim=96, n_head=3),                                   # 128 vision tokens
+                n_layer=4, dim=96, n_head=3),                                 # 128 vision tokens
     'gpu': GPU,                                                               # 1,024 vision tokens
     'deep': dict(GPU, n_layer=16),
-    'long': dict(GPU, frames=64, frame_size=128),                            # 16,384 vision tokens
+    'long': dict(GPU, frames=64, frame_size=128),                             # 16,384 vision tokens
 }
+
+
+def options_of(part) -> dict:
+    """The options of a class, its keyword-only arguments: name -> inspect.Parameter."""
+    arguments = inspect.signature(part).parameters if part else {}
+    return {name: a for name, a in arguments.items() if a.kind is a.KEYWORD_ONLY}
 
 
 @dataclass
 class ModVideoConfig:
     """The shape of a model. Raises ValueError where fields contradict each other."""
     vocab: list           # the words; id = place in the list; the first two are '<pad>' and '<eos>'
-    # video
-    frames: int = 8                   # T. The model itself takes any number of frames
-    frame_size: int = 32              # height and width in pixels
-    patch_size: int = 8               # P = (frame_size / patch_size)**2
-    # vision encoder
-    encoder_layers: int = 1
-    encoder_dim: int = 96
-    encoder_heads: int = 3
-    encoder: str = 'plain'            # or 'tempme': merges tokens on the way, across frames too
-    merge_image: float = 0.07         # share of a frame's patches that merge in each early layer
-    merge_cross: float = 0.3          # share of all tokens that merge when clips are joined,
-    merge_intra: float = 0.1          # and inside the joined clip, behind attention
-    # retrieval
-    tower_layers: int = 4             # of both towers of a Retriever, as wide as the encoder
-    lora_rank: int = 0                # 0 = everything learns
-    # decoder
-    n_layer: int = 4
-    dim: int = 96                     # C
-    n_head: int = 3                   # H
-    # Mixture-of-Depths
-    placement: str = 'none'           # which layers route: a name that mod_layers knows, or '1,3,4'
-    keep_ratio: float = 0.2   # share of the vision tokens that a routed layer processes, rounded up
-    routing: str = 'frame'            # one of ROUTINGS: who selects, among which tokens
-    gate: str = 'raposo'              # one of GATES: what the router's score makes of an update
-    routing_loss: float = 0.01        # weight of the router's own loss; 'sequence' only
-    # fewer vision tokens
-    reduction: str = 'none'           # one of REDUCTIONS, before the decoder
-    retain_ratio: float = 0.1         # share of them that stays
-    tau: float = 0.8                  # similarity above which a patch stands still
-    inner_layer: int = 0              # decoder layer before which vision tokens merge again, 0 = none
-    inner_ratio: float = 0.5          # share of them that is merged away there
-    budget: int = 32                  # 'bvllm' and the baselines: the most vision tokens of a clip
-    codes: int = 12                   # 'vqtoken': tokens of a clip, 0 = found for each; 'vq': all codes
-    select_frames: int = 8            # 'bvllm': queries that look for frames
-    hard: bool = False                # 'bvllm': a query takes one frame whole in place of a mixture
-    # streaming
-    streaming: bool = False  # text stands between frames, a frame's last token decides about speech
-    window: int = 0                   # frames that a token still sees besides the prompt, 0 = all
-    silence_weight: float = 1.0       # w of the streaming loss
+    frames: Annotated[int, 'frames of a clip; the model itself takes any number'] = 8
+    frame_size: Annotated[int, 'height and width of a frame in pixels'] = 32
+    patch_size: Annotated[int, 'pixels of a side of a patch'] = 8
+    encoder: Annotated[str, 'how frames become tokens'] = 'plain'
+    encoder_layers: Annotated[int, 'layers of the vision encoder'] = 1
+    encoder_dim: Annotated[int, 'channels of the vision encoder'] = 96
+    encoder_heads: Annotated[int, 'attention heads of the vision encoder'] = 3
+    n_layer: Annotated[int, 'layers of the decoder; of retrieval, of both towers'] = 4
+    dim: Annotated[int, 'channels of the decoder'] = 96
+    n_head: Annotated[int, 'attention heads of the decoder'] = 3
+    placement: Annotated[str, 'which layers route: (interleaved, all)[-deep], none, or such as 1,3'] = 'none'
+    keep_ratio: Annotated[float, 'share of the vision tokens that a routed layer processes'] = 0.2
+    routing: Annotated[str, 'who selects: a router for each frame (frame), or another way'] = 'frame'
+    reducer: Annotated[str, 'what makes vision tokens fewer before the decoder'] = 'none'
+    stage: Annotated[str, 'what makes vision tokens fewer inside the decoder'] = 'none'
+    window: Annotated[int, 'frames that a stream remembers besides the prompt, 0 = all'] = 0
+    silence_weight: Annotated[float, 'weight of silent frames in the loss of a stream'] = 1.0
+    streaming: bool = False          # text stands between frames, a frame's last token decides about speech
+    model: str = 'modvideo'
+    options: dict = field(default_factory=dict)          # of the chosen parts: {'gate': 'zero'}
 
     def __post_init__(self):
         if list(self.vocab[:2]) != ['<pad>', '<eos>']:
-            raise ValueError(f'the vocabulary starts with {list(self.vocab[:2])}, '
-                             "wanted ['<pad>', '<eos>']")
+            raise ValueError(f"the vocabulary starts with {list(self.vocab[:2])}, wanted ['<pad>', '<eos>']")
         if self.patch_size % 4 or self.frame_size % self.patch_size:
             raise ValueError('patch_size must be a multiple of 4 that divides frame_size, '
                              f'got patch_size {self.patch_size} and frame_size {self.frame_size}')
-        for dim, heads in ((self.dim, self.n_head), (self.encoder_dim, self.encoder_heads)):
-            if dim % (2 * heads):
-                raise ValueError('channels per head must be even, '
-                                 f'got {dim} channels and {heads} heads')
-        for name in ('keep_ratio', 'retain_ratio'):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f'{name} must be above 0 and at most 1, got {getattr(self, name)}')
-        for name in ('inner_ratio', 'merge_image', 'merge_cross', 'merge_intra'):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f'{name} must be from 0 to below 1, got {getattr(self, name)}')
-        for name, known in (('routing', ROUTINGS), ('gate', GATES), ('reduction', REDUCTIONS),
-                            ('encoder', ['plain', 'tempme'])):
-            if getattr(self, name) not in known:
-                raise ValueError(f'{name} must be one of {", ".join(known)}, '
-                                 f'got {getattr(self, name)!r}')
-        if self.routing == 'frame' and self.gate == 'none':
-            raise ValueError("gate 'none' would leave the routers without a gradient; "
-                             "routing 'frame' wants another gate")
-        if self.routing == 'sequence' and self.streaming:
-            raise ValueError("routing 'sequence' looks at the whole clip, "
-                             'a stream does not have it yet')
-        if self.reduction == 'uniform' and self.budget < self.patches:
-            raise ValueError(f'a budget of {self.budget} tokens holds no frame of {self.patches}')
-        if self.codes < (self.reduction == 'vq') or self.budget < 1:
-            raise ValueError(f'budget and codes must be at least 1, got {self.budget} and {self.codes}')
-        if not 0 <= self.inner_layer < self.n_layer:
-            raise ValueError(f'inner_layer must be from 0 to {self.n_layer - 1}, got {self.inner_layer}')
-        if self.reduction == 'vq' and (self.streaming or self.inner_layer):
-            raise ValueError("reduction 'vq' is for whole clips, without merging inside the decoder")
-        if self.encoder == 'tempme' and self.reduction != 'none':
-            raise ValueError("encoder 'tempme' merges already and goes with reduction 'none' alone, "
-                             f'got {self.reduction!r}')
-        if self.merges and (self.streaming or self.routing != 'frame'):
-            raise ValueError("merging looks at the whole clip and goes with routing 'frame' alone, got "
-                             f'streaming {self.streaming} and routing {self.routing!r}')
+        if not 0 < self.keep_ratio <= 1:
+            raise ValueError(f'keep_ratio must be above 0 and at most 1, got {self.keep_ratio}')
         if self.window < 0 or (self.window and not self.streaming):
-            raise ValueError('window is a number of frames for streaming models, '
-                             f'got {self.window}')
+            raise ValueError(f'window is a number of frames for streaming models, got {self.window}')
+        self.check_options()
+        merges, routing = self.merges, ROUTINGS[self.routing]
+        if self.streaming and (merges or routing.whole_clip):
+            raise ValueError(f'{[*merges, "routing"][0]} looks at the whole clip, a stream has none')
+        if merges and not routing.ragged:
+            raise ValueError(f'routing {self.routing!r} wants all tokens of a frame, {merges[0]} leaves less')
+        if ENCODERS[self.encoder].merges and self.reducer != 'none':
+            raise ValueError(f'{merges[0]} merges already and goes with reducer none, got {merges[1]}')
 
     @property
-    def by_question(self) -> bool:
-        """Whether a clip's vision tokens depend on the question, so that each question has its own."""
-        return self.reduction == 'bvllm' or self.inner_layer > 0
+    def merges(self) -> list:
+        """The parts that may leave fewer vision tokens, by name."""
+        plain = dict(encoder='plain', reducer='none', stage='none')
+        return [f'{p} {getattr(self, p)!r}' for p, name in plain.items() if getattr(self, p) != name]
 
-    @property
-    def merges(self) -> bool:
-        """Whether a clip's vision tokens become fewer, and a different number in each clip."""
-        return self.reduction not in ('none', 'vq') or self.inner_layer > 0 or self.encoder == 'tempme'
+    def check_options(self):
+        """ValueError: a part that does not exist, an option that no chosen part has, or one that lacks."""
+        known, chosen = {}, []
+        for part, classes in PARTS.items():
+            name = getattr(self, part)
+            if name not in classes:
+                raise ValueError(f'{part} must be one of {", ".join(classes)}, got {name!r}')
+            own = options_of(classes[name])
+            for key, option in own.items():
+                if option.default is option.empty and key not in self.options:
+                    raise ValueError(f'{part} {name!r} wants {key}: {get_args(option.annotation)[1]}')
+            known.update(own)
+            chosen += [f'{part} {name!r}'] if own else []
+        for key in self.options:
+            if key not in known:
+                raise ValueError(f'{key} is no option of {" or ".join(chosen)}: {", ".join(known)}')
+
+    def build(self, part: str, *numbers):
+        """The class chosen for a part, made from these numbers and its own options; None for stage none."""
+        chosen = PARTS[part][getattr(self, part)]
+        own = {name: self.options[name] for name in options_of(chosen) if name in self.options}
+        return chosen and chosen(*numbers, **own)
 
     @property
     def patches(self) -> int:
@@ -224,21 +155,16 @@ class ModVideoConfig:
         return (self.frame_size // self.patch_size) ** 2
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Transformer bricks
-# One pre-norm block serves the encoder (sees everything) and the decoder (sees the past; rotary
-# positions, Su et al., arXiv 2104.09864). It returns its *update*; callers add it, gated or not.
+# ---- 2. Transformer bricks ---------------------------------------------------------------------------------
+# One pre-norm block serves the encoder (sees everything) and the decoder (sees the past; rotary positions, Su
+# et al., arXiv 2104.09864). It returns its *update*; callers add it, gated or not.
 # stands alone
-# --------------------------------------------------------------------------------------------------
 
 NEVER = 2 ** 40     # position of padding: later than any query, so no query sees it
 
 
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of x (B, H, S, D) by position * base**(-2i/D).
-
-    position: (S,) or (B, S) int.
-    """
+    """Turn channel pairs (i, i + D/2) of x (B, H, S, D) by position (S,) or (B, S) * base**(-2i/D)."""
     half = x.size(-1) // 2
     frequency = base ** (-torch.arange(half, device=x.device) / half)          # (D/2,)
     angle = position[..., None, :, None] * frequency                 # (1, S, D/2) or (B, 1, S, D/2)
@@ -251,14 +177,6 @@ def visible(query: Tensor, key: Tensor = None) -> Tensor:
     """Positions (B, S), (B, S') -> (B, 1, S, S') bool: which keys are not later than each query."""
     key = query if key is None else key
     return (key[:, None, :] <= query[:, :, None])[:, None]
-
-
-def hashed(x: Tensor) -> Tensor:
-    """Whole numbers (int64, not negative) -> as if drawn at random from 0 to 2**32 - 1."""
-    x = (x + 1) * 1000003 % 2 ** 32
-    for _ in range(2):                         # mix the bits of 32-bit numbers; products fit 63 bits
-        x = ((x ^ (x >> 15)) * 1103515245 + 12345) % 2 ** 32
-    return x
 
 
 class KVCache:
@@ -278,10 +196,7 @@ class KVCache:
         return self.k, self.v, visible(position, self.position)
 
     def trim(self, keep):
-        """Forget what keep: position (B, S) -> (B, S) bool says no to, and padding.
-
-        By position, since the same index means another token in every layer.
-        """
+        """Forget padding, and positions (B, S) where keep(positions) -> (B, S) bool says no."""
         if self.k is not None:
             kept = keep(self.position) & (self.position < NEVER)               # (B, S)
             column = kept.any(0).nonzero()[:, 0]              # held as long as one sample wants it
@@ -300,6 +215,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, n_head: int, causal: bool = True):
         super().__init__()
+        if dim % (2 * n_head):
+            raise ValueError(f'channels per head must be even, got {dim} channels and {n_head} heads')
         self.n_head, self.causal = n_head, causal
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -310,7 +227,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         return (q, k, v) if position is None else (rotary(q, position), rotary(k, position), v)
 
-    def weights(self, x: Tensor, position: Tensor = None, mask: Tensor = None, row: Tensor = None) -> Tensor:
+    def weights(self, x: Tensor, position=None, mask: Tensor = None, row: Tensor = None) -> Tensor:
         """How much each token, or only token row (B,), looks at each other: (B, H, S, S) or (B, H, 1, S)."""
         q, k, _ = self.project(x, position)                                    # (B, H, S, D)
         if row is not None:
@@ -320,23 +237,21 @@ class Attention(nn.Module):
             mask = torch.ones(score.shape[2:], dtype=torch.bool, device=x.device).tril()
         return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1)
 
-    def forward(self, x: Tensor, position: Tensor = None, mask: Tensor = None,
-                cache: KVCache = None) -> Tensor:
+    def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C), position (S,), (B, S) or None (no rotary) -> (B, S, C).
 
-        mask: (S, S) or (B, 1, S, S) bool, True where a row sees a column; a filled cache makes its own.
+        mask: (S, S) or (B, 1, S, S), bool: True where a row sees a column; or float: added to the scores.
         """
         q, k, v = self.project(x, position)
-        if cache is not None:
+        if cache is not None:                                                  # which, once filled, masks
             k, v, seen = cache.extend(k, v, position)
             mask = mask if seen is None else seen
         return self.mix(q, k, v, mask)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
-        """What project gave -> (B, S, C). mask: bool as in forward, or float to be added to the scores."""
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                           is_causal=self.causal and mask is None)
-        return self.out(y.transpose(1, 2).flatten(2))
+        """What project gave -> (B, S, C)."""
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
+        return self.out(y.transpose(1, 2).flatten(2))                          # (B, S, C)
 
 
 class MLP(nn.Module):
@@ -344,12 +259,11 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, expansion: int = 4):
         super().__init__()
-        self.up, self.down = (nn.Linear(dim, expansion * dim, bias=False),
-                              nn.Linear(expansion * dim, dim, bias=False))
+        self.up = nn.Linear(dim, expansion * dim, bias=False)
+        self.down = nn.Linear(expansion * dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., C)."""
-        return self.down(F.gelu(self.up(x)))
+        return self.down(F.gelu(self.up(x)))                                   # (..., C) -> (..., C)
 
 
 class Block(nn.Module):
@@ -360,125 +274,606 @@ class Block(nn.Module):
         self.norm1, self.attention = nn.RMSNorm(dim), Attention(dim, n_head, causal)
         self.norm2, self.mlp = nn.RMSNorm(dim), MLP(dim)
 
-    def forward(self, x: Tensor, position: Tensor = None, mask: Tensor = None,
-                cache: KVCache = None, mlp_gate: Tensor = None) -> Tensor:
-        """x (B, S, C), mlp_gate (B, S, 1): a factor of the MLP's part -> f(x) (B, S, C)."""
+    def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
+        """x (B, S, C) -> f(x) (B, S, C)."""
         a = self.attention(self.norm1(x), position, mask, cache)
-        m = self.mlp(self.norm2(x + a))
-        return a + (m if mlp_gate is None else (m * mlp_gate).to(m.dtype))
+        return a + self.mlp(self.norm2(x + a))
 
 
-def block_flops(S: int, C: int, expansion: int = 4) -> int:
-    """Block on S tokens, C channels; a token: qkv, out 4C², MLP 2*expansion*C², attention 2SC."""
-    return 2 * S * (4 * C * C + 2 * expansion * C * C) + 4 * S * S * C
+# ---- 3. Vision encoder -------------------------------------------------------------------------------------
+# A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is convolutional
+# (Xiao et al., arXiv 2106.14881) and also reads the change since the frame before, where motion is cheap.
+# needs sections 1, 2
+
+class Encoded(NamedTuple):
+    """What an encoder makes of clips."""
+    tokens: Tensor               # (B*T, P, C); of an encoder that merges (B, M, C)
+    saliency: Tensor = None      # (B*T, P) attention that each patch receives, if it was wanted
+    position: Tensor = None      # (B, M) and a Reduction: of an encoder that merges
+    reduction: tuple = None
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Token reduction
-# Pruning, merging, clustering, quantizing and de-duplicating are one act: every input token goes to
-# one output slot with a weight, or is dropped. A method only decides (a `Reduction`);
-# `reduce_tokens` does it.
-# stands alone
-# --------------------------------------------------------------------------------------------------
+def keep_scale(layers: nn.Sequential):
+    """Weights that keep the size of what passes (He et al., arXiv 1502.01852); torch's default shrinks it."""
+    for layer in layers:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
+            nn.init.zeros_(layer.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Frames, their changes -> patch tokens, by three convolutions of total stride patch_size."""
+
+    def __init__(self, dim: int, patch_size: int = 8, channels: int = 6):
+        super().__init__()
+        self.channels = channels           # 6, or 3: frames without their changes
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(64, dim, 3, stride=patch_size // 4, padding=1))
+        keep_scale(self.stem)
+
+    def forward(self, video: Tensor, previous: Tensor = None) -> Tensor:
+        """video (B, T, 3, height, width) -> (B*T, P, C). previous (B, 1, 3, ...): the frame before it."""
+        frames = video - 0.45                                                  # (B, T, 3, height, width)
+        if self.channels == 6:
+            before = video[:, :1] if previous is None else previous            # None: nothing changed
+            change = video - torch.cat([before, video[:, :-1]], 1)             # (B, T, 3, height, width)
+            frames = torch.cat([frames, change], 2)                            # (B, T, 6, height, width)
+        return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # (B*T, P, C)
+
+
+class VisionEncoder(nn.Module):
+    """PatchEmbed, learned places in the frame, blocks in which its patches see each other."""
+    merges = False       # True: forward returns fewer tokens than patches, with their position
+
+    def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
+                 frames: int = None, channels: int = 6):
+        """frames: T, for encoders that join frames; this one takes any number, each alone."""
+        super().__init__()
+        self.embed = PatchEmbed(dim, patch_size, channels)
+        self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
+        self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
+        self.norm = nn.RMSNorm(dim)
+
+    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Encoded:
+        """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C), saliency (B*T, P).
+
+        saliency, if wanted: the attention that a patch receives in the last layer, mean over heads, queries.
+        """
+        x, saliency = self.embed(video, previous) + self.place, None           # (B*T, P, C)
+        for block in self.blocks:
+            before, x = x, x + block(x)
+        if want_saliency:
+            saliency = block.attention.weights(block.norm1(before).detach()).mean((1, 2))   # (B*T, P)
+        return Encoded(self.norm(x), saliency)
+
+
+ENCODERS['plain'] = VisionEncoder
+
+# ---- 4. Mixture-of-Depths ----------------------------------------------------------------------------------
+# A routed layer processes the K tokens that its router scores highest and leaves the others as they are:
+# x + r f(x) for the selected, r = w·x (Raposo et al., arXiv 2404.02258, equation 1). VideoLLM-MoD (Wu et al.,
+# arXiv 2408.16730) chooses vision tokens, frame by frame: it looks across one frame and never at a later one,
+# so training, prefill and streaming choose alike.
+# needs sections 1, 2; MoDBlock works around any block that returns its update
+
+GATES = {'raposo': lambda r: r,                      # from the score r to the factor of a token's update
+         'zero': lambda r: 1 + 0.2 * r.tanh()}       # with w = 0 at first: a dense model stays as it was
+
+
+class Route(NamedTuple):
+    """Which tokens a routed layer processes."""
+    index: Tensor           # (B, K) int64, ascending: the selected tokens, and those that always go through
+    gate: Tensor            # (B, K) float32: factor of each one's update
+    logits: Tensor          # (B, S) float32: the score of every token
+    mask: Tensor = None     # (B, K) bool: False at padding, where a sample selects fewer; None = all are real
+
+
+class MoDBlock(nn.Module):
+    """A layer whose block processes the routed tokens alone: x + gate * f(x) for them, x for the others."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None, cache=None) -> Tensor:
+        """x (B, S, C), position (S,) or (B, S), mask (S, S) or (B, 1, S, S), None = causal -> (B, S, C).
+
+        route None: every token goes through. Else the block is given the K tokens at their original
+        positions and their part of the mask, and the cache their keys.
+        """
+        if route is None:
+            return x + self.block(x, position, mask, cache)
+        row = route.index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]     # (B, K)
+        chosen = x.flatten(0, 1).index_select(0, row.flatten()).view(*row.shape, x.size(2))    # (B, K, C)
+        place = position.expand(x.shape[:2]).gather(1, route.index)                        # (B, K)
+        update = self.update(chosen, route, place, mask_of(mask, route.index), cache)      # (B, K, C)
+        return x.flatten(0, 1).index_add(0, row.flatten(), update.to(x.dtype).flatten(0, 1)).view_as(x)
+
+    def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+        """The gated update of the routed tokens x (B, K, C)."""
+        return route.gate[..., None] * self.block(x, position, mask, cache) if x.size(1) else x
+
+
+def mask_of(mask: Tensor, index: Tensor):
+    """Rows and columns of a mask (S, S) or (B, 1, S, S) at index (B, K): (B, 1, K, K). None: causal."""
+    if mask is None:
+        return None
+    B, S = len(index), mask.size(-1)
+    if mask.size(-2) != S or mask.numel() not in (S * S, B * S * S):
+        raise ValueError(f'mask must be (S, S) or (B, 1, S, S), got {tuple(mask.shape)}; a cache makes it')
+    sample = torch.arange(B, device=index.device)[:, None, None]
+    return mask.reshape(-1, S, S).expand(B, S, S)[sample, index[..., None], index[:, None]][:, None]
+
+
+class Router(nn.Module):
+    """One linear score a token, r = w·x, computed in float32 whatever the compute dtype."""
+
+    def __init__(self, dim: int, gate: str = 'raposo'):
+        super().__init__()
+        if gate not in GATES:
+            raise ValueError(f'gate must be one of {", ".join(GATES)}, got {gate!r}')
+        self.gate, width = gate, 0 if gate == 'zero' else 1 / math.sqrt(dim)
+        self.weight = nn.Parameter(torch.empty(dim).uniform_(-width, width))   # (C,)
+
+    def score(self, x: Tensor) -> Tensor:
+        """x (B, S, C) -> (B, S)."""
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)
+
+    def forward(self, x: Tensor, group: int, ratio: float, words: int = 0, forced: Tensor = None) -> Route:
+        """Select the best `capacity(ratio, n)` of each run of n vision tokens; words always go through.
+
+        x (B, S, C): `group` equal runs, then `words` of text. group = T: the best of each frame; group = 1:
+        the best of the clip (a later token can then push out an earlier one: offline use only). forced (N,)
+        bool: vision tokens that take part of their frame's k. Ties: the earlier token.
+        """
+        logits, N = self.score(x), x.size(1) - words                           # (B, S)
+        index = select_tokens(logits.detach()[:, :N], group, capacity(ratio, N // group), forced)
+        gate = GATES[self.gate](logits.gather(1, index))                       # (B, K)
+        text = torch.arange(N, N + words, device=x.device).expand(len(x), -1)  # (B, words)
+        return Route(torch.cat([index, text], 1), F.pad(gate, (0, words), value=1.0), logits)
+
+
+def capacity(ratio: float, n: int) -> int:
+    """How many of n tokens are processed: at least one; the epsilon keeps 0.07 * 100 at 7."""
+    return max(1, math.ceil(ratio * n - 1e-9))
+
+
+def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> Tensor:
+    """The k best of each of `group` equal runs of tokens: score (B, N) -> (B, group * k) ascending."""
+    B, N = score.shape
+    if N % group:
+        raise ValueError(f'{N} tokens do not divide into {group} groups of equal size')
+    if forced is not None:
+        score = score.masked_fill(forced, math.inf)
+    rank = score.view(B, group, -1).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
+    start = torch.arange(group, device=score.device) * (N // group)            # (group,) first of each
+    return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)         # (B, group * k)
+
+
+def mod_layers(placement: str, depth: int) -> list:
+    """The layers that route, by the names of VideoLLM-MoD, table 2, or '1,3,4'. ValueError: another name."""
+    layers = {'none': [], 'interleaved': range(1, depth, 2), 'interleaved-deep': range(3, depth, 2),
+              'all': range(depth), 'all-deep': range(2, depth)}
+    if placement in layers:
+        return list(layers[placement])
+    if not all(number.strip().isdecimal() for number in placement.split(',')):
+        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,3; got {placement!r}')
+    chosen = sorted({int(number) for number in placement.split(',')})
+    if chosen[-1] >= depth:
+        raise ValueError(f'placement {placement!r}: there are {depth} layers, from 0 on')
+    return chosen
+
+
+class FrameRouting(nn.Module):
+    """Who selects in the routed layers: a router each, the best of every frame. The base of other ways."""
+    layer = MoDBlock       # what every decoder layer is
+    whole_clip = False     # True: it looks at the whole clip, so a stream cannot have it
+    ragged = False         # False: it wants all tokens of every frame
+    last_layer = False     # True: the last layer may route even where no loss reads its vision tokens
+    router = Router
+
+    def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
+                 gate: Annotated[str, 'factor of updates: raposo, the score; zero, one at first'] = 'raposo'):
+        super().__init__()
+        self.keep_ratio, self.patches, self.streaming = keep_ratio, patches, streaming
+        self.routers = nn.ModuleDict({str(i): self.router(dim, gate) for i in layers})
+
+    def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
+        """The Route of layer i for x (B, S, C), its first N tokens vision; None: all tokens go through."""
+        if N == 0:                                                             # words alone
+            return None
+        last = torch.arange(N, device=x.device) % self.patches == self.patches - 1             # (N,)
+        # The last token of a frame of a stream decides about speech.
+        forced = last if self.streaming else None
+        return self.routers[str(i)](x, N // self.patches, self.keep_ratio, x.size(1) - N, forced)
+
+    def loss(self, routes: list):
+        """What the routes of all layers add to the model's loss."""
+        return 0.0
+
+
+ROUTINGS['frame'] = FrameRouting
+
+# ---- 5. The model ------------------------------------------------------------------------------------------
+# Vision tokens stand first, in time order; the questions of a clip follow, all starting at position N; they
+# read vision and themselves, not each other. In a stream (VideoLLM-online, Chen et al., arXiv 2406.11816)
+# text stands between frames, and at the last token of a frame the model predicts what it
+# says then, or '<eos>', silence. Positions decide causality: a skipped token leaves a gap, no shift.
+# needs sections 1 to 4
+
+class Reduced(NamedTuple):
+    """What a reducer hands the decoder."""
+    tokens: Tensor             # (B, M, C)
+    position: Tensor           # (B, M) int64, ascending: t*P + p; NEVER at padding. (M,): whole frames alone
+    reduction: tuple = None    # a Reduction of all N tokens; None: those at `position` stayed, no other
+    loss: Tensor = 0.0         # added to the model's
+    info: dict = {}            # what else a reader would look at
+
+
+class Reducer(nn.Module):
+    """Hands the decoder every vision token as it is. The base of methods that hand it fewer, or others."""
+    by_question = False        # True: each question has vision tokens of its own; forward is given its words
+    wants_saliency = False     # True: forward is given the attention that each patch receives
+    untrained = True           # False: a trained dense model must first learn to read what it returns
+    in_place = True            # False: its tokens stand for no patches, so no picture shows who routes them
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: Tensor, saliency: Tensor = None, words: Tensor = None, known=None) -> Reduced:
+        """x (B, T, P, C), saliency (B, T, P), words (B, L, C) of which known (B, L) bool are no padding."""
+        return Reduced(x.flatten(1, 2), torch.arange(x.size(1) * x.size(2), device=x.device))
+
+    def flops(self, T: int, P: int, M: int, words: int) -> int:
+        """FLOPs for a clip whose T * P tokens became M, with so many words if it reads the question."""
+        return 0
+
+    def picture(self, reduced: Reduced):
+        """What to draw: a Reduction of all patches; None: those at the positions stayed."""
+        return reduced.reduction
+
+    def facts(self, reduced: Reduced) -> dict:
+        """What to report besides accuracy and cost: name -> number."""
+        return {}
+
+
+REDUCERS['none'] = Reducer
+
+
+def small_updates(model: nn.Module, n_layer: int):
+    """A layer adds two updates; this size keeps their sum over n_layer layers below that of x."""
+    for name, p in model.named_parameters():
+        if name.endswith(('attention.out.weight', 'mlp.down.weight')):
+            nn.init.normal_(p, std=0.5 / math.sqrt(2 * n_layer * p.size(1)))
+
+
+class ModVideo(nn.Module):
+    """Video and questions in, answers out; or a stream of frames in, and words when they matter."""
+
+    def __init__(self, config: ModVideoConfig):
+        super().__init__()
+        self.config = c = config
+        self.encoder = c.build('encoder', c.encoder_dim, c.encoder_layers, c.encoder_heads, c.patches,
+                               c.patch_size, c.frames)
+        self.projector = nn.Sequential(nn.Linear(c.encoder_dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
+        keep_scale(self.projector)
+        self.embed = nn.Embedding(len(c.vocab), c.dim)
+        self.reducer, self.stage = c.build('reducer', c.dim), c.build('stage', c.n_layer)
+        routing, self.mod_layers = ROUTINGS[c.routing], mod_layers(c.placement, c.n_layer)
+        if not (c.streaming or routing.last_layer):
+            # Nothing after the last layer reads vision, unless frames decide about speech: a router there
+            # would learn nothing, so the layer stays dense.
+            self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
+        self.blocks = nn.ModuleList(routing.layer(Block(c.dim, c.n_head)) for _ in range(c.n_layer))
+        self.routing = c.build('routing', c.dim, self.mod_layers, c.keep_ratio, c.patches, c.streaming)
+        self.norm = nn.RMSNorm(c.dim)
+        self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
+        small_updates(self, c.n_layer)
+        # Whether a clip's vision tokens depend on the question, so that each question has its own.
+        self.by_question = self.reducer.by_question or self.stage is not None
+
+    def encode_video(self, video: Tensor, previous: Tensor = None, question: Tensor = None) -> Reduced:
+        """video (B, T, 3, frame_size, frame_size) float -> the vision tokens that the decoder is given.
+
+        previous (B, 1, 3, frame_size, frame_size): the frame before, None at the beginning. question
+        (B * Q, L) int64: if vision depends on it, tokens and positions have B * Q rows.
+        """
+        size, (B, T) = self.config.frame_size, video.shape[:2]
+        if video.dim() != 5 or video.shape[2:] != (3, size, size) or not video.is_floating_point():
+            raise ValueError(f'video must be (B, T, 3, {size}, {size}), float in [0, 1], '
+                             f'got {tuple(video.shape)}, {video.dtype}')
+        again = len(question) // B if self.by_question else 1                  # questions of each clip
+        encoded = self.encoder(video, previous, self.reducer.wants_saliency)
+        # The dtype of the text tokens, whatever autocast says.
+        x = self.projector(encoded.tokens).to(self.embed.weight.dtype)         # (B*T, P, C) or (B, M, C)
+        if not self.training and not x.isfinite().all():
+            raise ValueError('vision tokens are not finite: NaN or infinite numbers in the video, or weights')
+        if encoded.position is not None:                                       # the encoder merged already
+            reduced = Reduced(x, encoded.position, encoded.reduction)
+        elif self.reducer.by_question:                                         # B becomes B * Q
+            x = x.view(B, T, -1, x.size(-1)).repeat_interleave(again, 0)       # (B*Q, T, P, C)
+            reduced, again = self.reducer(x, None, self.embed(question), question != PAD), 1
+        else:
+            saliency = encoded.saliency.view(B, T, -1) if self.reducer.wants_saliency else None
+            reduced = self.reducer(x.view(B, T, -1, x.size(-1)), saliency)
+        if self.stage is not None:
+            place = reduced.position.expand(reduced.tokens.shape[:2])          # (B, M)
+            tokens, place = (a.repeat_interleave(again, 0) for a in (reduced.tokens, place))
+            reduced = reduced._replace(tokens=tokens, position=place)          # (B*Q, M, C), (B*Q, M)
+        return reduced._replace(tokens=reduced.tokens.to(x.dtype))
+
+    def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, asked: Tensor = None,
+                after: Tensor = None, decisions: Tensor = None):
+        """Predict the next word at every place of every question.
+
+        video (B, T, 3, height, width) float, text (B, Q, L) int64, targets (B, Q, L) int64 with -1 where
+        nothing is to learn -> logits (B, Q, L, V), loss (mean cross-entropy over the targets, or None), aux:
+        'routes', a dict from routed layer to Route; 'tokens', how many each layer processed; 'position';
+        'reduced' and 'stage', what reducer and stage made. asked (B, Q): words of each question without its
+        answer, None: all. Streams: after (B, L), as in place_stream; decisions (B, T), the word that follows
+        each frame; aux['decisions'] (B, T, V), their logits. ValueError: other shapes.
+        """
+        if text.dim() != 3 or not text.numel():
+            raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(text.shape)}')
+        c, shape, T, L = self.config, text.shape, video.size(1), text.size(2)
+        asked = (text != PAD).sum(-1) if asked is None else asked              # (B, Q)
+        if self.by_question:            # every question becomes a clip of its own: B * Q rows of one question
+            text, asked = text.reshape(-1, 1, L), asked.reshape(-1, 1)
+        known = torch.arange(L, device=text.device) < asked.reshape(-1, 1)     # (B*Q, L) without the answer
+        reduced = self.encode_video(video, question=text.flatten(0, 1).where(known, PAD))
+        M, place = reduced.tokens.size(1), reduced.position                    # (B, M) or (M,)
+        x = torch.cat([reduced.tokens, self.embed(text).flatten(1, 2)], 1)     # (B, M + Q*L, C)
+        arrange = self.place_stream if c.streaming else self.place_questions
+        position, mask = arrange(place, text, T, after)                        # of S = M + Q*L tokens
+        x, aux = self.decode(x, position, M, mask, last=M - 1 + asked[:, 0])
+        x, aux['position'], aux['reduced'] = self.norm(x), position, reduced
+        x, spoken = x[:, :M], x[:, -text[0].numel():]                          # a stage may leave less than M
+        scores, wanted, weight = self.head(spoken).float(), targets, 1.0       # (B, Q*L, V)
+        logits = scores.view(*shape, -1)
+        if c.streaming:
+            aux['decisions'] = self.head(x[:, c.patches - 1::c.patches]).float()      # (B, T, V)
+        if targets is None:
+            return logits, None, aux
+        if c.streaming:
+            scores = torch.cat([aux['decisions'], scores], 1)                  # (B, T + L, V)
+            wanted = torch.cat([decisions, targets[:, 0]], 1)                  # (B, T + L)
+            weight = torch.where(F.pad(decisions == EOS, (0, L)), c.silence_weight, 1.0).flatten()
+        each = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction='none')
+        loss = (each * weight).sum() / (wanted != IGNORE).sum().clamp(min=1)   # 0 if nothing is to learn
+        return logits, loss + reduced.loss + aux['routing_loss'], aux
+
+    def place_questions(self, place: Tensor, text: Tensor, T: int, after=None):
+        """Where vision, at place (M,) or (B, M), and text (B, Q, L) stand, and who sees whom: position, mask.
+
+        A token sees what is not later than itself and is vision, or a word of its own question.
+        """
+        (_, Q, L), M, device = text.shape, place.size(-1), text.device
+        word = T * self.config.patches + torch.arange(L, device=device).repeat(Q)  # (Q*L,) all start alike
+        position = torch.cat([place, word.expand(*place.shape[:-1], -1)], -1)      # (S,) or (B, S)
+        if Q == 1 and place.dim() == 1:
+            return position, None                                              # plainly causal
+        owner = torch.arange(Q, device=device).repeat_interleave(L)            # (Q*L,) the question of a word
+        owner = F.pad(owner, (M, 0), value=-1)                                 # (S,) -1 = vision
+        same = (owner == -1) | (owner == owner[:, None])                       # (S, S)
+        mask = (position[..., None, :] <= position[..., :, None]) & same       # (S, S) or (B, S, S)
+        return position, mask if place.dim() == 1 else mask[:, None]
+
+    def place_stream(self, place: Tensor, text: Tensor, T: int, after: Tensor = None):
+        """The same for a stream: text (B, 1, L) stands between frames, and a window forgets the earlier ones.
+
+        after (B, L): the frame after which each word stands, ascending, -1: before the video; None: the last.
+        """
+        if text.size(1) != 1:
+            raise ValueError(f'a stream has one line of text, wanted (B, 1, L), got {text.size(1)} lines')
+        text, P, device = text[:, 0], self.config.patches, text.device
+        after, real = torch.full_like(text, T - 1) if after is None else after, text != PAD    # (B, L)
+        earlier = after[:, None] < torch.arange(T, device=device)[:, None]     # (B, T, L)
+        before = (real[:, None] & earlier).sum(-1)                             # (B, T) words before a frame
+        word = torch.arange(text.size(1), device=device) + P * (after + 1)     # (B, L)
+        position = torch.cat([place + before.repeat_interleave(P, 1), word.where(real, NEVER)], 1)  # (B, S)
+        mask = visible(position)                                               # (B, 1, S, S)
+        if self.config.window:
+            frame = torch.cat([(place // P).expand(len(text), -1), after], 1)  # (B, S) the prompt, -1, stays
+            gone = frame[:, None, :] <= frame[:, :, None] - self.config.window
+            mask = mask & ~(gone & (frame >= 0)[:, None, :])[:, None]
+        return position, mask
+
+    def decode(self, x: Tensor, position: Tensor, N: int, mask: Tensor = None, caches: list = None,
+               last: Tensor = None):
+        """All layers on x (B, S, C), its first N tokens vision -> x, aux.
+
+        last (B,): place in x of each question's last word, for a stage; None: vision has passed it already.
+        """
+        aux, before = {'routes': {}, 'tokens': []}, x
+        for i, layer in enumerate(self.blocks):
+            if self.stage is not None and last is not None and i == self.stage.layer:
+                x, position, N, aux['stage'] = self.stage.run(
+                    self.blocks[i - 1].block, before, x, position, N, last)
+                mask = visible(position)
+            route = self.routing(i, layer.block, x, position, N) if i in self.mod_layers else None
+            before, x = x, layer(x, route, position, mask, caches[i] if caches else None)
+            aux['tokens'].append(x.size(1) if route is None else route.index.size(1))
+            if route is not None:
+                aux['routes'][i] = route
+        aux['routing_loss'] = self.routing.loss([*aux['routes'].values()])
+        return x, aux
+
+    def read_words(self, words: Tensor, position: Tensor, caches: list, vision: Reduced = None):
+        """Read words (B, L) int64, padded with 0 at the end, from `position` (B, 1) on, into the caches.
+
+        vision: read before them, in one go. -> the last word's state (B, 1, C), the next position (B, 1).
+        """
+        real, x, N, mask, last = words != PAD, self.embed(words), 0, None, None    # (B, L), (B, L, C)
+        place = torch.where(real, position + torch.arange(words.size(1), device=words.device), NEVER)
+        count = real.sum(1, keepdim=True)                                      # (B, 1)
+        if vision is not None:
+            x, place = torch.cat([vision.tokens, x], 1), torch.cat([vision.position, place], 1)
+            N, mask = vision.tokens.size(1), visible(place)
+            last = N - 1 + count[:, 0]
+        x, _ = self.decode(x, place, N, mask, caches, last)
+        return x[:, -words.size(1):].take_along_dim((count - 1).clamp(min=0)[..., None], 1), position + count
+
+    def speak(self, state: Tensor, position: Tensor, caches: list, most: int, ended: Tensor):
+        """Say the most probable next word until the end mark, at most so many; the caches get them, too.
+
+        state (B, 1, C): of the last word read. ended (B, 1) bool: samples that say nothing.
+        -> said (B, n) int64, 0 after the end; the next position (B, 1).
+        """
+        said = [ended[:, :0].long()]
+        while len(said) <= most and not bool(ended.all()):                     # waits for the device
+            word = self.head(self.norm(state)).argmax(-1).masked_fill(ended, PAD)  # (B, 1)
+            said.append(word)
+            ended = (word == EOS) | (word == PAD)
+            state, position = self.read_words(word, position, caches)
+        return torch.cat(said, 1), position
+
+    @torch.no_grad()
+    def generate(self, video: Tensor, text: Tensor, max_new_tokens: int) -> Tensor:
+        """Greedy answers: text (B, Q, L), with 0 after its end -> (B, Q, max_new_tokens), 0 after the end.
+
+        Vision is read once, and its keys and values serve every question, unless a stage wants its last word.
+        """
+        (B, Q, _), T, words = text.shape, video.size(1), text.flatten(0, 1)    # (B*Q, L)
+        caches = [KVCache() for _ in self.blocks]
+        start = torch.full((B * Q, 1), T * self.config.patches, device=text.device)
+        reduced = self.encode_video(video, question=words)
+        if self.stage is None:
+            place, M = reduced.position, reduced.tokens.size(1)
+            mask = visible(place) if place.dim() == 2 else None
+            self.decode(reduced.tokens, place, M, mask, caches)
+            for cache in caches:
+                cache.repeat(B * Q // len(reduced.tokens))
+            reduced = None                                                     # it is read already
+        state, position = self.read_words(words, start, caches, reduced)
+        answer, _ = self.speak(state, position, caches, max_new_tokens, (words == PAD).all(1, keepdim=True))
+        return F.pad(answer, (0, max_new_tokens - answer.size(1)), value=PAD).view(B, Q, -1)
+
+    @torch.no_grad()
+    def stream(self, frames, prompt: Tensor = None, theta: float = 0.5, max_new_tokens: int = 16):
+        """Watch frames as they come; speak, or stay silent while P(silence) is at least theta.
+
+        frames: any iterable of (frame (B, 3, height, width), question (B, L) int64 or None), asked after its
+        frame; prompt (B, L): read first; 0 pads words at the end. Yields a dict a frame: 'silence' (B,), the
+        probability, 'said' and 'answer' (B, n) ids, or None, 'held' the keys of each layer. With
+        config.window = W all but the prompt and the last W frames is forgotten: memory stays level.
+        """
+        if not self.config.streaming:
+            raise ValueError('this model was not made for streams; wanted config.streaming = True')
+        P, W, caches = self.config.patches, self.config.window, [KVCache() for _ in self.blocks]
+        previous, starts = None, []                    # starts: (B, 1) each, where the frames begin
+        for frame, question in frames:
+            if previous is None:
+                prompt = frame.new_zeros(len(frame), 1, dtype=torch.long) if prompt is None else prompt
+                _, position = self.read_words(prompt, torch.zeros_like(prompt[:, :1]), caches)
+                prompt_end = position
+            starts.append(position)
+            if W and len(starts) > W:                        # this frame and the W - 1 before it stay
+                starts.pop(0)
+                for cache in caches:
+                    cache.trim(lambda place: (place < prompt_end) | (place >= starts[0]))
+            vision = self.encode_video(frame[:, None], previous)
+            x, _ = self.decode(vision.tokens, position + vision.position, P, caches=caches)
+            previous, position = frame[:, None], position + P
+            logits = self.head(self.norm(x[:, -1])).float()                    # (B, V)
+            silence = logits.softmax(-1)[:, EOS]
+            logits[:, [PAD, EOS]] = -math.inf
+            word = torch.where(silence < theta, logits.argmax(-1), PAD)[:, None]   # (B, 1)
+            said = answer = None
+            if bool((word != PAD).any()):
+                state, position = self.read_words(word, position, caches)
+                more, position = self.speak(state, position, caches, max_new_tokens - 1, word == PAD)
+                said = torch.cat([word, more], 1)
+            if question is not None:
+                state, position = self.read_words(question, position, caches)
+                silent = (question == PAD).all(1, keepdim=True)
+                answer, position = self.speak(state, position, caches, max_new_tokens, silent)
+            held = [0 if cache.k is None else cache.k.size(2) for cache in caches]
+            yield dict(silence=silence, said=said, answer=answer, held=held)
+
+
+MODELS['modvideo'] = ModVideo
+
+# ---- 6. Save, load, draw -----------------------------------------------------------------------------------
+# Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
+# needs sections 1 to 5
+
+def save_checkpoint(path, model: nn.Module, **extra):
+    """Write model, config, `extra` (tensors, numbers, strings, lists, dicts); all or nothing."""
+    model = getattr(model, '_orig_mod', model)                                 # of torch.compile
+    torch.save(dict(extra, config=asdict(model.config), model=model.state_dict()), f'{path}.part')
+    os.replace(f'{path}.part', path)
+
+
+def load_checkpoint(path, device='cpu'):
+    """Read what save_checkpoint wrote -> model, extra. ValueError if the file is something else."""
+    try:
+        data = torch.load(path, map_location=device, weights_only=True)
+        config, weights = ModVideoConfig(**data.pop('config')), data.pop('model')
+        model = config.build('model', config).to(device)
+        model.load_state_dict(weights)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:      # torch.load raises a dozen types for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f'{path} is not a checkpoint of this model, or of an earlier version: '
+                         f'{reason[:160]}') from None
+    return model, data
+
+
+def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None, grid=None):
+    """Draw what became of the patches of a clip: a PIL image, the frames in a row.
+
+    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route (skipped patches are dimmed) or a
+    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). segment (T,): a black gap
+    where it changes. grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
+    """
+    from PIL import Image
+    (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
+    (rows, columns), route = grid or (height // 8, width // 8), slot is None
+    if route:                                                                  # (B, N + words) -1 = skipped
+        mask = torch.ones_like(tokens.index) if tokens.mask is None else tokens.mask.long()
+        slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, mask - 1, 'amax')
+        slot = torch.where(slot < 0, -1, torch.arange(slot.size(1), device=slot.device))
+    N, slot = T * rows * columns, slot[sample]
+    if len(slot) < N or not route and len(slot) > N:
+        raise ValueError(f'{len(slot)} tokens are not {T} frames of {rows} x {columns} patches; say grid=')
+    slot = slot[:N, None].cpu()                                                # (N, 1) words stand after them
+    shared = slot.clamp(min=0).flatten().bincount()[slot.clamp(min=0)] > 1     # (N, 1) with another patch
+    hue = 0.5 + 0.5 * torch.cos(2 * math.pi * (0.618 * slot - torch.arange(3) / 3))        # (N, 3) of a slot
+    light = torch.where(slot < 0, 0.25, torch.where(shared, 0.5, 1.0)).expand(-1, 3)       # (N, 3)
+    tint = torch.where(slot < 0, 0.08, torch.where(shared, 0.5 * hue, 0.0))                # (N, 3)
+    light, tint = (F.interpolate(a.view(T, rows, columns, 3).movedim(-1, 1), (height * scale, width * scale))
+                   for a in (light, tint))                                     # (T, 3, height, width) * scale
+    frames = light * F.interpolate(video.float().cpu().clamp(0, 1), scale_factor=scale) + tint
+    frames[:, :, ::height * scale // rows] *= 0.6                              # the grid of patches
+    frames[..., ::width * scale // columns] *= 0.6
+    frames = F.pad(frames, (0, 2), value=1.0)                                  # a white gap after each frame
+    if segment is not None:
+        frames[:-1][(segment[1:] != segment[:-1]).cpu(), :, :, -2:] = 0.0
+    picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-2]                 # (height, width of all, 3)
+    return Image.fromarray((picture * 255).round().byte().numpy())
+
+
+# ==== the core ends here ====================================================================================
+# Everything above runs without anything below. Each section below can be deleted as a whole.
+
+# ---- 7. Token reduction ------------------------------------------------------------------------------------
+# Pruning, merging, clustering, quantizing are one act: a token goes to one output slot with a weight, or is
+# dropped. A method decides, as a `Reduction`; `reduce_tokens` does it. Three baselines show how little a
+# reducer needs, and Mixture-of-Depths learns to route frames that lost tokens.
+# needs sections 1, 2, 4, 5
 
 class Reduction(NamedTuple):
-    """Where every one of N tokens goes. Padding is last; unless its maker says otherwise, slots are
-    in ascending position."""
+    """Where each of N tokens goes. Padding is last; slots ascend by position unless a maker says not."""
     assign: Tensor      # (B, N) int64: output slot of each input token; -1 = dropped
     weight: Tensor      # (B, N) float32: its share of that slot; the shares of a slot sum to 1
     position: Tensor    # (B, M) int64: the input index at which the slot stands; N for padding
-    mask: Tensor   # (B, M) bool: False where a sample has fewer slots than the longest of its batch
+    mask: Tensor        # (B, M) bool: False where a sample has fewer slots than the longest of its batch
 
-
-def flat_slots(assign: Tensor, M: int) -> Tensor:
-    """(B, N) slots -> (B*N,) rows of a flat (B, M + 1) table; its last column takes the dropped."""
-    return (assign % (M + 1) + (M + 1) * torch.arange(len(assign), device=assign.device)[:, None]).flatten()
-
-
-def slot_sums(x: Tensor, assign: Tensor, M: int) -> Tensor:
-    """The sum of what each of M slots gets: x (B, N, C) or (B, N), assign (B, N) -> (B, M, C) or (B, M)."""
-    B = len(x)
-    table = x.new_zeros(B * (M + 1), *x.shape[2:]).index_add(0, flat_slots(assign, M), x.flatten(0, 1))
-    return table.unflatten(0, (B, M + 1))[:, :M]
-
-
-def look_up(table: Tensor, index: Tensor, missing) -> Tensor:
-    """table (B, K) at index (B, N) -> (B, N), `missing` at -1 (dropped) and at K (padding)."""
-    return F.pad(table, (0, 1), value=missing).gather(1, index % (table.size(1) + 1))
-
-
-def reduce_tokens(x: Tensor, reduction: Reduction) -> Tensor:
-    """Weighted sum of each slot's tokens, in float32: x (B, N, C) -> (B, M, C); padding is zero."""
-    rows = x.float() * reduction.weight[..., None]                             # (B, N, C)
-    return slot_sums(rows, reduction.assign, reduction.position.size(1)).to(x.dtype)
-
-
-def expand(y: Tensor, reduction: Reduction) -> Tensor:
-    """Un-merge y (B, M, C) -> (B, N, C): a copy of its slot for each token, zeros for dropped."""
-    padded = F.pad(y, (0, 0, 0, 1)).flatten(0, 1)                  # (B*(M + 1), C) a sample's last row: zeros
-    rows = padded.index_select(0, flat_slots(reduction.assign, y.size(1)))     # (B*N, C)
-    return rows.view(*reduction.assign.shape, y.size(2))
-
-
-def slot_sizes(reduction: Reduction, size: Tensor = None) -> Tensor:
-    """Input tokens of each slot: (B, M) float32. size (B, N): what the inputs stand for already."""
-    size = torch.ones_like(reduction.weight) if size is None else size.float()
-    return slot_sums(size, reduction.assign, reduction.position.size(1))
-
-
-def compose(first: Reduction, second: Reduction) -> Reduction:
-    """One reduction that does `first` (N -> M1), then `second` (M1 -> M2)."""
-    assign = look_up(second.assign, first.assign, -1)                          # (B, N)
-    weight = first.weight * look_up(second.weight, first.assign, 0)            # (B, N)
-    position = look_up(first.position, second.position, first.assign.size(1))  # (B, M2)
-    return Reduction(assign, weight, position, second.mask)
-
-
-def first_members(assign: Tensor, K: int) -> Tensor:
-    """assign (B, N), -1 = none -> (B, K): the first token of each of K slots, N where it has none."""
-    B, N = assign.shape
-    index = torch.arange(N, device=assign.device).expand(B, N)
-    table = torch.full((B, K + 1), N, device=assign.device)
-    return table.scatter_reduce(1, assign % (K + 1), index, 'amin')[:, :K]
-
-
-def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) -> Reduction:
-    """The reduction that averages clusters.
-
-    assign (B, N): int64 in [0, num_clusters), or -1 to drop the token. position (B, num_clusters):
-    where each cluster stands; None: at its first member. Slots are reordered to ascending position;
-    clusters without members become padding.
-    """
-    N, first = assign.size(1), first_members(assign, num_clusters)             # (B, K)
-    position = first if position is None else torch.where(first < N, position, N)
-    position, order = position.sort(dim=1, stable=True)          # (B, K) ascending, empty ones last
-    return mean_of(look_up(order.argsort(1), assign, -1), position)
-
-
-def mean_of(assign: Tensor, position: Tensor) -> Reduction:
-    """Slots that are the plain mean of their members: assign (B, N), position (B, M), N at padding."""
-    (B, N), M = assign.shape, position.size(1)
-    count = slot_sums(torch.ones(B, N, device=assign.device), assign, M)       # (B, M)
-    return Reduction(assign, look_up(1 / count.clamp(min=1), assign, 0), position, position < N)
-
-
-def pack(keep: Tensor) -> Reduction:
-    """Keep some tokens, drop the others: keep (B, N) bool. M is the most that a sample keeps."""
-    N, M = keep.size(1), int(keep.sum(1).max())                    # waits for the device: M is data
-    assign = torch.where(keep, keep.cumsum(1) - 1, -1)                         # (B, N)
-    index = torch.arange(N, device=keep.device)
-    position = torch.where(keep, index, N).sort(1).values[:, :M]               # (B, M)
-    return Reduction(assign, keep.float(), position, position < N)
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. Merging and clustering
-# Which tokens say the same? In pairs (ToMe, Bolya et al., arXiv 2210.09461), around density peaks
-# (DPC-KNN, Du et al., 2016) or means (k-means, Lloyd, 1982), over time (HoliTom, Shao et al., arXiv
-# 2505.21334). Similarities and distances are float32. All but pairs in a frame look at the whole
-# clip: for offline use only.
-# needs section 3
-# --------------------------------------------------------------------------------------------------
 
 def exact(function):
     """Run it outside autocast: what is alike is decided in float32, whatever the compute dtype."""
@@ -500,106 +895,510 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1, eps=1e-6)
 
 
+def hashed(x: Tensor) -> Tensor:
+    """Whole numbers (int64, not negative) -> as if drawn at random from 0 to 2**32 - 1."""
+    x = (x + 1) * 1000003 % 2 ** 32
+    for _ in range(2):                         # mix the bits of 32-bit numbers; products fit 63 bits
+        x = ((x ^ (x >> 15)) * 1103515245 + 12345) % 2 ** 32
+    return x
+
+
+def block_flops(S: int, C: int) -> int:
+    """A Block on S tokens, C channels: 12C² multiply-adds a token (qkv and out 4, MLP 8), attention 2S²C."""
+    return 24 * S * C * C + 4 * S * S * C
+
+
 def best_of(score: Tensor, count, among: Tensor) -> Tensor:
-    """The `count` highest of the scores that are `among`: bool, as they are. Ties: the earlier one."""
-    rank = score.float().masked_fill(~among, -math.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return among & (rank < count)
+    """The `count` highest scores of those that are `among`, both bool. Ties: the earlier one."""
+    score = score.float().masked_fill(~among, -math.inf)
+    return among & (score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count)
 
 
-@exact
-def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor = None,
-                            pairing='parity', mask: Tensor = None) -> Reduction:
-    """ToMe: merge the r sources that resemble a destination most: N tokens -> N - r.
+def flat_slots(assign: Tensor, M: int) -> Tensor:
+    """(B, N) slots -> (B*N,) rows of a flat (B, M + 1) table, whose last column is for -1 and for M."""
+    return (assign % (M + 1) + (M + 1) * torch.arange(len(assign), device=assign.device)[:, None]).flatten()
 
-    metric (B, N, C), r int or (B,) int64, the first `protected` tokens never merge. pairing:
-    'parity', the tokens at even places (protected ones counted) are sources, odd ones destinations;
-    or (N,) bool, True for sources. size (B, N): what tokens stand for already, their weight in a
-    mean. mask (B, N) bool: False is padding, which is dropped. At most half of the tokens merge.
-    Slots: protected, sources that stay, destinations.
+
+def slot_sums(x: Tensor, assign: Tensor, M: int) -> Tensor:
+    """The sum of what each of M slots gets: x (B, N, C) or (B, N), assign (B, N) -> (B, M, C) or (B, M)."""
+    table = x.new_zeros(len(x) * (M + 1), *x.shape[2:])
+    return table.index_add(0, flat_slots(assign, M), x.flatten(0, 1)).unflatten(0, (-1, M + 1))[:, :M]
+
+
+def look_up(table: Tensor, index: Tensor, missing) -> Tensor:
+    """table (B, K) or (B, K, C) at index (B, N) -> (B, N) or (B, N, C); `missing` at -1 and at K."""
+    padded = F.pad(table, [0, 0] * (table.dim() - 2) + [0, 1], value=missing)  # (B, K + 1) or (B, K + 1, C)
+    rows = padded.flatten(0, 1).index_select(0, flat_slots(index, table.size(1)))
+    return rows.view(*index.shape, *table.shape[2:])
+
+
+def first_members(assign: Tensor, K: int) -> Tensor:
+    """assign (B, N), -1 = none -> (B, K): the first token of each of K slots, N where it has none."""
+    B, N = assign.shape
+    table = torch.full((B, K + 1), N, device=assign.device)
+    index = torch.arange(N, device=assign.device).expand(B, N)
+    return table.scatter_reduce(1, assign % (K + 1), index, 'amin')[:, :K]
+
+
+def reduce_tokens(x: Tensor, reduction: Reduction) -> Tensor:
+    """Weighted sum of each slot's tokens, in float32: x (B, N, C) -> (B, M, C); padding is zero."""
+    rows = x.float() * reduction.weight[..., None]                             # (B, N, C)
+    return slot_sums(rows, reduction.assign, reduction.position.size(1)).to(x.dtype)
+
+
+def expand(y: Tensor, reduction: Reduction) -> Tensor:
+    """Un-merge y (B, M, C) -> (B, N, C): a copy of its slot for each token, zeros for dropped."""
+    return look_up(y, reduction.assign, 0)
+
+
+def slot_sizes(reduction: Reduction, size: Tensor = None) -> Tensor:
+    """Input tokens of each slot: (B, M) float32. size (B, N): what the inputs stand for already."""
+    size = torch.ones_like(reduction.weight) if size is None else size.float()
+    return slot_sums(size, reduction.assign, reduction.position.size(1))
+
+
+def compose(first: Reduction, second: Reduction) -> Reduction:
+    """One reduction that does `first` (N -> M1), then `second` (M1 -> M2)."""
+    assign = look_up(second.assign, first.assign, -1)                          # (B, N)
+    weight = first.weight * look_up(second.weight, first.assign, 0)            # (B, N)
+    position = look_up(first.position, second.position, first.assign.size(1))  # (B, M2)
+    return Reduction(assign, weight, position, second.mask)
+
+
+def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) -> Reduction:
+    """The means of clusters: assign (B, N) int64 in [0, num_clusters), -1 = dropped. Empty ones are padding.
+
+    position (B, num_clusters): where each stands, None: at its first member. Slots are put in this order.
     """
-    (B, N, _), device = metric.shape, metric.device
-    place = torch.arange(N, device=device)
-    source = (place % 2 == 0) if isinstance(pairing, str) else pairing.to(device)
-    a, b = (place[(place >= protected) & (source == which)] for which in (True, False))
-    real = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask
-    if len(b) == 0:                                                            # nobody to merge with
-        return pack(real)
-    most = torch.minimum(real[:, a].sum(1), (real.sum(1) - protected) // 2) * real[:, b].any(1)
-    r = torch.minimum(torch.as_tensor(r, device=device), most).clamp(min=0)    # (B,)
-    u = unit(metric.detach())
-    score = (u[:, a] @ u[:, b].mT).masked_fill(~real[:, None, b], -math.inf)   # (B, A, D)
-    best, choice = score.max(-1)
-    gone = ~real                                                               # (B, N) without a slot
-    gone[:, a] |= best_of(best, r[:, None], real[:, a])
-    front = torch.cat([place[:protected], a, b])                               # (N,) in slot order
-    assign = torch.empty(B, N, dtype=torch.long, device=device)
-    assign[:, front] = (~gone[:, front]).cumsum(1) - 1
-    assign[:, a] = torch.where(gone[:, a], assign[:, b].gather(1, choice), assign[:, a])
-    M = int((~gone).sum(1).max())                                  # waits for the device: M is data
-    assign = assign.masked_fill(~real, -1)
-    position = torch.full((B, M + 1), N, device=device).scatter(
-        1, torch.where(gone, M, assign), place.expand(B, N))[:, :M]            # (B, M)
-    size = real.float() if size is None else size.float() * real
-    plain = Reduction(assign, size, position, position < N)
-    total = look_up(slot_sizes(plain, size), assign, 1)                        # (B, N)
-    return plain._replace(weight=size / total.clamp(min=1e-6))
+    N, first = assign.size(1), first_members(assign, num_clusters)             # (B, K)
+    position = first if position is None else torch.where(first < N, position, N)
+    position, order = position.sort(dim=1, stable=True)          # (B, K) ascending, empty ones last
+    return mean_of(look_up(order.argsort(1), assign, -1), position)
 
 
-def tome(x: Tensor, budget: int) -> Reduction:
-    """ToMe until `budget` of x (B, N, C) remain: rounds in which at most half of the tokens merge."""
-    size, whole = None, pack(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
-    while x.size(1) > budget:
-        step = bipartite_soft_matching(x, x.size(1) - budget, size=size)
-        x, size, whole = reduce_tokens(x, step), slot_sizes(step, size), compose(whole, step)
-    return from_clusters(whole.assign, x.size(1))
+def mean_of(assign: Tensor, position: Tensor) -> Reduction:
+    """Slots that are the plain mean of their members: assign (B, N), position (B, M), N at padding."""
+    count = slot_sums(torch.ones_like(assign, dtype=torch.float), assign, position.size(1))    # (B, M)
+    weight = look_up(1 / count.clamp(min=1), assign, 0)                        # (B, N)
+    return Reduction(assign, weight, position, position < assign.size(1))
+
+
+def pack(keep: Tensor) -> Reduction:
+    """Keep some tokens, drop the others: keep (B, N) bool. M is the most that a sample keeps."""
+    N, M = keep.size(1), int(keep.sum(1).max())                    # waits for the device: M is data
+    assign = torch.where(keep, keep.cumsum(1) - 1, -1)                         # (B, N)
+    position = first_members(assign, M)                                        # (B, M)
+    return Reduction(assign, keep.float(), position, position < N)
+
+
+def reduced_by(x: Tensor, reduction: Reduction) -> Reduced:
+    """What a reducer returns that turns tokens x (B, T, P, C) into the slots of a reduction."""
+    position = torch.where(reduction.mask, reduction.position, NEVER)          # (B, M)
+    return Reduced(reduce_tokens(x.flatten(1, 2), reduction), position, reduction)
+
+
+class Budgeted(Reducer):
+    """The base of reducers that are told how many tokens may stay."""
+
+    def __init__(self, dim: int, *,
+                 budget: Annotated[int, 'the most vision tokens of a clip, 0 = a quarter'] = 0):
+        super().__init__(dim)
+        self.dim, self.budget = dim, budget
+
+    def most(self, x: Tensor) -> int:
+        """The most tokens of a clip of x (B, T, P, C). ValueError: a negative budget."""
+        N = x.size(1) * x.size(2)
+        if self.budget < 0:
+            raise ValueError(f'budget must be at least 1, or 0 for a quarter of them, got {self.budget}')
+        return min(N, self.budget) or max(1, N // 4)
+
+
+class Uniform(Budgeted):
+    """Whole frames, the middles of n equal parts of the clip. ValueError: the budget holds no frame."""
+
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        T, P = x.shape[1:3]
+        n = min(T, self.most(x) // P)
+        if n < 1:
+            raise ValueError(f'a budget of {self.budget} tokens holds no frame of {P}')
+        frame = (torch.arange(n, device=x.device) * 2 + 1) * T // (2 * n)      # (n,)
+        position = torch.arange(T * P, device=x.device).view(T, P)[frame].flatten()        # (n * P,)
+        return Reduced(x[:, frame].flatten(1, 2), position)
+
+
+class Prune(Budgeted):
+    """The most looked-at tokens of the clip."""
+    wants_saliency = True
+
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        position = select_tokens(saliency.flatten(1), 1, self.most(x))         # (B, M)
+        return Reduced(x.flatten(1, 2).take_along_dim(position[..., None], 1), position)
+
+
+class Pool(Budgeted):
+    """Means over a grid of time and space: its cells are the same in every clip."""
+
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        cell = pool_grid(x.size(1), math.isqrt(x.size(2)), self.most(x))       # (N,) on the host
+        return reduced_by(x, from_clusters(cell.to(x.device).expand(len(x), -1), int(cell.max()) + 1))
 
 
 def pool_grid(T: int, side: int, budget: int) -> Tensor:
-    """Uniform pooling: the cell of each token of T frames of side * side patches, (N,) int64.
-
-    Frames fall into a equal parts, both sides of a frame into b, with the most cells a * b² of at most
-    `budget`; of equals the one with the most parts of time.
-    """
+    """(T * side * side,) int64: the cell of each patch in a grid of as many cells as the budget allows."""
+    # Of grids with as many cells the one with the most parts of time.
     b = max(range(1, side + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
     return grid_cells(T, side, min(T, budget // b ** 2), b)
 
 
 def grid_cells(T: int, side: int, a: int, b: int) -> Tensor:
-    """(T * side * side,) int64: which of a * b * b cells of time and space each patch is in."""
+    """(T * side * side,) int64: which of a * b * b equal cells of time, height and width each patch is in."""
     time, place = torch.arange(T) * a // T, torch.arange(side) * b // side
     return ((time[:, None, None] * b + place[:, None]) * b + place).flatten()
 
 
+class RaggedRouter(Router):
+    """A Router for vision tokens that stand anywhere, in frames of unequal numbers."""
+
+    def forward(self, x: Tensor, group, ratio: float, words: int = 0, forced: Tensor = None) -> Route:
+        """x (B, S, C), group (S,) or (B, S): frame of each token, -1 = a word, -2 = padding; or an int."""
+        if not isinstance(group, Tensor):
+            return super().forward(x, group, ratio, words, forced)
+        logits, frame = self.score(x), group.expand(x.shape[:2])               # (B, S) each
+        order = logits.detach().argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, frame.gather(1, order).argsort(dim=1, stable=True))    # by frame, then score
+        home = frame.gather(1, order).contiguous()                             # (B, S) ascending
+        first = torch.searchsorted(home, home)                                 # (B, S) where its frame begins
+        count = torch.searchsorted(home, home, right=True) - first             # (B, S) tokens of its frame
+        place = torch.arange(x.size(1), device=x.device) - first            # (B, S) 0 = the best of its frame
+        best = place < (ratio * precise(count) - 1e-9).ceil().clamp(min=1)
+        kept = pack(best.gather(1, order.argsort(1)) & (frame > -2) | (frame == -1))   # M = K is data
+        text = look_up(frame, kept.position, -2) == -1                         # (B, K)
+        gate = GATES[self.gate](look_up(logits, kept.position, 0)).masked_fill(text, 1.0) * kept.mask
+        index = kept.position.clamp(max=x.size(1) - 1)                         # (B, K)
+        return Route(index, gate, logits.masked_fill(frame == -2, -math.inf), kept.mask)
+
+
+class RaggedBlock(MoDBlock):
+    """A MoDBlock that takes the routes of a RaggedRouter: padding is seen by none and changes nothing."""
+
+    def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+        if route.mask is not None:
+            eye = torch.eye(x.size(1), dtype=torch.bool, device=x.device)
+            mask = torch.ones_like(eye).tril() if mask is None else mask
+            least = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
+            mask = mask.where(route.mask[:, None, None] | eye, least)         # (B, 1, K, K) no empty row: NaN
+            if cache is not None:
+                position = torch.where(route.mask, position, NEVER)            # no later query sees padding
+        return super().update(x, route, position, mask, cache)
+
+
+class RaggedRouting(FrameRouting):
+    """FrameRouting that also takes clips whose frames have unequal numbers of tokens left."""
+    layer, router, ragged = RaggedBlock, RaggedRouter, True
+
+    def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
+        if N == 0 or self.streaming or position.dim() == 1:                    # whole frames
+            return super().forward(i, block, x, position, N)
+        frame = torch.where(position < NEVER, position // self.patches, -2)[:, :N]     # (B, N)
+        return self.routers[str(i)](x, F.pad(frame, (0, x.size(1) - N), value=-1), self.keep_ratio)
+
+
+REDUCERS.update(uniform=Uniform, prune=Prune, pool=Pool)
+ROUTINGS['frame'] = RaggedRouting        # in the place of FrameRouting, which it extends
+
+# ---- 8. ToMe -----------------------------------------------------------------------------------------------
+# Which tokens say the same? Merging in pairs (Bolya et al., arXiv 2210.09461): half of the tokens look for
+# the most similar one in the other half, and the best pairs become one token.
+# needs sections 1, 2, 4, 5, 7
+
+@exact
+def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor = None,
+                            pairing='parity', mask: Tensor = None) -> Reduction:
+    """ToMe: merge the r sources that resemble a destination most, at most half: N tokens -> N - r.
+
+    metric (B, N, C), r int or (B,), the first `protected` tokens never merge. pairing: 'parity', even places
+    are sources, odd ones destinations; or (N,) bool, True for sources. size (B, N): what tokens stand for
+    already. mask (B, N) bool: False is dropped. Slots: protected, sources that stay, destinations.
+    """
+    (B, N, _), device = metric.shape, metric.device
+    if isinstance(pairing, str):
+        place = torch.arange(N, device=device)[protected:]
+        sources, targets = place[protected % 2::2], place[1 - protected % 2::2]        # (A,), (D,) places
+    else:                                             # nothing waits for the device if pairing is on the host
+        sources, targets = ((pairing[protected:] == side).nonzero()[:, 0].to(device) + protected
+                            for side in (True, False))
+    real, M = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask, None
+    if len(targets) == 0 or len(sources) == 0:                                 # nobody to merge with
+        return pack(real)
+    u = unit(metric.detach())
+    score = u[:, sources] @ u[:, targets].mT                                   # (B, A, D)
+    if isinstance(r, int) and mask is None:                               # all sizes known without the device
+        r = max(0, min(r, len(sources), (N - protected) // 2))
+        M = N - r
+    else:
+        score = score.masked_fill(~real[:, None, targets], -math.inf)
+        most = torch.minimum(real[:, sources].sum(1), (real.sum(1) - protected) // 2)          # (B,)
+        most = most * real[:, targets].any(1)
+        r = torch.minimum(torch.as_tensor(r, device=device), most).clamp(min=0)[:, None]       # (B, 1)
+    best, choice = score.max(-1)                                              # (B, A) the most similar target
+    gone = best_of(best, r, real[:, sources])                                  # (B, A) sources that merge
+    stays = real.index_copy(1, sources, real[:, sources] & ~gone)            # (B, N) with a slot of their own
+    front = torch.cat([torch.arange(protected, device=device), sources, targets])      # (N,) in slot order
+    slot = (stays[:, front].cumsum(1) - 1)[:, front.argsort()].where(stays, -1)        # (B, N)
+    position = first_members(slot, int(stays.sum(1).max()) if M is None else M)        # (B, M)
+    joined = torch.where(gone, slot[:, targets].gather(1, choice), slot[:, sources])   # (B, A)
+    assign = slot.index_copy(1, sources, joined)                               # (B, N)
+    size = real.float() if size is None else size.float() * real
+    total = look_up(slot_sums(size, assign, position.size(1)), assign, 1)      # (B, N)
+    return Reduction(assign, size / total.clamp(min=1e-6), position, position < N)
+
+
+def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairing='parity'):
+    """ToMe on x (B, n, C) whose tokens stand for size (B, n), None = one each -> x, size, Reduction."""
+    if r == 0:
+        return x, size, None
+    step = bipartite_soft_matching(metric, r, protected, size, pairing)
+    return reduce_tokens(x, step), slot_sizes(step, size), step
+
+
+@torch.no_grad()
+def tome(x: Tensor, budget: int) -> Reduction:
+    """ToMe until `budget` of x (B, N, C) remain: rounds in which at most half of the tokens merge."""
+    if budget < 1:
+        raise ValueError(f'a budget of {budget} tokens is none; wanted at least 1')
+    size, assign = None, torch.arange(x.size(1), device=x.device).expand(len(x), -1)   # (B, N)
+    while x.size(1) > budget:
+        x, size, step = merge_tokens(x, size, x, x.size(1) - budget, 0)
+        assign = step.assign.gather(1, assign)
+    return from_clusters(assign, x.size(1))
+
+
+class ToMe(Budgeted):
+    """Tokens of the clip merged in pairs, in rounds, until the budget is met."""
+
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        return reduced_by(x, tome(x.flatten(1, 2), self.most(x)))
+
+    def flops(self, T: int, P: int, M: int, words: int) -> int:
+        """The similarities of all rounds."""
+        n, total = T * P, 0
+        while n > M:
+            total += 2 * ((n + 1) // 2) * (n // 2) * self.dim
+            n = max(M, n - n // 2)
+        return total
+
+
+REDUCERS['tome'] = ToMe
+
+# ---- 9. HoliTom --------------------------------------------------------------------------------------------
+# Merge what stands still, keep what is looked at, without training (Shao et al., arXiv 2505.21334). Dynamic
+# programming finds segments of still patches, each patch becomes one token, and density peaks (DPC-KNN, Du et
+# al., 2016) thin those out. It looks at the whole clip: for offline use only.
+# needs sections 1, 2, 4, 5, 7
+
 @exact
 def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
-    """Density-peak clustering: centres are dense and far from anything denser.
+    """Density-peak clustering: centres have the highest density * distance to the nearest denser token.
 
-    x (B, N, C), num_clusters int or (B,) int64, mask (B, N) bool: the tokens that take part.
-    density = exp(-mean squared distance to the k nearest, itself included, k at most the number of
-    clusters); centres have the highest density * distance to the nearest denser token.
-    -> centers (B, K) int64, ascending, N where a sample has fewer; assign (B, N) int64: the nearest
-    centre's place in the list, -1 outside the mask. Ties: the earlier token.
+    x (B, N, C), num_clusters int or (B,), mask (B, N): who takes part -> centers (B, K), ascending, N at
+    padding; assign (B, N): the nearest centre's place in the list, -1 outside the mask. density =
+    exp(-mean squared distance to the k nearest, itself included, at most K). Ties: the earlier token.
     """
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
-    count = torch.minimum(torch.as_tensor(num_clusters, device=x.device), mask.sum(1))     # (B,)
+    count = torch.minimum(torch.as_tensor(num_clusters, device=x.device), mask.sum(1))[:, None]    # (B, 1)
     both = mask[:, :, None] & mask[:, None, :]                                 # (B, N, N)
-    distance = torch.cdist(x.float(), x.float(), compute_mode='donot_use_mm_for_euclid_dist')
-    distance = distance / math.sqrt(C)                                         # (B, N, N) exact at 0
-    far = distance.masked_fill(~both, math.inf)
+    exact_at_zero = torch.cdist(x.float(), x.float(), compute_mode='donot_use_mm_for_euclid_dist')
+    far = (exact_at_zero / math.sqrt(C)).masked_fill(~both, math.inf)          # (B, N, N)
     near = far.square().topk(min(k, N), largest=False).values                  # (B, N, k)
-    k = count.clamp(1, min(k, N))[:, None]                                     # (B, 1)
-    some = torch.arange(near.size(-1), device=x.device) < k[..., None]         # (B, 1, k)
-    density = (-near.masked_fill(~some, 0).sum(-1) / k).exp()                  # (B, N)
-    denser = (density[:, None, :] > density[:, :, None]) & both
-    gap = distance.masked_fill(~denser, math.inf).amin(-1)                     # (B, N)
-    widest = distance.masked_fill(~both, 0).amax((1, 2))[:, None]
+    k = count.clamp(1, near.size(-1))                                          # (B, 1)
+    counted = torch.arange(near.size(-1), device=x.device) < k[..., None]      # (B, 1, k)
+    density = (-near.masked_fill(~counted, 0).sum(-1) / k).exp()               # (B, N)
+    gap = far.where(density[:, None] > density[..., None], math.inf).amin(-1)  # (B, N) to a denser one
+    widest = far.where(both, 0).amax((1, 2))[:, None]                          # (B, 1)
     score = density * torch.where(gap.isinf(), widest, gap)                    # (B, N)
-    centers = pack(best_of(score, count[:, None], mask)).position              # (B, K)
+    centers = pack(best_of(score, count, mask)).position                       # (B, K)
     reach = F.pad(far, (0, 1), value=math.inf).take_along_dim(centers[:, None], 2)     # (B, N, K)
     assign = reach.argmin(-1) if centers.size(1) else torch.full((B, N), -1, device=x.device)
-    return centers, torch.where(mask & (count > 0)[:, None], assign, -1)
+    return centers, torch.where(mask & (count > 0), assign, -1)
 
+
+def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
+    """HoliTom's segments: cut T frames so that the most tokens repeat what the frame before showed.
+
+    similarity (B, T - 1, P): of each patch with itself one frame later. A patch above tau in all steps inside
+    a segment saves length - 1 tokens. max_len: of a segment, None = any, 0 or 1 = every frame alone.
+    -> segment (B, T) int64, such as 0, 0, 1, 1, 1, 2; gain (B,) int64, the tokens saved.
+    """
+    (B, steps, P), device = similarity.shape, similarity.device
+    T, row = steps + 1, torch.arange(B, device=device)
+    saved = torch.arange(T if max_len is None else max(1, max_len), device=device)   # by length, of one patch
+    frame = torch.arange(T, device=device)[:, None]                            # (T, 1)
+    broken = torch.where(F.pad(similarity, (0, 0, 1, 0)) > tau, 0, frame)      # (B, T, P)
+    run = frame - broken.cummax(1).values                                   # (B, T, P) still steps up to here
+    best = torch.zeros(B, T + 1, dtype=torch.long, device=device)         # tokens saved in the first i frames
+    begins = torch.zeros(B, T + 1, T, dtype=torch.long, device=device)         # 1 where their segments begin
+    # Dynamic programming: best[i] = max over lengths w of best[i - w] + gain. Ties: the shortest w.
+    for i in range(1, T + 1):
+        still = (run[:, i - 1, :, None] >= saved[:i]).sum(1)                   # (B, w) patches
+        total = best[:, i - still.size(1):i].flip(1) + saved[:i] * still       # (B, w)
+        best[:, i], choice = total.max(1)
+        start = i - 1 - choice                                                 # (B,)
+        begins[:, i] = begins[row, start].scatter(1, start[:, None], 1)
+    return begins[:, T].cumsum(1) - 1, best[:, T]
+
+
+@exact
+@torch.no_grad()
+def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float = 0.8,
+            beta: float = 0.6, k: int = 7, max_len: int = None) -> Reduction:
+    """HoliTom before the decoder: merge what stands still, keep what is looked at. No training.
+
+    x (B, T, P, C), saliency (B, T, P): attention that each token receives. What time saves, space may spend:
+    of what time leaves, the share that makes retain_ratio of all. beta, k: as in merge_static, dpc_knn.
+    """
+    (B, T, P, _), u = x.shape, unit(x)
+    if not (retain_ratio >= 0 and -1 <= tau <= 1 and x.isfinite().all() and saliency.isfinite().all()):
+        raise ValueError('wanted retain_ratio of at least 0, tau from -1 to 1, and no token or saliency NaN '
+                         f'or infinite; got retain_ratio {retain_ratio} and tau {tau}')
+    similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
+    segment, gain = temporal_segments(similarity, tau, max_len)                # (B, T), (B,)
+    ratio = (retain_ratio * T * P / precise(T * P - gain)).clamp(max=1)[:, None]       # (B, 1)
+    # 1. Which patches stand still all through their segment.
+    frames = F.one_hot(segment, int(segment.max()) + 1).float()               # (B, T, S) waits for the device
+    moved = (segment[:, 1:] == segment[:, :-1])[..., None] & (similarity <= tau)       # (B, T - 1, P)
+    static = (frames[:, 1:].mT @ moved.float() == 0) & (frames.sum(1) > 1)[..., None]  # (B, S, P)
+    # 2. Merge them over time, and around density peaks in space.
+    slot, share = merge_static(x, frames, static, ratio, beta, k)              # (B, S, P) each
+    # 3. Of the others keep the most looked-at of each frame.
+    own = segment[..., None].expand(B, T, P)                                   # the segment of each token
+    still = static.gather(1, own)                                              # (B, T, P)
+    quota = ((P - static.sum(-1)) * ratio).ceil().gather(1, segment)           # (B, T)
+    kept = best_of(saliency, quota[..., None], ~still)                         # (B, T, P)
+    # 4. One slot for each token: its group's, its own, or none.
+    index = torch.arange(T * P, device=x.device).view(T, P).where(kept, -1)
+    target = torch.where(still, slot.gather(1, own), index).flatten(1)         # (B, N) an index
+    weight = torch.where(still, share.gather(1, own), kept.float()).flatten(1)
+    slots = pack(slot_sums(torch.ones_like(target), target, T * P) > 0)
+    return slots._replace(assign=look_up(slots.assign, target, -1), weight=weight * (target >= 0))
+
+
+def merge_static(x: Tensor, frames: Tensor, static: Tensor, ratio: Tensor, beta: float, k: int):
+    """Where static patches go: slot (B, S, P), an index t*P + p, -1 = nowhere, and each token's share of it.
+
+    Their means over time are clustered, `ratio` (B, 1) of them are the peaks. A slot stands in the segment's
+    first frame; its peak has weight beta, the others of the group share the rest (None: a plain mean).
+    """
+    (B, T, P, C), S, device = x.shape, frames.size(2), x.device
+    length = frames.sum(1)[..., None]                                       # (B, S, 1) frames of each segment
+    mean = (frames.mT @ x.float().flatten(2) / length.clamp(min=1)).view(B * S, P, C)
+    peaks = (static.sum(-1) * ratio).round().long().flatten()                  # (B*S,)
+    center = torch.full((B * S, P), P, device=device)                          # the peak each patch goes to
+    row = peaks.nonzero()[:, 0]                                                # segments in which any stays
+    if len(row):
+        peak, group = dpc_knn(mean[row], peaks[row], k, static.view(B * S, P)[row])
+        center[row] = look_up(peak, group, P)
+    members = look_up(slot_sums(torch.ones_like(mean[..., 0]), center, P), center, 1)    # (B*S, P) in a group
+    share = 1 / members
+    if beta is not None:
+        others = (1 - beta) / (members - 1).clamp(min=1)
+        at_peak = center == torch.arange(P, device=device)
+        share = torch.where(members == 1, 1.0, torch.where(at_peak, beta, others))
+    begin, center = frames.argmax(1)[..., None], center.view(B, S, P)          # (B, S, 1) first frame
+    return torch.where(center < P, begin * P + center, -1), share.view(B, S, P) / length.clamp(min=1)
+
+
+class HoliTom(Reducer):
+    """HoliTom before the decoder: as many tokens as the clip needs."""
+    wants_saliency = True
+
+    def __init__(self, dim: int, *,
+                 retain_ratio: Annotated[float, 'share of the vision tokens that stays'] = 0.1,
+                 tau: Annotated[float, 'similarity above which a patch stands still'] = 0.8):
+        super().__init__(dim)
+        if not 0 < retain_ratio <= 1 or not -1 <= tau <= 1:
+            raise ValueError('retain_ratio must be above 0 and at most 1, tau from -1 to 1, '
+                             f'got {retain_ratio} and {tau}')
+        self.retain_ratio, self.tau = retain_ratio, tau
+
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        return reduced_by(x, holitom(x, saliency, self.retain_ratio, self.tau))
+
+
+class Stage(nn.Module):
+    """Makes vision tokens fewer inside the decoder; a subclass has decide(x, score, real) -> Reduction."""
+
+    def __init__(self, n_layer: int, *,
+                 stage_layer: Annotated[int, 'decoder layer before which the stage acts, from 1 on'],
+                 stage_ratio: Annotated[float, 'share of the vision tokens that goes there'] = 0.5):
+        super().__init__()
+        if not 0 < stage_layer < n_layer or not 0 <= stage_ratio < 1:
+            raise ValueError(f'stage_layer must be from 1 to {n_layer - 1} and stage_ratio from 0 to below '
+                             f'1, got {stage_layer} and {stage_ratio}')
+        self.layer, self.ratio = stage_layer, stage_ratio
+
+    def run(self, block: Block, before: Tensor, x: Tensor, position: Tensor, N: int, last: Tensor):
+        """Fewer vision tokens in x (B, S, C) -> x, position (B, S), N, Reduced.
+
+        block: of the layer before, whose input was before (B, S, C). last (B,): place of the question's last
+        word, whose attention there is the score (B, N). real (B, N): no padding.
+        """
+        seen = visible(position.gather(1, last[:, None]), position)            # (B, 1, 1, S)
+        score = block.attention.weights(block.norm1(before), position, seen, last).mean((1, 2))    # (B, S)
+        with torch.no_grad():
+            made = self.decide(x[:, :N], score[:, :N], real=position[:, :N] < NEVER)
+        place = look_up(position[:, :N], made.position, NEVER)                 # (B, M)
+        reduced = Reduced(reduce_tokens(x[:, :N], made), place, made)
+        x = torch.cat([reduced.tokens, x[:, N:]], 1)                           # (B, M + words, C)
+        return x, torch.cat([place, position[:, N:]], 1), place.size(1), reduced
+
+
+@exact
+def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 0.5,
+                  mask: Tensor = None, rows: int = 1024) -> Reduction:
+    """HoliTom inside the decoder: of the vision tokens the best by score stay and take in the others.
+
+    h (B, S, C), score (B, S), vision (B, S) bool; other tokens stay, but for padding, where mask (B, S) is
+    False. What goes joins the one that stays and resembles it most (cosine), `rows` at once, in a plain mean.
+    """
+    S = h.size(1)
+    keep = (precise(vision.sum(1, keepdim=True)) * (1 - drop_ratio)).round()   # (B, 1) half to even
+    kept = best_of(score, keep, vision)                                        # (B, S)
+    goes = vision & ~kept
+    slots = pack(~goes if mask is None else ~goes & mask)
+    goer, host = pack(goes).position, F.pad(pack(kept).position, (0, 1), value=S)  # (B, G), (B, K) S = nobody
+    u = unit(h)
+    hosts, nobody = look_up(u, host, 0).mT, (host == S)[:, None]               # (B, C, K), (B, 1, K)
+    choice = [(look_up(u, part, 0) @ hosts).masked_fill(nobody, -math.inf).argmax(-1)
+              for part in goer.split(rows, 1)]                                 # (B, rows) each
+    joined = look_up(slots.assign, host.gather(1, torch.cat(choice, 1)), -1)   # (B, G)
+    assign = F.pad(slots.assign, (0, 1)).scatter(1, goer, joined)[:, :S]
+    return mean_of(assign, slots.position)
+
+
+class HoliTomStage(Stage):
+    """HoliTom's second stage: what is looked at least merges into what it resembles."""
+
+    def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
+        return holitom_inner(x, score, real, self.ratio, real)
+
+
+class DropStage(Stage):
+    """What the question looks at least is dropped (FastV, Chen et al., arXiv 2403.06764)."""
+
+    def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
+        keep = (precise(real.sum(1, keepdim=True)) * (1 - self.ratio)).round()         # (B, 1)
+        return pack(best_of(score, keep, real))
+
+
+REDUCERS['holitom'] = HoliTom
+STAGES.update(holitom=HoliTomStage, drop=DropStage)
+
+# ---- 10. Clusters and codes --------------------------------------------------------------------------------
+# How few vectors can stand for a clip? VQToken (Zhang et al., arXiv 2503.16980): a codebook for each clip, by
+# k-means (Lloyd, 1982), and where each code occurs (for offline use only: it looks at the whole clip). Vector
+# quantization (van den Oord et al., arXiv 1711.00937): one learned codebook for all clips.
+# needs sections 1, 2, 4, 5, 7
 
 def cluster_sums(x: Tensor, assign: Tensor, K: int):
     """x (B, N, C), assign (B, N), -1 = none of them -> sums (B, K, C) and counts (B, K) of clusters."""
@@ -608,12 +1407,10 @@ def cluster_sums(x: Tensor, assign: Tensor, K: int):
 
 @exact
 def nearest(x: Tensor, centers: Tensor, metric: str) -> Tensor:
-    """The centre of each token: x (B, N, C), centers (B, K, C) -> (B, N) int64. Ties: the first.
-
-    |x - c|² is smallest where x·c - |c|²/2 is largest; the angle, where x·c/|c| is.
-    """
-    if metric == 'cosine':
+    """The centre of each token: x (B, N, C), centers (B, K, C) -> (B, N) int64. Ties: the first."""
+    if metric == 'cosine':                             # the angle is smallest where x·c/|c| is largest
         return torch.bmm(x, unit(centers).mT).argmax(-1)
+    # |x - c|² is smallest where x·c - |c|²/2 is largest.
     return torch.baddbmm(-0.5 * centers.square().sum(-1)[:, None], x, centers.mT).argmax(-1)
 
 
@@ -621,15 +1418,14 @@ def spread_centers(x: Tensor, K: int, mask: Tensor, generator: torch.Generator =
                    trials: int = 8) -> Tensor:
     """k-means++ (Arthur & Vassilvitskii, 2007), greedy: x (B, N, C), mask (B, N) -> (B, K, C).
 
-    A token becomes the next centre with a chance in proportion to its squared distance to the nearest
-    centre so far; of `trials` such tokens the one stays that leaves the smallest sum of them. The
-    first k of K centres are what K = k would give. The same chances for each sample of a batch.
+    The chance of a token to be the next centre is in proportion to its squared distance to the nearest so
+    far; of `trials` such tokens the one stays that leaves the smallest sum of them. Chances are the same for
+    each sample of a batch, and the first k centres are what K = k would give.
     """
-    (B, N, C), device = x.shape, x.device
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     luck = torch.rand(K, trials, generator=generator).to(precise(x[:0]))       # in [0, 1)
-    square, rows = x.square().sum(-1), torch.arange(B, device=device)          # (B, N), (B,)
-    last = (mask * torch.arange(N, device=device)).amax(1, keepdim=True)       # (B, 1) taken if all gaps are 0
+    square, rows = x.square().sum(-1), torch.arange(len(x), device=x.device)   # (B, N), (B,)
+    last = (mask.cumsum(1) * mask).argmax(1, keepdim=True)                    # (B, 1) taken if all gaps are 0
     far, chosen = mask.to(x.dtype), []                     # (B, N) squared distance; at first any token
     for k in range(K):
         edge = precise(far).cumsum(1)                                          # (B, N)
@@ -637,7 +1433,7 @@ def spread_centers(x: Tensor, K: int, mask: Tensor, generator: torch.Generator =
         tried = x[rows[:, None], pick]                                         # (B, trials, C)
         gap = square[..., None] - 2 * x @ tried.mT + square.gather(1, pick)[:, None]
         gap = gap.clamp(min=0).masked_fill(~mask[..., None], 0)                # (B, N, trials)
-        gap = gap if k == 0 else torch.minimum(gap, far[..., None])
+        gap = torch.minimum(gap, far[..., None]) if k else gap
         best = gap.sum(1).argmin(-1)                                           # (B,)
         far = gap[rows, :, best]
         chosen.append(tried[rows, best])
@@ -650,10 +1446,9 @@ def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, m
            generator: torch.Generator = None, mask: Tensor = None):
     """Lloyd's algorithm: x (B, N, C) -> centroids (B, K, C) float32, assign (B, N) int64.
 
-    init (B, K, C), or None: spread_centers with the generator, or with a seed of 0. metric 'l2', or
-    'cosine': of tokens of length one, but means as they come. mask (B, N) bool: tokens that take part;
-    the others get -1. assign is the nearest of the centroids that are returned. Clusters are in order
-    of their first token; an empty one keeps its centre, those stand last. ValueError: another metric.
+    init (B, K, C), None: spread_centers. metric 'l2', or 'cosine': of tokens of length one, but means as they
+    come. mask (B, N) bool: tokens that take part, the others get -1. Clusters are in order of their first
+    token; an empty one keeps its centre and stands last. ValueError: another metric.
     """
     if metric not in ('l2', 'cosine'):
         raise ValueError(f"metric must be 'l2' or 'cosine', got {metric!r}")
@@ -661,8 +1456,8 @@ def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, m
     mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
     centers = spread_centers(x, K, mask, generator) if init is None else init.float()
     for _ in range(iters):
-        sums, members = cluster_sums(x, nearest(x, centers, metric).where(mask, -1), K)
-        centers = torch.where(members[..., None] > 0, sums / members[..., None].clamp(min=1), centers)
+        sums, count = cluster_sums(x, nearest(x, centers, metric).where(mask, -1), K)
+        centers = torch.where(count[..., None] > 0, sums / count[..., None].clamp(min=1), centers)
     assign = nearest(x, centers, metric).where(mask, -1)                       # (B, N)
     order = first_members(assign, K).argsort(dim=1, stable=True)               # (B, K)
     return centers.take_along_dim(order[..., None], 1), look_up(order.argsort(1), assign, -1)
@@ -673,20 +1468,19 @@ def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, m
 def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     """Mean silhouette by cosine distance, exact in O(N K C): x (B, N, C), assign (B, N) -> (B,).
 
-    (b - a) / max(a, b): a, mean distance to the other tokens of the own cluster; b, to those of the
-    nearest other cluster (Rousseeuw, 1987). A mean of 1 - u·v over v is 1 - u·(sum of v)/n.
+    (b - a) / max(a, b): a, mean distance to the others of its cluster; b, to the nearest other cluster
+    (Rousseeuw, 1987). A mean of 1 - u·v over v is 1 - u·(sum of v)/n.
     """
     u, real = unit(x), assign >= 0
     sums, count = cluster_sums(u, assign, K)                                   # (B, K, C), (B, K)
-    along = u @ sums.mT                                                        # (B, N, K)
-    own = assign.clamp(min=0)[..., None]                                       # (B, N, 1)
-    n = count.gather(1, own[..., 0])                                           # (B, N)
-    itself = u.square().sum(-1)                                                # 1, or 0 of a zero token
-    a = 1 - (along.gather(2, own)[..., 0] - itself) / (n - 1).clamp(min=1)
-    apart = (1 - along / count.clamp(min=1)[:, None]).masked_fill((count == 0)[:, None], math.inf)
-    b = apart.scatter(2, own, math.inf).amin(-1)                               # (B, N)
-    score = (b - a) / torch.maximum(a, b).clamp(min=1e-6)
-    score = score.masked_fill(~real | (n < 2) | b.isinf(), 0)    # alone in a cluster: 0 by definition
+    own = F.one_hot(assign.clamp(min=0), K)                                    # (B, N, K)
+    others = count[:, None] - own                                              # (B, N, K) without itself
+    along = u @ sums.mT - own * u.square().sum(-1, keepdim=True)
+    distance = 1 - along / others.clamp(min=1)                                 # (B, N, K)
+    a = (distance * own).sum(-1)                                               # (B, N)
+    b = distance.masked_fill((own > 0) | (count == 0)[:, None], math.inf).amin(-1)
+    alone = (others * own).sum(-1) == 0                                        # (B, N) 0 by definition
+    score = ((b - a) / torch.maximum(a, b).clamp(min=1e-6)).masked_fill(~real | alone | b.isinf(), 0)
     return score.sum(1) / real.sum(1).clamp(min=1)
 
 
@@ -695,9 +1489,8 @@ def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
 def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     """k-means by cosine with the number of clusters that has the best silhouette, for each sample.
 
-    x (B, N, C) -> count (B,) int64, centroids (B, most, C), assign (B, N) of that very fit. All fits
-    begin with the same k-means++ centres, as many of them as they need; so close to the end few
-    iterations do.
+    x (B, N, C) -> count (B,) int64, centroids (B, most, C), assign (B, N). All fits begin with the first of
+    the same k-means++ centres, so few iterations do.
     """
     u, fits = unit(x), []
     init = spread_centers(u, most, torch.ones_like(u[..., 0], dtype=torch.bool))
@@ -709,129 +1502,70 @@ def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     return best + least, centers[sample, best], assign[sample, best]
 
 
-def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
-    """HoliTom's segments: cut T frames so that the most tokens repeat what the frame before showed.
+class VQToken(Reducer):
+    """A clip in K tokens: means of its clusters, each told by attention where the codes occur.
 
-    similarity (B, T - 1, P): of each patch with itself one frame later. A patch is static in a
-    segment if every step inside is above tau; merging it saves length - 1 tokens. The best of all
-    partitions, by dynamic programming: best[i] = max over lengths w of best[i - w] + gain. Ties: the
-    shortest last segment. max_len: of a segment, None = any, 0 or 1 = every frame alone.
-    -> segment (B, T) int64, 0, 0, 1, 1, 1, 2 ...; gain (B,) int64, the tokens saved.
+    VQ-Attention takes queries and keys from the codes, values from an MLP over the map of a code. The paper
+    flattens the map of ids, whose order is arbitrary. Here a code's map is its share of every cell of a grid
+    of time and space, so ids do not matter, and a clip of any length has K tokens.
     """
-    (B, steps, P), device = similarity.shape, similarity.device
-    T = steps + 1
-    longest = min(T, max(1, T if max_len is None else max_len))
-    step = torch.arange(1, T, device=device)[:, None]                          # (T - 1, 1)
-    broken = torch.where(similarity > tau, 0, step)                            # (B, T - 1, P)
-    run = step - broken.cummax(1).values           # (B, T - 1, P) still steps up to here
-    table = torch.zeros(B, steps, T, dtype=torch.long, device=device)
-    table.scatter_add_(2, run, torch.ones_like(run))                           # patches by run length
-    still = table.flip(2).cumsum(2).flip(2)                   # (B, T - 1, T) patches with run >= n
-    gains = still * torch.arange(T, device=device)            # of the segment of n + 1 frames
-    best = torch.zeros(B, T + 1, dtype=torch.long, device=device)              # of the first i frames
-    length = torch.ones(B, T, dtype=torch.long, device=device)      # of the segment that ends there
-    for i in range(2, T + 1):
-        w = min(i, longest)
-        total = best[:, i - w:i].flip(1) + gains[:, i - 2, :w]                 # (B, w)
-        best[:, i], choice = total.max(1)      # the first of equals: the shortest
-        length[:, i - 1] = choice + 1
-    begins = torch.zeros(B, T, dtype=torch.long, device=device)
-    end = torch.full((B, 1), T, device=device)                                 # one behind the last
-    for _ in range(T):
-        end = (end - length.gather(1, (end - 1).clamp(min=0))).clamp(min=0)
-        begins.scatter_(1, end, 1)
-    return begins.cumsum(1) - 1, best[:, T]
+    untrained = False
+
+    def __init__(self, dim: int, n_head: int = 4, grid=(8, 4), least: int = 4, most: int = 32, *,
+                 codes: Annotated[int, 'tokens of a clip, 0 = as many as fit it best'] = 12):
+        """grid: cells of time, and of a side of a frame. least, most: codes of a clip, if they are found."""
+        super().__init__(dim)
+        if codes < 0 or dim % n_head:
+            raise ValueError(f'codes must be at least 0, and {n_head} heads divide {dim} channels; '
+                             f'got {codes} codes')
+        self.codes, self.n_head, self.grid, self.least, self.most = codes, n_head, grid, least, most
+        self.iters = 10 if codes else 3                                        # of k-means
+        self.norm = nn.RMSNorm(dim)
+        self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
+        # At first a code attends to itself, as its query is its key, and is told where it occurs.
+        nn.init.normal_(self.query.weight, std=1 / math.sqrt(dim))
+        self.key.load_state_dict(self.query.state_dict())
+        nn.init.normal_(self.out.weight, std=0.1 / math.sqrt(dim))           # a little; it is mostly the mean
+
+    def occupancy(self, index_map: Tensor, K: int) -> Tensor:
+        """(B, T, P) -> (B, K, cells): how much of each cell of the grid a code fills, 0 to 1."""
+        T, P, cells = *index_map.shape[1:], self.value[0].in_features
+        cell = grid_cells(T, math.isqrt(P), *self.grid).to(index_map.device)   # (N,)
+        place = index_map.flatten(1) * cells + cell                            # (B, N)
+        filled = slot_sums(torch.ones_like(place, dtype=torch.float), place, K * cells)
+        return filled.unflatten(1, (K, cells)) / torch.bincount(cell, minlength=cells).clamp(min=1)
+
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        """x (B, T, P, C) -> tokens (B, K, C), in order of their first patch; the map: reduction.assign."""
+        flat = x.flatten(1, 2)                                                 # (B, N, C)
+        if self.codes:
+            assign = kmeans(flat, self.codes, self.iters, metric='cosine')[1]  # (B, N)
+        else:
+            assign = select_k(flat, self.least, self.most, self.iters)[2]
+        K = self.codes or int(assign.max()) + 1                              # waits for the device: K is data
+        reduced = reduced_by(x, from_clusters(assign, K))
+        mask, codes = reduced.reduction.mask, reduced.tokens                   # (B, K), (B, K, C)
+        near, index_map = self.norm(codes), reduced.reduction.assign.view(x.shape[:3])
+        value = self.value(self.occupancy(index_map, K).to(codes.dtype))       # (B, K, C)
+        q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2)
+                   for y in (self.query(near), self.key(near), value))         # (B, H, K, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
+        return reduced._replace(tokens=tokens * mask[..., None])
+
+    def flops(self, T: int, P: int, M: int, words: int) -> int:
+        # k-means++ and k-means of every number of codes that is tried, then VQ-Attention.
+        C, cells = self.out.in_features, self.value[0].in_features
+        fits = [self.codes] if self.codes else range(self.least, self.most + 1)
+        search = 2 * 8 * max(fits) + sum(2 * k * (self.iters + 1 + (not self.codes)) for k in fits)
+        return T * P * C * search + 2 * M * (cells * C + 4 * C * C) + 4 * M * M * C
 
 
-@exact
-def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float = 0.8,
-            beta: float = 0.6, k: int = 7, max_len: int = None) -> Reduction:
-    """HoliTom before the decoder: merge what stands still, keep what is looked at. No training.
+def token_density(accuracy_percent: float, tokens: float) -> float:
+    """TokDense of VQToken: percentage points of accuracy for each token that the decoder is given."""
+    return accuracy_percent / tokens
 
-    x (B, T, P, C), saliency (B, T, P): attention that each token receives. Static tokens of a segment
-    become one, their mean over time; of these, density peaks stay and take the others in, themselves
-    with weight beta (None: a plain mean). Of the other tokens the most salient stay. What time saves,
-    space may spend: the ratio is retain_ratio over the share that time leaves, at most one.
-    """
-    (B, T, P, C), N, u, device = x.shape, x.size(1) * x.size(2), unit(x), x.device
-    if not (retain_ratio >= 0 and x.isfinite().all() and saliency.isfinite().all()):
-        raise ValueError(f'retain_ratio must be at least 0, got {retain_ratio}, and no token or saliency '
-                         'NaN or infinite')
-    similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
-    segment, gain = temporal_segments(similarity, tau, max_len)
-    share = precise(N - gain) / N                                              # (B,)
-    ratio = (retain_ratio / share).clamp(max=1)                                # (B,)
-
-    # Of every segment s: which patches stand still all through it, and their means over time.
-    S = int(segment.max()) + 1                                                 # waits for the device
-    frames = F.one_hot(segment, S).float()                                     # (B, T, S)
-    length = frames.sum(1)                                                     # (B, S)
-    moved = (segment[:, 1:] == segment[:, :-1])[..., None] & (similarity <= tau)
-    static = (frames[:, 1:].mT @ moved.float() == 0) & (length > 1)[..., None]  # (B, S, P)
-    mean = (frames.mT @ x.float().flatten(2)).view(B * S, P, C) / length.clamp(min=1).view(-1, 1, 1)
-
-    # Density peaks among them; center: the patch that the group of each static patch stands at.
-    peaks = (static.sum(-1) * ratio[:, None]).round().long()                   # (B, S)
-    some = peaks.flatten().nonzero()[:, 0]                  # (n,) segments in which anything stays
-    center = torch.full((B * S, P), P, device=device)
-    if len(some):
-        peak, group = dpc_knn(mean[some], peaks.flatten()[some], k, static.view(B * S, P)[some])
-        center[some] = look_up(peak, group, P)
-    center = center.view(B, S, P)
-    members = torch.zeros(B, S, P + 1, device=device).scatter_add(
-        2, center, torch.ones(B, S, P, device=device)).gather(2, center)       # (B, S, P) of its group
-    alone = 1 / members
-    if beta is not None:
-        others = (1 - beta) / (members - 1).clamp(min=1)
-        at_center = center == torch.arange(P, device=device)
-        alone = torch.where(members == 1, 1.0, torch.where(at_center, beta, others))
-    begin = frames.argmax(1)[..., None]                                        # (B, S, 1) first frame
-    slot = torch.where(center < P, begin * P + center, -1)                     # (B, S, P)
-
-    # Back to tokens: where each goes, -1 = dropped, and its share.
-    own = segment[..., None].expand(B, T, P)
-    still = static.gather(1, own)                                              # (B, T, P)
-    quota = ((P - static.sum(-1)) * ratio[:, None]).ceil().gather(1, segment)  # (B, T) of moving ones
-    kept = best_of(saliency, quota[..., None], ~still)                         # (B, T, P)
-    index = torch.arange(N, device=device).view(T, P)
-    goes = torch.where(still, slot.gather(1, own), torch.where(kept, index, -1)).flatten(1)  # (B, N)
-    weight = torch.where(still, alone.gather(1, own) / length.gather(1, segment)[..., None],
-                         kept.float()).flatten(1) * (goes >= 0)
-    stands = torch.zeros(B, N + 1, dtype=torch.bool, device=device).scatter(1, goes % (N + 1), True)
-    slots = pack(stands[:, :N])
-    return slots._replace(assign=look_up(slots.assign, goes, -1), weight=weight)
-
-
-@exact
-def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 0.5,
-                  mask: Tensor = None) -> Reduction:
-    """HoliTom inside the decoder: of the vision tokens the best by score stay and take in the others.
-
-    h (B, S, C), score (B, S): attention of the last question token, vision (B, S) bool; all other
-    tokens stay, but for padding, where mask (B, S) is False. A vision token that goes joins the one
-    that stays and resembles it most (cosine); a slot is the mean of its members, where it stood.
-    """
-    B, S, _ = h.shape
-    count = precise(vision.sum(1, keepdim=True))                               # (B, 1)
-    keep = (count * (1 - drop_ratio)).round()                                  # half to even
-    kept = best_of(score, keep, vision)                                        # (B, S)
-    u = unit(h)
-    alike = (u @ u.mT).masked_fill(~kept[:, None, :], -math.inf)               # (B, S, S)
-    stays = kept | ~vision if mask is None else (kept | ~vision) & mask
-    index = torch.arange(S, device=h.device).expand(B, S)
-    goes = torch.where(stays, index, torch.where(vision & (keep > 0), alike.argmax(-1), -1))
-    slots = pack(stays)
-    return mean_of(look_up(slots.assign, goes, -1), slots.position)
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. Quantization
-# How few vectors can stand for a clip? VQToken (Zhang et al., arXiv 2503.16980): a codebook for each
-# clip, by k-means, and a map of where every code occurs. Standard vector quantization (van den Oord
-# et al., arXiv 1711.00937): one learned codebook for all clips. One step of the second with decay 0
-# is one step of k-means. VQToken looks at the whole clip: for offline use only.
-# needs sections 2 (`hashed`), 3, 4
-# --------------------------------------------------------------------------------------------------
 
 def code_usage(indices: Tensor, num_codes: int):
     """Share of the codes that occur, and their perplexity, exp(-sum p log p): 0-dim tensors."""
@@ -840,460 +1574,107 @@ def code_usage(indices: Tensor, num_codes: int):
     return (count > 0).float().mean(), torch.special.entr(p).sum().exp()
 
 
-class Quantized(NamedTuple):
-    """What became of the tokens of a clip."""
-    index_map: Tensor   # (B, T, P) int64: the code of each token
-    loss: Tensor        # (): the commitment loss
-
-
 class VectorQuantizer(nn.Module):
     """Replace each vector by the nearest of num_codes codes, which follow the vectors as they change.
 
-    codebook (K, C) = embed_avg / cluster_size, two moving averages. In training the first batch places
-    the codes (k-means), and a code that falls below `revive` vectors a batch starts anew at one of them.
+    codebook (K, C) = embed_avg / cluster_size, two moving averages. In training the first batch places the
+    codes (k-means), and a code that falls below `revive` vectors a batch starts anew at one of them.
     """
 
     def __init__(self, num_codes: int, dim: int, decay: float = 0.99, commitment: float = 0.25,
                  revive: float = 0.1, eps: float = 1e-5):
         super().__init__()
+        if num_codes < 1:
+            raise ValueError(f'a codebook wants at least 1 code, got {num_codes}')
         self.decay, self.commitment, self.revive, self.eps = decay, commitment, revive, eps
         self.register_buffer('codebook', torch.randn(num_codes, dim))          # (K, C)
         self.register_buffer('embed_avg', self.codebook.clone())               # m: sum of its vectors
         self.register_buffer('cluster_size', torch.ones(num_codes))            # n: how many they are
-        self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the revival
-        self.started = False
+        self.register_buffer('calls', torch.zeros((), dtype=torch.long))   # steps so far; 0: codes not placed
 
-    def get_extra_state(self):
-        return self.started
-
-    def set_extra_state(self, state):
-        self.started = state
+    def _apply(self, fn, *args, **more):
+        """Moves as every module does, but codes and averages stay float32 in a half-precision model."""
+        return super()._apply(lambda buffer: buffer.to(fn(buffer).device), *args, **more)
 
     def forward(self, x: Tensor):
-        """x (..., C) -> quantized (..., C), indices (...), commit_loss.
-
-        Straight-through: x + sg(code - x), whose gradient is that of x. The loss pulls x towards its
-        code: commitment * mean (x - sg(code))². In training the codes move, behind that.
-        """
+        """x (..., C) -> quantized (..., C), indices (...), commitment * mean (x - sg(code))²."""
         flat = x.reshape(-1, x.size(-1)).float()                               # (n, C)
-        if self.training and not self.started:
+        if not len(flat):
+            raise ValueError(f'wanted at least one vector, got {tuple(x.shape)}')
+        if self.training and not self.calls:                                   # waits for the device
             self.move(flat, kmeans(flat[None], len(self.codebook))[1][0], 0.0)
-            self.started = True
         indices = nearest(flat.detach()[None], self.codebook[None], 'l2')[0]   # (n,)
         code = self.codebook.index_select(0, indices)                          # (n, C)
         loss = self.commitment * F.mse_loss(flat, code)
         if self.training:
             self.move(flat, indices, self.decay)
             self.revive_dead(flat)
-        quantized = (flat + (code - flat).detach()).to(x.dtype)
+        quantized = (flat + (code - flat).detach()).to(x.dtype)              # straight-through: gradient of x
         return quantized.view_as(x), indices.view(x.shape[:-1]), loss
 
     @torch.no_grad()
     def move(self, x: Tensor, indices: Tensor, decay: float):
         """Towards x (n, C), whose codes are indices (n,): averages first, then the division."""
-        sums, count = (a[0] for a in cluster_sums(x[None], indices[None], len(self.codebook)))
-        self.embed_avg.lerp_(sums, 1 - decay)
-        self.cluster_size.lerp_(count, 1 - decay)
+        indices = indices.where(x.isfinite().all(1), -1)                     # NaN would spoil a code for ever
+        K = len(self.codebook)
+        sums, count = cluster_sums(x.nan_to_num(0, 0, 0)[None], indices[None], K)      # (1, K, C), (1, K)
+        self.embed_avg.lerp_(sums[0], 1 - decay)
+        self.cluster_size.lerp_(count[0], 1 - decay)
         total = self.cluster_size.sum()                  # Laplace smoothing leaves it as it is
-        size = (self.cluster_size + self.eps) / (total + len(count) * self.eps) * total
+        size = (self.cluster_size + self.eps) / (total + K * self.eps) * total
         self.codebook.copy_(self.embed_avg / size[:, None])
 
     @torch.no_grad()
     def revive_dead(self, x: Tensor):
         """Codes that hardly occur become rows of x (n, C), chosen by the number of calls."""
-        K, dead = len(self.codebook), self.cluster_size < self.revive
-        row = hashed(torch.arange(K, device=x.device) + self.calls * K) % len(x)
-        self.codebook.copy_(torch.where(dead[:, None], x[row], self.codebook))
-        self.embed_avg.copy_(torch.where(dead[:, None], self.revive * x[row], self.embed_avg))
+        K = len(self.codebook)
+        row = x[hashed(torch.arange(K, device=x.device) + self.calls * K) % len(x)]        # (K, C)
+        dead = ((self.cluster_size < self.revive) & row.isfinite().all(1))[:, None]
+        self.codebook.copy_(torch.where(dead, row, self.codebook))
+        self.embed_avg.copy_(torch.where(dead, self.revive * row, self.embed_avg))
         self.cluster_size.clamp_(min=self.revive)
         self.calls += 1
 
 
-class VQToken(nn.Module):
-    """A clip in K tokens: means of its clusters, each told by attention where the codes occur.
+class LearnedCodes(Reducer):
+    """Each token becomes the nearest code of one learned codebook; info 'index_map' (B, T, P)."""
+    untrained = False
 
-    VQ-Attention takes queries and keys from the codes and values from an MLP over the map of a code.
-    The paper flattens the map of ids; their order is arbitrary, and other ids for the same clusters
-    would give other tokens. Here a code's map is its share of every cell of a small grid of time and
-    space, so that ids do not matter, and there are K tokens for a clip of any length.
-    """
+    def __init__(self, dim: int, *, codes: Annotated[int, 'size of the codebook'] = 256):
+        super().__init__(dim)
+        self.quantizer = VectorQuantizer(codes, dim)
 
-    def __init__(self, dim: int, num_codes: int = 12, n_head: int = 4, grid=(8, 4), least: int = 4, most: int = 32):
-        super().__init__()
-        self.num_codes, self.n_head, self.grid, self.least, self.most = num_codes, n_head, grid, least, most
-        self.iters = 10 if num_codes else 3                                    # of k-means
-        self.norm = nn.RMSNorm(dim)
-        self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
-        # At first a code attends to itself, as its query is its key, and is told where it occurs.
-        nn.init.normal_(self.query.weight, std=1 / math.sqrt(dim))
-        self.key.load_state_dict(self.query.state_dict())
-        nn.init.normal_(self.out.weight, std=0.1 / math.sqrt(dim))             # a little; it is mostly the mean
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        x, index_map, loss = self.quantizer(x)
+        return super().forward(x)._replace(loss=loss, info=dict(index_map=index_map))
 
-    def occupancy(self, index_map: Tensor, K: int) -> Tensor:
-        """(B, T, P) -> (B, K, cells): how much of each cell of the grid a code fills, 0 to 1."""
-        (B, T, P), (a, b) = index_map.shape, self.grid
-        cells, cell = a * b * b, grid_cells(T, math.isqrt(P), a, b).to(index_map.device)       # (N,)
-        place = index_map.flatten(1) * cells + cell                            # (B, N)
-        filled = slot_sums(torch.ones_like(place, dtype=torch.float), place, K * cells)
-        size = torch.bincount(cell, minlength=cells).clamp(min=1)              # (cells,)
-        return filled.unflatten(1, (K, cells)) / size
+    def flops(self, T: int, P: int, M: int, words: int) -> int:
+        """Distances to all codes."""
+        return 2 * T * P * self.quantizer.codebook.numel()
 
-    def forward(self, x: Tensor):
-        """x (B, T, P, C) -> tokens (B, K, C), mask (B, K), index_map (B, T, P) int64.
+    def picture(self, reduced: Reduced) -> Reduction:
+        """Patches of one code share a colour."""
+        return from_clusters(reduced.info['index_map'].flatten(1), len(self.quantizer.codebook))
 
-        Codes are in order of their first token. mask is False, and the token zero, where a clip has
-        fewer codes than the others or fewer different tokens than codes.
-        """
-        B, T, P, C = x.shape
-        x = x.flatten(1, 2)                                                    # (B, N, C)
-        if self.num_codes:
-            assign = kmeans(x, self.num_codes, self.iters, metric='cosine')[1]             # (B, N)
-        else:                                                  # as many as have the best silhouette
-            assign = select_k(x, self.least, self.most, self.iters)[2]
-        K = self.num_codes or int(assign.max()) + 1              # waits for the device: K is data
-        reduction = from_clusters(assign, K)
-        codes, mask = reduce_tokens(x, reduction), reduction.mask              # (B, K, C), (B, K)
-        index_map = reduction.assign.view(B, T, P)
-        split = lambda y: y.view(B, K, self.n_head, -1).transpose(1, 2)        # (B, H, K, D)
-        near = self.norm(codes)
-        value = self.value(self.occupancy(index_map, K).to(codes.dtype))       # (B, K, C)
-        y = F.scaled_dot_product_attention(split(self.query(near)), split(self.key(near)), split(value),
-                                           attn_mask=mask[:, None, None])
-        tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
-        return tokens * mask[..., None], mask, index_map
+    def facts(self, reduced: Reduced) -> dict:
+        usage, perplexity = code_usage(reduced.info['index_map'], len(self.quantizer.codebook))
+        return dict(codes_used=usage.item(), perplexity=perplexity.item())
 
 
-def token_density(accuracy_percent: float, tokens: float) -> float:
-    """TokDense of VQToken: percentage points of accuracy for each token that the decoder is given."""
-    return accuracy_percent / tokens
+REDUCERS.update(vqtoken=VQToken, vq=LearnedCodes)
 
-
-# --------------------------------------------------------------------------------------------------
-# 6. Vision encoder
-# A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is
-# convolutional (Xiao et al., arXiv 2106.14881) and also reads the change since the previous frame,
-# the only place where motion is cheap. Behind it: one that merges frames on the way (TempMe).
-# needs section 2; TempMe sections 3, 4
-# --------------------------------------------------------------------------------------------------
-
-def keep_scale(layers: nn.Sequential):
-    """Initialize so that the output is about as large as the input (He et al., arXiv 1502.01852).
-
-    torch's default shrinks it to a tenth on the way, and the biases drown the picture.
-    """
-    for layer in layers:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
-            nn.init.zeros_(layer.bias)
-
-
-class PatchEmbed(nn.Module):
-    """Frames, their changes -> patch tokens, by three convolutions of total stride patch_size."""
-
-    def __init__(self, dim: int, patch_size: int = 8, channels: int = 6):
-        super().__init__()
-        self.channels = channels           # 6, or 3: frames without their changes
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
-            nn.Conv2d(64, dim, 3, stride=patch_size // 4, padding=1))
-        keep_scale(self.stem)
-
-    def forward(self, video: Tensor, previous: Tensor = None) -> Tensor:
-        """video (B, T, 3, height, width) -> (B*T, P, C).
-
-        previous (B, 1, 3, height, width): the frame before; None: the first did not change.
-        """
-        frames = video - 0.45
-        if self.channels == 6:
-            before = video[:, :1] if previous is None else previous
-            change = video - torch.cat([before, video[:, :-1]], 1)
-            frames = torch.cat([frames, change], 2)                            # (B, T, 6, height, width)
-        return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # (B*T, P, C)
-
-    def flops(self, size) -> int:
-        """FLOPs of the stem on one frame of size (height, width)."""
-        total = 0
-        for conv in self.stem:
-            if isinstance(conv, nn.Conv2d):
-                size = tuple(-(-side // conv.stride[0]) for side in size)
-                kernel = conv.in_channels * conv.kernel_size[0] ** 2
-                total += 2 * size[0] * size[1] * conv.out_channels * kernel
-        return total
-
-
-class VisionEncoder(nn.Module):
-    """PatchEmbed, learned places in the frame, blocks in which its patches see each other."""
-
-    def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
-                 channels: int = 6):
-        super().__init__()
-        self.embed = PatchEmbed(dim, patch_size, channels)
-        self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
-        self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
-        self.norm = nn.RMSNorm(dim)
-
-    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False):
-        """video (B, T, 3, height, width), the frame before it or None -> (B*T, P, C), saliency.
-
-        saliency (B*T, P), or None if not wanted: the attention that each patch receives in the last
-        layer, mean over heads and queries; it sums to one. Only this layer's map is computed.
-        """
-        x, saliency = self.embed(video, previous) + self.place, None
-        for block in self.blocks:
-            before, x = x, x + block(x)
-        if want_saliency:
-            saliency = block.attention.weights(block.norm1(before).detach()).mean((1, 2))
-        return self.norm(x), saliency
-
-    def flops(self, T: int, size) -> int:
-        """FLOPs on T frames of size (height, width)."""
-        P, C = self.place.shape
-        return T * (self.embed.flops(size) + len(self.blocks) * block_flops(P, C))
-
-
-# TempMe (Shen et al., arXiv 2409.01156): the encoder merges while it encodes. First inside each frame,
-# then neighbouring frames become one clip, step by step, until the whole video is one. A summary token
-# (CLS) of each frame is never merged. It looks at the whole clip: for offline use only.
-
-class MergeStep(NamedTuple):
-    """What a layer merges."""
-    factor: int     # so many neighbouring clips become one before attention
-    cross: int      # tokens that then merge across them, before attention
-    inner: int      # tokens that merge behind attention
-
-
-def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04, cross: float = 0.3,
-                   intra: float = 0.1) -> list:
-    """A MergeStep for each layer, for any number of frames (TempMe, section 3; its shares are defaults).
-
-    The prime factors of `frames` are dealt to at most three layers (a third of them, if there are few),
-    the last but one and those before it: 12 -> 2, 2, 3. Earlier layers merge `image` of a frame's
-    patches; these layers `cross` of all tokens across clips and `intra` of the rest inside; so does the
-    last. At most half of the patches merge at once.
-    """
-    primes, rest = [], frames
-    while rest > 1:
-        primes.append(next(p for p in range(2, rest + 1) if rest % p == 0))
-        rest //= primes[-1]
-    parts = [1] * max(1, min(3, n_layer // 3))
-    for prime in reversed(primes):
-        parts[parts.index(min(parts))] *= prime
-    factors = sorted(part for part in parts if part > 1)
-    first = max(0, n_layer - 1 - len(factors)) if factors else n_layer
-    n, c, steps = patches + 1, 1, []                        # tokens of a clip, summaries among them
-    share = lambda n, ratio: int(n * ratio + 1e-9)
-    for i in range(n_layer):
-        M = factors[i - first] if first <= i < first + len(factors) else 1
-        n, c = n * M, c * M
-        across = min((n - c) // 2, share(n, cross)) if M > 1 else 0
-        inside = min((n - across - c) // 2, share(patches, image) if i < first else share(n - across, intra))
-        steps.append(MergeStep(M, across, inside))
-        n -= across + inside
-    return steps
-
-
-def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairing='parity'):
-    """ToMe on x (B, n, C) whose tokens stand for size (B, n), None = one each -> x, size, Reduction."""
-    if r == 0:
-        return x, size, None
-    step = bipartite_soft_matching(metric, r, protected, size, pairing)
-    return reduce_tokens(x, step), slot_sizes(step, size), step
-
-
-def image_block(block, x: Tensor, size, r: int, protected: int = 1):
-    """A Block that merges r of x (B, n, C) between attention and MLP, by their keys -> as merge_tokens.
-
-    Proportional attention (ToMe, section 3): softmax(q·k / sqrt(D) + log size of the key).
-    """
-    q, k, v = block.attention.project(block.norm1(x))                          # (B, H, n, D)
-    bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
-    x = x + block.attention.mix(q, k, v, bias)
-    x, size, step = merge_tokens(x, size, k.detach().mean(1), r, protected)
-    return x + block.mlp(block.norm2(x)), size, step
-
-
-def joined_order(M: int, n: int, c: int, device=None) -> Tensor:
-    """(M*n,): which of M clips' n tokens each, one clip behind the other, stands where after join_clips."""
-    return join_clips(torch.arange(M * n, device=device).view(M, n, 1), M, c).flatten()
-
-
-def join_clips(x: Tensor, M: int, c: int) -> Tensor:
-    """M neighbours of x (B*F, n, C), c summaries in front, become one: (B*F/M, M*n, C), M*c in front."""
-    x = x.view(-1, M, *x.shape[1:])                                            # (B*F/M, M, n, C)
-    return torch.cat([x[:, :, :c].flatten(1, 2), x[:, :, c:].flatten(1, 2)], 1)
-
-
-def clip_block(block, x: Tensor, size, place: Tensor, step: MergeStep, c: int, pairing=None):
-    """A Block on clips x (B*F, n, C) with c summaries each, step.factor = M of which become one.
-
-    place (F, C): a vector for every clip, so that order is seen. pairing: as in bipartite_soft_matching;
-    None: between clips, from even ones to odd ones. (A split by parity of place is blind to twins: the
-    same patch of two clips has the same parity when clips are even.) -> x (B*F/M, n', C), size,
-    the two Reductions.
-    """
-    M, n = step.factor, x.size(1)
-    clip = joined_order(M, n, c, x.device) // n                                # (M*n,) of each token
-    x, size = join_clips(x, M, c), size if size is None else join_clips(size[..., None], M, c)[..., 0]
-    metric = x.detach()
-    x = (x.view(-1, len(place) // M, M * n, x.size(2)) + place.view(-1, M, x.size(2))[:, clip]).view_as(x)
-    x, size, first = merge_tokens(
-        x, size, metric, step.cross, M * c, clip % 2 == 0 if pairing is None else pairing)
-    x, size, second = image_block(block, x, size, step.inner, M * c)
-    return x, size, first, second
-
-
-class TempMeEncoder(VisionEncoder):
-    """A vision encoder with a summary token a frame, which merges tokens on the way (TempMe).
-
-    Without `merges` it is the plain encoder of each frame alone, with summaries.
-    """
-
-    def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
-                 channels: int = 6, frames: int = 8, merges: bool = True, image: float = 0.04,
-                 cross: float = 0.3, intra: float = 0.1, place_std: float = 0.0):
-        super().__init__(dim, n_layer, n_head, patches, patch_size, channels)
-        self.frames = frames
-        self.cls = nn.Parameter(0.2 * torch.randn(dim))                        # (C,)
-        self.steps = merge_schedule(n_layer, frames, patches, image, cross, intra) if merges else (
-            [MergeStep(1, 0, 0)] * n_layer)
-        clips, self.clip_place = frames, nn.ParameterDict()                    # before they are joined
-        for i, step in enumerate(self.steps):
-            if step.factor > 1:
-                self.clip_place[str(i)] = nn.Parameter(place_std * torch.randn(clips, dim))
-                clips //= step.factor
-
-    def counts(self, T: int) -> list:
-        """Of each layer: how many clips, tokens of each in attention, tokens of each in the MLP."""
-        clips, n, rows = T, len(self.place) + 1, []
-        for step in self.steps:
-            clips, n = clips // step.factor, n * step.factor - step.cross
-            rows.append((clips, n, n - step.inner))
-            n -= step.inner
-        return rows
-
-    def num_tokens(self, T: int) -> int:
-        """M, the tokens that come out."""
-        clips, _, n = self.counts(T)[-1]
-        return clips * n
-
-    def flops(self, T: int, size) -> int:
-        """FLOPs on T frames of size (height, width), the similarities that decide what merges included."""
-        C, D, c, total = len(self.cls), len(self.cls) // self.blocks[0].attention.n_head, 1, 0
-        for step, (clips, n, after) in zip(self.steps, self.counts(T)):
-            joined, c = n + step.cross, c * step.factor                        # tokens before they merge
-            if step.cross:
-                a = (joined - c) // step.factor * ((step.factor + 1) // 2)     # patches of even clips
-                total += clips * 2 * a * (joined - c - a) * C
-            if step.inner:
-                a = (n + 1) // 2 - (c + 1) // 2                                # patches at even places
-                total += clips * 2 * a * (n - c - a) * D
-            total += clips * (8 * n * C * C + 4 * n * n * C + 16 * after * C * C)  # attention, MLP
-        return T * self.embed.flops(size) + total
-
-    def forward(self, video: Tensor):
-        """video (B, T, 3, height, width) -> tokens (B, M, C), summaries (B, T, C), Reduction of patches.
-
-        The tokens are the summaries, each where its frame begins, and what became of the patches, in
-        ascending position. ValueError: another number of frames than the clips' places were made for.
-        """
-        (B, T), device = video.shape[:2], video.device
-        if self.clip_place and T != self.frames:
-            raise ValueError(f'this encoder merges clips of {self.frames} frames, got {T}')
-        x = self.embed(video) + self.place                                     # (B*T, P, C)
-        P = x.size(1)
-        x = torch.cat([self.cls.to(x.dtype).expand(B * T, 1, -1), x], 1)
-        size, c = None, 1
-        slot = torch.arange(1, P + 1, device=device).expand(B * T, P)          # of each patch in its clip
-        for i, (block, step) in enumerate(zip(self.blocks, self.steps)):
-            M, n, merged = step.factor, x.size(1), []
-            if M > 1:
-                x, size, *merged = clip_block(block, x, size, self.clip_place[str(i)], step, c)
-                index = joined_order(M, n, c, device)
-                start = (torch.arange(len(slot), device=device) % M * n)[:, None]
-                slot, c = index.argsort()[slot + start].view(-1, M * slot.size(1)), c * M
-            else:
-                x, size, *merged = image_block(block, x, size, step.inner, c)
-            for reduction in merged:
-                slot = slot if reduction is None else reduction.assign.gather(1, slot)
-        return self.by_position(self.norm(x), slot, B, T, c)
-
-    def by_position(self, x: Tensor, slot: Tensor, B: int, T: int, c: int):
-        """Clips x (B*F, n, C), c summaries in front, and the slot of each patch (B*F, T*P/F) -> as forward.
-
-        A slot stands at its first patch, a summary where its frame begins.
-        """
-        n, clips, device = x.size(1), len(x) // B, x.device
-        slot = (slot + n * (torch.arange(len(slot), device=device) % clips)[:, None]).view(B, -1)  # (B, T*P)
-        front = torch.arange(clips * n, device=device) % n < c                 # (F*n,) summaries
-        stand = first_members(slot, clips * n)                                 # (B, F*n)
-        stand[:, front] = slot.size(1) // T * torch.arange(T, device=device)
-        stand, order = stand.sort(dim=1, stable=True)                          # (B, M)
-        tokens = x.reshape(B, clips * n, -1).take_along_dim(order[..., None], 1)
-        return tokens, x[:, :c].reshape(B, T, -1), mean_of(order.argsort(1).gather(1, slot), stand)
-
-
-class LoRA(nn.Module):
-    """A frozen linear map W and a small one that learns: y = W x + B A x (Hu et al., arXiv 2106.09685).
-
-    A (rank, in), B (out, rank), which is zero at first.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int):
-        super().__init__()
-        self.linear = linear.requires_grad_(False)
-        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        return self.linear(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The same map as one matrix, W + B A."""
-        self.linear.weight += self.lora_b @ self.lora_a
-        return self.linear.requires_grad_(True)
-
-
-def add_lora(model: nn.Module, rank: int):
-    """Freeze the model; what learns is LoRA in every qkv, and the places of clips."""
-    model.requires_grad_(False)
-    for module in list(model.modules()):
-        if isinstance(module, Attention):
-            module.qkv = LoRA(module.qkv, rank).to(module.qkv.weight.device)
-        if isinstance(module, TempMeEncoder):
-            module.clip_place.requires_grad_(True)
-
-
-def merge_lora(model: nn.Module):
-    """Fold what LoRA learned into the weights: as fast and as large as it was, and all of it learns."""
-    for module in list(model.modules()):
-        if isinstance(module, Attention) and isinstance(module.qkv, LoRA):
-            module.qkv = module.qkv.merged()
-    model.requires_grad_(True)
-
-
-# --------------------------------------------------------------------------------------------------
-# 7. Frame selection
-# Of many frames a question needs few. B-VLLM (Lu et al., arXiv 2412.09919): learned queries read the
-# question and a summary of each frame, mix the frames that matter, drop mixtures that repeat each
-# other, and sample a few tokens from each, never more than a budget. It looks at the whole clip.
-# needs sections 2, 3, 4
-# --------------------------------------------------------------------------------------------------
+# ---- 11. B-VLLM --------------------------------------------------------------------------------------------
+# Of many frames a question needs few (Lu et al., arXiv 2412.09919): learned queries read the question and the
+# mean of each frame, mix the frames that matter, drop mixtures that repeat each other, and sample tokens from
+# each, never more than a budget. It looks at the whole clip: for offline use only.
+# needs sections 1, 2, 4, 5, 7, 8
 
 @exact
 def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
-    """Rows that select alike become one: selector (B, K, T) -> Reduction of the K rows.
-
-    Row i repeats the earlier row j that it resembles most if (1 + cosine) / 2 is above threshold.
-    Chains end at their first row, with all their members.
-    """
-    B, K, _ = selector.shape
-    u, row = unit(selector), torch.arange(K, device=selector.device)
-    alike = ((1 + u @ u.mT) / 2).masked_fill(row >= row[:, None], -1)          # (B, K, K) earlier ones
+    """Rows alike by (1 + cosine) / 2 above threshold become one: selector (B, K, T) -> Reduction of rows."""
+    u, K = unit(selector), selector.size(1)
+    row = torch.arange(K, device=selector.device)
+    alike = ((1 + u @ u.mT) / 2).masked_fill(row >= row[:, None], -1)          # (B, K, K) to earlier rows
     value, parent = alike.max(-1)
     root = torch.where(value > threshold, parent, row)                         # (B, K)
     for _ in range(K.bit_length()):                                            # to the end of the chain
@@ -1301,21 +1682,24 @@ def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
     return from_clusters(root, K)
 
 
-class FrameSelector(nn.Module):
-    """B-VLLM: (B, T, P, C) and a question -> at most `budget` tokens of the frames that matter.
+class FrameSelector(Budgeted):
+    """B-VLLM: a clip and a question -> at most `budget` tokens of the frames that matter.
 
-    Unlike the paper's, the queries start evenly spread over the frames, and over the patches of one:
-    alike at first, they would all be one blurred frame after de-duplication. And what a query takes of
-    a frame is a mean of its tokens, not a new feature, so a trained decoder can read it at once.
+    Unlike the paper's, the queries start evenly spread over frames and patches: alike at first, they would be
+    one after de-duplication. And each takes means of tokens, which a trained decoder can read at once.
     """
+    by_question, untrained, in_place = True, False, False
 
-    def __init__(self, dim: int, n_head: int, budget: int, num_frames: int = 8, num_tokens: int = 16,
-                 temperature: float = 0.5, hard: bool = False):
-        super().__init__()
-        if num_frames > budget:
-            raise ValueError(f'a budget of {budget} tokens is too small for {num_frames} frames')
-        self.budget, self.temperature, self.hard = budget, temperature, hard
-        self.frame_queries = nn.Parameter(torch.randn(num_frames, dim))        # (K, C)
+    def __init__(self, dim: int, n_head: int = 4, num_tokens: int = 16, temperature: float = 0.5, *,
+                 budget: Annotated[int, 'the most vision tokens of a clip, 0 = a quarter'] = 0,
+                 select_frames: Annotated[int, 'queries that look for frames'] = 8,
+                 hard: Annotated[bool, 'a query takes one frame whole in place of a mixture'] = False):
+        """num_tokens: sampled from each frame before the budget merges them."""
+        super().__init__(dim, budget=budget)
+        if select_frames < 1 or 0 < budget < select_frames:
+            raise ValueError(f'a budget of {budget} tokens is too small for {select_frames} frames')
+        self.temperature, self.hard = temperature, hard
+        self.frame_queries = nn.Parameter(torch.randn(select_frames, dim))     # (K, C)
         self.token_queries = nn.Parameter(torch.randn(num_tokens, dim))        # (n, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(2))
         self.keys = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(2))
@@ -1323,29 +1707,24 @@ class FrameSelector(nn.Module):
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
     def ask(self, i: int, queries: Tensor, words: Tensor, known: Tensor, x: Tensor) -> Tensor:
-        """How much queries (K, C) want of each of x (B, S, C): logits (B, K, S) float32.
-
-        They read words (B, L, C), mask known (B, L), and x in block i, then compare themselves with x.
-        """
+        """What queries (K, C), having read words (B, L, C), want of each x (B, S, C): logits (B, K, S)."""
         (B, S, _), K, device = x.shape, len(queries), x.device
-        both = torch.cat([queries.expand(B, -1, -1).to(x.dtype), words, x], 1)
+        both = torch.cat([queries.expand(B, -1, -1).to(x.dtype), words, x], 1)     # (B, K + L + S, C)
         seen = F.pad(known, (K, S), value=True)                                # (B, K + L + S)
-        position = torch.cat([torch.arange(n, device=device) for n in (K, words.size(1), S)])
-        position[:K] = 0                                                       # queries stand at 0
+        places = [torch.arange(n, device=device) for n in (words.size(1), S)]
+        position = F.pad(torch.cat(places), (K, 0))                            # (K + L + S,) queries at 0
         both = both + self.blocks[i](both, position, seen[:, None, None])
         with torch.autocast(device.type, enabled=False):
-            wish = self.keys[i](both[:, :K].float())                           # (B, K, C)
+            wish = F.linear(both[:, :K].float(), self.keys[i].weight.float())  # (B, K, C)
             logits = wish @ unit(x - x.mean(1, keepdim=True)).mT               # (B, K, S)
         own, place = ((torch.arange(n, device=device) + 0.5) / n for n in (K, S))      # in (0, 1)
         return logits - self.focus[i] * (K * (own[:, None] - place)).square()
 
-    def forward(self, x: Tensor, words: Tensor, known: Tensor):
-        """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> tokens, position, selector.
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> at most `budget` tokens, info 'selector'.
 
-        tokens (B, M, C), M at most budget; position (B, M): strongest frame * P + the token's number
-        among that frame's, NEVER at padding; selector (B, K, T): what each query takes of each frame,
-        rows sum to one. Training adds Gumbel noise, a function of the number of calls; evaluation
-        adds none.
+        selector (B, K, T): what each query takes of each frame. A token stands at its strongest frame * P +
+        its number among that frame's. Training adds Gumbel noise, seeded by the number of calls.
         """
         B, T, P, C = x.shape
         logits = self.ask(0, self.frame_queries, words, known, x.mean(2))      # (B, K, T)
@@ -1360,18 +1739,19 @@ class FrameSelector(nn.Module):
         shares, frame = self.distinct(selector)                                # (B, k, T), (B, k)
         mixed = (shares.to(x.dtype) @ x.flatten(2)).view(-1, P, C)             # (B * k, P, C)
         k, real = frame.size(1), frame < T                                     # (B, k)
-        words, known = words.repeat_interleave(k, 0), known.repeat_interleave(k, 0)
+        words, known = (a.repeat_interleave(k, 0) for a in (words, known))     # (B * k, L, C), (B * k, L)
         wish = self.ask(1, self.token_queries, words, known, mixed) / self.temperature
         tokens = wish.softmax(-1).to(x.dtype) @ mixed                          # (B * k, n, C)
-        tokens, mask = self.to_budget(tokens, real)                            # (B * k, m, C), (B * k, m)
+        tokens, mask = self.to_budget(tokens, real, self.most(x))              # (B * k, m, C), (B * k, m)
         m = tokens.size(1)
         place = frame.clamp(max=T - 1)[..., None] * P + torch.arange(m, device=x.device).clamp(max=P - 1)
         slots = pack(mask.view(B, k * m))
         position = look_up(place.flatten(1), slots.position, NEVER)            # (B, M)
-        return reduce_tokens(tokens.reshape(B, k * m, C), slots), position, selector
+        tokens = reduce_tokens(tokens.reshape(B, k * m, C), slots)             # (B, M, C)
+        return Reduced(tokens, position, info=dict(selector=selector, patches=P))
 
     def distinct(self, selector: Tensor):
-        """(B, K, T) -> the k of them that differ (B, k, T), in order of their strongest frame (B, k); T at padding."""
+        """(B, K, T) -> the k of them that differ (B, k, T), by their strongest frame (B, k); T at padding."""
         kept = merge_duplicates(selector.detach())
         k = int(kept.mask.sum(1).max())                      # waits for the device: how many differ
         shares = reduce_tokens(selector, kept)[:, :k]
@@ -1379,12 +1759,9 @@ class FrameSelector(nn.Module):
         frame, order = frame.sort(dim=1, stable=True)
         return shares.take_along_dim(order[..., None], 1), frame
 
-    def to_budget(self, tokens: Tensor, real: Tensor):
-        """Merge each frame's tokens (B * k, n, C) down to budget // frames, by ToMe with sizes.
-
-        real (B, k): frames that exist -> tokens (B * k, m, C), mask (B * k, m).
-        """
-        share = self.budget // real.sum(1).clamp(min=1)                        # (B,) tokens a frame
+    def to_budget(self, tokens: Tensor, real: Tensor, budget: int):
+        """Merge each frame's (B * k, n, C) to budget // frames, by ToMe; real (B, k): frames that exist."""
+        share = budget // real.sum(1).clamp(min=1)                             # (B,) tokens a frame
         quota = (share[:, None] * real).flatten()                              # (B * k,)
         mask = real.view(-1, 1).expand(tokens.shape[:2])                       # (B * k, n)
         size = mask.float()
@@ -1393,187 +1770,370 @@ class FrameSelector(nn.Module):
             tokens, size, mask = reduce_tokens(tokens, step), slot_sizes(step, size), step.mask
         return tokens, mask
 
+    def flops(self, T: int, P: int, M: int, words: int) -> int:
+        """All queries' frames, though some turn out to be duplicates."""
+        (K, C), n = self.frame_queries.shape, len(self.token_queries)
+        blocks = block_flops(K + words + T, C) + K * block_flops(n + words + P, C)
+        return blocks + 2 * K * C * (C + T + T * P)
 
-# --------------------------------------------------------------------------------------------------
-# 8. Mixture-of-Depths
-# A routed layer processes the K vision tokens that its router scores highest and leaves the others
-# as they are (Raposo et al., equation 1: x + r f(x) for the selected, r = w·x). VideoLLM-MoD chooses
-# frame by frame: it looks across one frame and never at a later one, so training, prefill and
-# streaming choose alike. gamma-MoD chooses among a whole clip (offline use only), with one router
-# for all layers and for text, in the layers of a trained model whose attention has the lowest rank.
-# needs sections 1 (`GATES`), 2, 3; MoDBlock works around any block that returns its update
-# --------------------------------------------------------------------------------------------------
+    def picture(self, reduced: Reduced) -> Reduction:
+        """The strongest frame of each mixture, whole."""
+        selector = reduced.info['selector']                                    # (B, K, T)
+        taken = F.one_hot(selector.argmax(-1), selector.size(2)).amax(1) > 0   # (B, T)
+        return pack(taken.repeat_interleave(reduced.info['patches'], 1))
 
-def mod_layers(placement: str, depth: int) -> list:
-    """The layers that route, by the names of VideoLLM-MoD, table 2, or as a list: '1,3,4'.
 
-    The baselines 'early-exit' and 'layer-skip' process no vision token at all in their layers.
-    ValueError: an unknown name, or a layer that does not exist.
+REDUCERS['bvllm'] = FrameSelector
+
+# ---- 12. TempMe and retrieval ------------------------------------------------------------------------------
+# The encoder merges patches while it encodes (Shen et al., arXiv 2409.01156): inside each frame, then across
+# neighbouring frames, until the whole clip is one (for offline use only). Retriever finds clips by sentences;
+# LoRA (Hu et al., arXiv 2106.09685) adapts a frozen model by learning a few directions of its maps.
+# needs sections 1 to 5, 7, 8
+
+class MergeStep(NamedTuple):
+    """What a layer merges."""
+    factor: int     # so many neighbouring clips become one before attention
+    cross: int      # tokens that then merge across them, before attention
+    inner: int      # tokens that merge after attention
+
+
+def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04, cross: float = 0.3,
+                   intra: float = 0.1) -> list:
+    """A MergeStep for each layer, for any number of frames (TempMe, section 3; its shares are defaults).
+
+    The prime factors of `frames` are dealt to at most three layers, the last but one and those before it:
+    12 -> 2, 2, 3. Earlier layers merge `image` of a frame's patches; these `cross` of all tokens across clips
+    and `intra` of the rest inside; the last `intra`. At most half of the patches merge at once.
     """
-    layers = {'none': [], 'interleaved': range(1, depth, 2), 'interleaved-deep': range(3, depth, 2),
-              'all': range(depth), 'all-deep': range(2, depth),
-              'early-exit': range(2, depth), 'layer-skip': range(1, depth, 2)}
-    if placement in layers:
-        return list(layers[placement])
-    if all(number.strip().isdecimal() for number in placement.split(',')):
-        chosen = sorted({int(number) for number in placement.split(',')})
-        if chosen[-1] < depth:
-            return chosen
-        raise ValueError(f'placement {placement!r}: there are {depth} layers, from 0 on')
-    raise ValueError(f'placement must be one of {", ".join(layers)}, or layers such as 1,3,4; '
-                     f'got {placement!r}')
+    primes, rest = [], frames
+    while rest > 1:
+        primes.append(next(p for p in range(2, rest + 1) if rest % p == 0))
+        rest //= primes[-1]
+    parts = [1] * max(1, min(3, n_layer // 3))
+    for prime in reversed(primes):
+        parts[parts.index(min(parts))] *= prime
+    factors = sorted(part for part in parts if part > 1)
+    first = max(0, n_layer - 1 - len(factors)) if factors else n_layer
+    n, c, steps = patches + 1, 1, []                        # tokens of a clip, summaries among them
+    share = lambda n, ratio: int(n * ratio + 1e-9)
+    for i, M in enumerate(([1] * first + factors + [1])[:n_layer]):
+        n, c = n * M, c * M
+        across = min((n - c) // 2, share(n, cross)) if M > 1 else 0
+        inside = min((n - across - c) // 2, share(patches, image) if i < first else share(n - across, intra))
+        steps.append(MergeStep(M, across, inside))
+        n -= across + inside
+    return steps
 
 
-def capacity(ratio: float, n: int) -> int:
-    """How many of n tokens are processed: at least one; the epsilon keeps 0.07 * 100 at 7."""
-    return max(1, math.ceil(ratio * n - 1e-9))
+def image_block(block, x: Tensor, size, r: int, protected: int = 1):
+    """A Block that merges r of x (B, n, C) between attention and MLP, by their keys -> as merge_tokens."""
+    q, k, v = block.attention.project(block.norm1(x))                          # (B, H, n, D)
+    # Proportional attention (ToMe, section 3): softmax(q·k / sqrt(D) + log size of the key).
+    bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
+    x = x + block.attention.mix(q, k, v, bias)
+    x, size, step = merge_tokens(x, size, k.detach().mean(1), r, protected)
+    return x + block.mlp(block.norm2(x)), size, step
 
 
-class Route(NamedTuple):
-    """Which tokens a routed layer processes."""
-    index: Tensor       # (B, K) int64, ascending: the selected tokens
-    gate: Tensor        # (B, K) float32: factor of each one's update
-    logits: Tensor      # (B, N) float32: the score of every routable token
-    mask: Tensor = None     # (B, K) bool: False where a sample selects fewer; None = all are real
+def join_clips(x: Tensor, M: int, c: int) -> Tensor:
+    """M neighbours of x (B*F, n, ...), c summaries in front, become one: (B*F/M, M*n, ...), M*c in front."""
+    x = x.unflatten(0, (-1, M))                                                # (B*F/M, M, n, ...)
+    return torch.cat([x[:, :, :c].flatten(1, 2), x[:, :, c:].flatten(1, 2)], 1)
 
 
-def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> Tensor:
-    """The k best of each of `group` equal runs of tokens: score (B, N) -> (B, group * k) ascending.
+def clip_block(block, x: Tensor, size, place: Tensor, step: MergeStep, c: int, pairing=None):
+    """A Block on clips x (B*F, n, C) with c summaries each, step.factor = M of which become one.
 
-    forced (B, N) or (N,) bool: these take part of their run's k. Ties: the earlier token wins.
+    place (F, C): a vector for every clip, so that order is seen. pairing: None = from even clips to odd ones,
+    as parity of place never pairs the same patch of two clips. -> x (B*F/M, n', C), size, two Reductions.
     """
-    B, N = score.shape
-    if N % group:
-        raise ValueError(f'{N} tokens do not divide into {group} groups of equal size')
-    if forced is not None:
-        score = score.masked_fill(forced, math.inf)
-    rank = score.view(B, group, -1).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
-    start = torch.arange(group, device=score.device) * (N // group)            # (group,) first of each
-    return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)
+    M, n = step.factor, x.size(1)
+    clip = join_clips(torch.arange(M)[:, None].expand(M, n), M, c)[0]      # (M*n,) of each token, on the host
+    pairing = clip % 2 == 0 if pairing is None else pairing
+    metric, size = join_clips(x, M, c), size if size is None else join_clips(size, M, c)
+    place = place.view(-1, M, x.size(2))[:, clip.to(x.device)]                 # (F/M, M*n, C)
+    x = (metric.view(-1, *place.shape) + place).view_as(metric)                # (B*F/M, M*n, C)
+    x, size, first = merge_tokens(x, size, metric, step.cross, M * c, pairing)
+    x, size, second = image_block(block, x, size, step.inner, M * c)
+    return x, size, first, second
 
 
-def select_ragged(score: Tensor, frame: Tensor, ratio: float) -> Tensor:
-    """The best `ratio` of the tokens that each frame has left: score, frame (B, N) -> (B, N) bool.
+class TempMeEncoder(VisionEncoder):
+    """A vision encoder with a summary token a frame, which merges tokens on the way (TempMe)."""
+    merges = True
 
-    frame: int64 from 0 on, ascending, -1 for padding behind.
-    """
-    real = frame >= 0
-    home = torch.where(real, frame, NEVER)                                     # (B, N) padding last
-    first = torch.searchsorted(home, home)                         # (B, N) where its frame begins
-    count = torch.searchsorted(home, home, right=True) - first                 # (B, N) of its frame
-    order = score.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, home.gather(1, order).argsort(dim=1, stable=True))  # by frame, then score
-    rank = order.argsort(1) - first                                            # (B, N) in its frame
-    return real & (rank < (ratio * precise(count) - 1e-9).ceil().clamp(min=1))     # as capacity() says
+    def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
+                 frames: int = 8, channels: int = 6, place_std: float = 0.0, joins: bool = True, *,
+                 merge_image: Annotated[
+                     float, "share of a frame's patches that merge in each early layer"] = 0.07,
+                 merge_cross: Annotated[float, 'share of all tokens that merge when clips are joined'] = 0.3,
+                 merge_intra: Annotated[float, 'share that merges inside the joined clip'] = 0.1):
+        """frames: T, which the places of clips are made for. joins False: each frame alone."""
+        super().__init__(dim, n_layer, n_head, patches, patch_size, frames, channels)
+        shares = merge_image, merge_cross, merge_intra
+        if not all(0 <= share < 1 for share in shares):
+            raise ValueError(f'merge_image, merge_cross, merge_intra must be from 0 to below 1, got {shares}')
+        self.frames = frames
+        self.cls = nn.Parameter(0.2 * torch.randn(dim))                        # (C,)
+        alone = [MergeStep(1, 0, 0)] * n_layer
+        self.steps = merge_schedule(n_layer, frames, patches, *shares) if joins else alone
+        clips, self.clip_place = frames, nn.ParameterDict()                    # before they are joined
+        for i, step in enumerate(self.steps):
+            if step.factor > 1:
+                self.clip_place[str(i)] = nn.Parameter(place_std * torch.randn(clips, dim))
+                clips //= step.factor
+
+    def counts(self, T: int) -> list:
+        """Of each layer: how many clips, tokens of each in attention, tokens of each in the MLP."""
+        rows, clips, after = [], T, len(self.place) + 1
+        for step in self.steps:
+            clips, n = clips // step.factor, after * step.factor - step.cross
+            after = n - step.inner
+            rows.append((clips, n, after))
+        return rows
+
+    def num_tokens(self, T: int) -> int:
+        """M, the tokens that come out."""
+        clips, _, n = self.counts(T)[-1]
+        return clips * n
+
+    def flops(self, T: int) -> int:
+        """FLOPs of the blocks on T frames, the similarities that decide what merges included."""
+        C, D, c, total = len(self.cls), len(self.cls) // self.blocks[0].attention.n_head, 1, 0
+        for step, (clips, n, after) in zip(self.steps, self.counts(T)):
+            joined, c = n + step.cross, c * step.factor                        # tokens before they merge
+            even = (joined - c) // step.factor * ((step.factor + 1) // 2)      # patches of even clips
+            first = (n + 1) // 2 - (c + 1) // 2                                # patches at even places
+            cross = 2 * even * (joined - c - even) * C if step.cross else 0
+            inner = 2 * first * (n - c - first) * D if step.inner else 0
+            total += clips * (cross + inner + 8 * n * C * C + 4 * n * n * C + 16 * after * C * C)
+        return total
+
+    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Encoded:
+        """video (B, T, 3, height, width) -> tokens (B, M, C), each where its first patch is, or its frame."""
+        x, slot, clips = self.merge(video)                                     # (B * clips, n, C)
+        (B, T), n, device = video.shape[:2], x.size(1), x.device
+        slot = (slot + n * (torch.arange(len(slot), device=device) % clips)[:, None]).view(B, -1)   # (B, T*P)
+        front = torch.arange(clips * n, device=device) % n < T // clips        # (clips * n,) summaries
+        place = first_members(slot, clips * n)                                 # (B, clips * n)
+        place[:, front] = slot.size(1) // T * torch.arange(T, device=device)
+        place, order = place.sort(dim=1, stable=True)                          # (B, M)
+        tokens = x.reshape(B, clips * n, -1).take_along_dim(order[..., None], 1)
+        return Encoded(tokens, None, place, mean_of(order.argsort(1).gather(1, slot), place))
+
+    def summaries(self, video: Tensor) -> Tensor:
+        """video (B, T, 3, height, width) -> the summary of every frame, (B, T, C)."""
+        x, _, clips = self.merge(video)                                        # (B * clips, n, C)
+        return x[:, :video.size(1) // clips].reshape(*video.shape[:2], -1)
+
+    def merge(self, video: Tensor):
+        """-> x (B * clips, n, C), summaries in front; the slot of each patch in its clip; how many clips."""
+        (B, T), device = video.shape[:2], video.device
+        if self.clip_place and T != self.frames:
+            raise ValueError(f'this encoder merges clips of {self.frames} frames, got {T}')
+        x = self.embed(video) + self.place                                     # (B*T, P, C)
+        x, P = torch.cat([self.cls.to(x.dtype).expand(B * T, 1, -1), x], 1), x.size(1)
+        size, c = None, 1                                                      # c: summaries of a clip
+        slot = torch.arange(1, P + 1, device=device).expand(B * T, P)          # of each patch in its clip
+        for i, (block, step) in enumerate(zip(self.blocks, self.steps)):
+            M, n = step.factor, x.size(1)
+            if M > 1:
+                x, size, *merged = clip_block(block, x, size, self.clip_place[str(i)], step, c)
+                earlier = torch.arange(len(slot), device=device)[:, None] % M  # (B*F, 1) clips before it
+                slot = (slot + (M - 1) * c + earlier * (n - c)).view(-1, M * slot.size(1))
+                c *= M
+            else:
+                x, size, *merged = image_block(block, x, size, step.inner, c)
+            for reduction in merged:
+                slot = slot if reduction is None else reduction.assign.gather(1, slot)
+        return self.norm(x), slot, T // c
 
 
-class Router(nn.Module):
-    """One linear score a token, r = w·x, computed in float32 whatever the compute dtype."""
+class LoRA(nn.Module):
+    """A frozen linear map W and a small one that learns: y = W x + B A x. A (rank, in), B (out, rank)."""
 
-    def __init__(self, dim: int, gate: str = 'raposo'):
+    def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
-        self.gate, width = gate, 0 if gate == 'zero' else 1 / math.sqrt(dim)
-        self.weight = nn.Parameter(torch.empty(dim).uniform_(-width, width))   # (C,)
+        self.linear, like = linear.requires_grad_(False), linear.weight
+        self.lora_a = nn.Parameter(like.new_empty(rank, linear.in_features))
+        self.lora_b = nn.Parameter(like.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
-    def forward(self, x: Tensor, group, ratio: float, text: int = 0, forced: Tensor = None) -> Route:
-        """Select the best `capacity(ratio, n)` of each of `group` equal runs of n vision tokens.
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
-        x (B, N, C); group = T: the best of each frame; group = 1: the best of the whole sequence
-        (a later token can then push out an earlier one: offline use only); or the frame of each
-        token, (B, N) int64, -1 for padding, where frames have unequal numbers. text: so many tokens
-        at the end of x are words, selected always and besides. forced: see select_tokens.
-        """
-        B, S, C = x.shape
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)  # (B, S)
-        N, mask = S - text, None
-        if isinstance(group, Tensor):
-            chosen = pack(select_ragged(logits.detach(), group, ratio))
-            index, mask = chosen.position.clamp(max=S - 1), chosen.mask        # (B, K)
-        else:
-            index = select_tokens(logits.detach()[:, :N], group, capacity(ratio, N // group), forced)
-        words = torch.arange(N, S, device=x.device).expand(B, text)            # (B, text)
-        index = torch.cat([index, words], 1)                                   # (B, K + text)
-        return Route(index, GATES[self.gate](logits.gather(1, index)), logits, mask)
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The same map as one matrix, W + B A; this LoRA stays as it is."""
+        linear = copy.deepcopy(self.linear).requires_grad_(True)
+        linear.weight += self.lora_b @ self.lora_a
+        return linear
+
+
+def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)):
+    """Freeze all but LoRA in the linear layers whose names end so, and parameters that `learns` names."""
+    found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
+             if name.endswith(tuple(names)) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
+    if rank < 1 or not found and not any(isinstance(module, LoRA) for module in model.modules()):
+        raise ValueError(f'no linear layer is named {" or ".join(names)}, or the rank is below 1: {rank}')
+    model.requires_grad_(False)
+    for parent, name in found:
+        setattr(parent, name, LoRA(getattr(parent, name), rank))
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(part in name for part in ('lora_', *learns)))
+
+
+def merge_lora(model: nn.Module):
+    """Fold what LoRA learned into the weights: as fast and as large as it was, and all of it learns."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRA):
+                setattr(parent, name, child.merged())
+    model.requires_grad_(True)
+
+
+class Retriever(nn.Module):
+    """Finds the clip for a sentence and the sentence for a clip: two towers, one space (TempMe).
+
+    config.encoder 'tempme' merges frames, 'plain' encodes each alone, without their changes, as an image-text
+    model does. Unlike the paper's, places of clips do not start at zero: from there, order is learned late.
+    """
+
+    def __init__(self, config: ModVideoConfig, *,
+                 lora_rank: Annotated[int, 'learn so many directions of each qkv alone, 0 = everything'] = 0):
+        super().__init__()
+        self.config = c = config
+        C, merging = c.encoder_dim, options_of(TempMeEncoder).keys() & c.options.keys()
+        self.encoder = TempMeEncoder(C, c.n_layer, c.encoder_heads, c.patches, c.patch_size, c.frames, 3, 1.0,
+                                     c.encoder == 'tempme', **{name: c.options[name] for name in merging})
+        self.embed = nn.Embedding(len(c.vocab), C)
+        self.blocks = nn.ModuleList(Block(C, c.encoder_heads) for _ in range(c.n_layer))
+        self.norm = nn.RMSNorm(C)
+        self.see, self.read = (nn.Linear(C, C, bias=False) for _ in range(2))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))            # of the similarities
+        small_updates(self, c.n_layer)
+        if lora_rank:
+            add_lora(self, lora_rank)
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """video (B, T, 3, height, width) -> (B, C) of length one: the mean of the frames' summaries."""
+        return unit(unit(self.see(self.encoder.summaries(video))).mean(1))
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """text (B, L) int64, padded with 0 at the end -> (B, C) of length one, read at the last word."""
+        x, position = self.embed(text), torch.arange(text.size(1), device=text.device)
+        for block in self.blocks:
+            x = x + block(x, position)
+        last = ((text != PAD).sum(1) - 1).clamp(min=0)                         # (B,)
+        return unit(self.read(self.norm(x[torch.arange(len(x), device=x.device), last])))
+
+    def forward(self, video: Tensor, text: Tensor):
+        """Similarity (B, B), rows are sentences, and InfoNCE loss (van den Oord et al., arXiv 1807.03748)."""
+        sentences, clips = self.encode_text(text), self.encode_video(video)    # (B, C) each
+        similarity = exact(torch.matmul)(sentences, clips.T)                   # (B, B) in [-1, 1], float32
+        same = (text[:, None] == text[None]).all(-1).fill_diagonal_(False)     # no negatives
+        logits = (self.log_scale.exp() * similarity).masked_fill(same, -math.inf)
+        own = torch.arange(len(text), device=text.device)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return similarity, loss
+
+
+ENCODERS['tempme'] = TempMeEncoder
+MODELS['retriever'] = Retriever
+
+# ---- 13. gamma-MoD -----------------------------------------------------------------------------------------
+# A trained dense model, converted (Luo et al., arXiv 2410.13859): layers whose attention has the lowest rank
+# route, and one router for all of them chooses among a whole clip (for offline use only). And baselines that
+# choose without a router.
+# needs sections 1, 2, 4, 5, 7 (`hashed`)
+
+class GammaBlock(MoDBlock):
+    """The gate scales the block's MLP alone: x + attention + gate * MLP."""
+
+    def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+        a = self.block.attention(self.block.norm1(x), position, mask, cache)   # (B, K, C)
+        m = self.block.mlp(self.block.norm2(x + a))
+        return a + (route.gate[..., None] * m).to(m.dtype)
+
+
+class GammaRouting(nn.Module):
+    """One router for all layers: the best of the clip, by what a layer will see; words go through, gated."""
+    layer, whole_clip, ragged, last_layer = GammaBlock, True, False, False
+
+    def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
+                 routing_loss: Annotated[float, "weight of the router's own loss"] = 0.01):
+        super().__init__()
+        self.keep_ratio, self.weight = keep_ratio, routing_loss
+        self.router = Router(dim) if layers else None
+
+    def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int) -> Route:
+        # The paper's softmax over two scores is the sigmoid of one.
+        route = self.router(block.norm1(x), 1, self.keep_ratio, x.size(1) - N)
+        return route._replace(gate=route.logits.gather(1, route.index).sigmoid())
+
+    def loss(self, routes: list):
+        return self.weight * sum(routing_loss(route) for route in routes)
 
 
 def routing_loss(route: Route) -> Tensor:
-    """gamma-MoD's loss of a router: cross-entropy of its scores with what was selected."""
-    selected = torch.zeros_like(route.logits).scatter(1, route.index, 1.0)     # (B, N)
-    return F.binary_cross_entropy_with_logits(route.logits, selected)
+    """gamma-MoD's loss of a router: cross-entropy of its scores with what was selected, padding aside."""
+    chosen = torch.ones_like(route.gate) if route.mask is None else route.mask.float()     # (B, K)
+    selected = torch.zeros_like(route.logits).scatter_reduce(1, route.index, chosen, 'amax')   # (B, S)
+    real = route.logits > -math.inf
+    return F.binary_cross_entropy_with_logits(route.logits[real], selected[real])
 
 
-def fixed_route(kind: str, position: Tensor, group: int, k: int, forced: Tensor = None,
-                layer: int = 0) -> Route:
-    """Baselines without a router: position (B, N) -> k tokens of each of `group` runs, gate one.
+class UniformRouting(FrameRouting):
+    """Evenly spaced tokens of a frame, its last among them. The base of ways without a router, gate one."""
+    ragged = False
 
-    'uniform': evenly spaced, the last one among them. 'random': by a hash of position and layer,
-    so that whole sequence and stream agree.
-    """
-    B, N = position.shape
-    if kind == 'uniform':
-        place = torch.arange(N, device=position.device) % (N // group)
-        score = ((place + 1) * k // (N // group) - place * k // (N // group)).expand(B, N)
-    else:
-        score = hashed(position + layer * 7919)
-    index = select_tokens(score.float(), group, k, forced)
-    return Route(index, torch.ones(index.shape, device=index.device), score.float())
+    def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False):
+        nn.Module.__init__(self)
+        self.patches, self.streaming, self.k = patches, streaming, capacity(keep_ratio, patches)
+
+    def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
+        if N == 0:
+            return None
+        position = position.expand(x.shape[:2])[:, :N]                         # (B, N)
+        place = torch.arange(N, device=x.device) % self.patches                # (N,) in its frame
+        score = self.score(i, position, place).float().expand(len(x), N)       # (B, N)
+        last = place == self.patches - 1 if self.streaming else None
+        index = select_tokens(score, N // self.patches, self.k, last)
+        words = torch.arange(N, x.size(1), device=x.device).expand(len(x), -1)
+        index = torch.cat([index, words], 1)                                   # (B, K + words)
+        return Route(index, torch.ones(index.shape, device=x.device), F.pad(score, (0, words.size(1))))
+
+    def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
+        """Which tokens layer i prefers: position (B, N), place (N,) in its frame -> (N,) or (B, N)."""
+        return (place + 1) * self.k // self.patches - place * self.k // self.patches
 
 
-class MoDBlock(nn.Module):
-    """Runs a block on the selected tokens alone: x + gate * f(x) for them, x for the others.
+class RandomRouting(UniformRouting):
+    """Random tokens: by a hash of position and layer, so that whole sequence and stream agree."""
 
-    gates_mlp: the gate scales the block's MLP alone, x + attention + gate * MLP (gamma-MoD).
-    """
+    def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
+        return hashed(position + i * 7919)
 
-    def __init__(self, block: nn.Module, gates_mlp: bool = False):
-        super().__init__()
-        self.block, self.gates_mlp = block, gates_mlp
 
-    def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None,
-                cache: KVCache = None) -> Tensor:
-        """x (B, S, C), position (S,) or (B, S), mask (S, S) or (B, 1, S, S) -> (B, S, C).
+class SkipRouting(UniformRouting):
+    """No vision token at all: with placement all-deep early exit, with interleaved layer skipping."""
+    last_layer = True
 
-        The route speaks of the first N = route.logits.size(1) tokens. Those behind them (text)
-        always go through, ungated. The block gets K + S - N tokens, at their original positions,
-        and their part of the mask; what the cache gets are these tokens, too.
-        """
-        (B, S, C), N = x.shape, route.logits.size(1)
-        text = torch.arange(N, S, device=x.device).expand(B, S - N)
-        index = torch.cat([route.index, text], 1)                              # (B, K + S - N)
-        if index.size(1) == 0:                                          # a frame that skips a layer
-            return x
-        sample = torch.arange(B, device=x.device)[:, None]                     # (B, 1)
-        row = (index + S * sample).flatten()                           # rows of `flat`
-        flat = x.reshape(B * S, C)
-        chosen = flat.index_select(0, row).view(B, -1, C)                      # (B, K + S - N, C)
-        place = position.expand(B, S).gather(1, index)                         # (B, K + S - N)
-        if mask is not None:                                    # rows and columns of the chosen
-            mask = mask.view(-1, S, S).expand(B, S, S)[
-                sample[..., None], index[..., None], index[:, None]][:, None]
-        if route.mask is not None:                         # padding: seen by none, updates nothing
-            real = F.pad(route.mask, (0, S - N), value=True)                   # (B, K + S - N)
-            place = torch.where(real, place, NEVER)
-            alone = torch.eye(real.size(1), dtype=torch.bool, device=x.device)
-            mask = visible(place) if mask is None else mask & real[:, None, None, :] | alone
-        gate = F.pad(route.gate, (0, S - N), value=1.0)[..., None]  # (B, K + S - N, 1) one for text
-        if self.gates_mlp:
-            update = self.block(chosen, place, mask, cache, gate)
-        else:
-            update = self.block(chosen, place, mask, cache) * gate
-        if route.mask is not None:
-            update = update * real[..., None]
-        return flat.index_add(0, row, update.to(x.dtype).view(-1, C)).view(B, S, C)
+    def __init__(self, *numbers):
+        super().__init__(*numbers)
+        self.k = 0
+
+
+ROUTINGS.update(gamma=GammaRouting, uniform=UniformRouting, random=RandomRouting, skip=SkipRouting)
 
 
 def attention_rank(attention: Tensor, rtol: float = None):
     """gamma-MoD's ARank, and the effective rank: attention (B, H, S, S) -> two of (H,), mean over B.
 
-    ARank is the numerical rank of the map below its diagonal: the singular values above
-    rtol * the largest, in float32, rtol S * 2**-23 if None. Up to S - 1, which a *uniform* map has:
-    it measures how far attention sinks stretch the range of values, not redundancy. The effective
-    rank, exp(entropy of the normalized singular values), has no tolerance.
+    ARank: how many singular values of the map below its diagonal are above rtol (None: S * 2**-23) * the
+    largest. A *uniform* map has S - 1, the most: it tells how far attention sinks stretch the values, not
+    redundancy. Effective rank: exp(entropy of the normalized singular values).
     """
     values = torch.linalg.svdvals(attention.float().tril(-1))                  # (B, H, S)
     rtol = attention.size(-1) * torch.finfo(torch.float32).eps if rtol is None else rtol
@@ -1589,422 +2149,6 @@ def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
     return ranks.argsort(stable=True)[:len(ranks) - num_dense].tolist()
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. The model
-# Vision tokens stand first, in order of time; the questions of a clip follow, all starting at
-# position N: they read the vision tokens and themselves, never each other. In a stream words stand
-# between frames. Positions decide causality, so a skipped token leaves a gap, no shift.
-# needs sections 1 to 8
-# --------------------------------------------------------------------------------------------------
-
-def question_mask(n_vision: int, Q: int, L: int, device=None) -> Tensor:
-    """(S, S) bool, S = n_vision + Q*L: i sees j if j is not later and is vision or i's question."""
-    place = torch.arange(n_vision + Q * L, device=device)
-    owner = torch.where(place < n_vision, -1, (place - n_vision) // L)  # (S,) question, -1 = vision
-    return (place <= place[:, None]) & ((owner == -1) | (owner == owner[:, None]))
-
-
-def small_updates(model: nn.Module, n_layer: int):
-    """A layer adds two updates; this size keeps their sum over n_layer layers below that of x."""
-    for name, p in model.named_parameters():
-        if name.endswith(('attention.out.weight', 'mlp.down.weight')):
-            nn.init.normal_(p, std=0.5 / math.sqrt(2 * n_layer * p.size(1)))
-
-
-class ModVideo(nn.Module):
-    """Video and questions in, answers out; or a stream of frames in, and words when they matter."""
-
-    def __init__(self, config: ModVideoConfig):
-        super().__init__()
-        self.config = c = config
-        shape = c.encoder_dim, c.encoder_layers, c.encoder_heads, c.patches, c.patch_size
-        if c.encoder == 'tempme':
-            self.encoder = TempMeEncoder(*shape, frames=c.frames, image=c.merge_image, cross=c.merge_cross,
-                                         intra=c.merge_intra)
-        else:
-            self.encoder = VisionEncoder(*shape)
-        self.projector = nn.Sequential(
-            nn.Linear(c.encoder_dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
-        keep_scale(self.projector)
-        self.embed = nn.Embedding(len(c.vocab), c.dim)
-        if c.reduction == 'bvllm':
-            self.selector = FrameSelector(
-                c.dim, c.n_head, c.budget, c.select_frames, min(16, c.patches), hard=c.hard)
-        if c.reduction == 'vqtoken':
-            self.vqtoken = VQToken(c.dim, c.codes, c.n_head)
-        if c.reduction == 'vq':
-            self.quantizer = VectorQuantizer(c.codes, c.dim)
-        self.mod_layers = mod_layers(c.placement, c.n_layer)
-        self.skips_all = c.placement in ('early-exit', 'layer-skip')
-        if not c.streaming and not self.skips_all:
-            # Nothing behind the last layer reads vision, unless frames decide about speech: a
-            # router there would learn nothing, so the layer stays dense.
-            self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
-        self.blocks = nn.ModuleList(Block(c.dim, c.n_head) for _ in range(c.n_layer))
-        for i in self.mod_layers:
-            self.blocks[i] = MoDBlock(self.blocks[i], gates_mlp=c.gate == 'gamma')
-        names = {'frame': map(str, self.mod_layers), 'sequence': ['shared']}.get(c.routing, [])
-        names = [] if self.skips_all or not self.mod_layers else names
-        self.routers = nn.ModuleDict({name: Router(c.dim, c.gate) for name in names})
-        self.norm = nn.RMSNorm(c.dim)
-        self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
-        small_updates(self, c.n_layer)
-
-    def encode_video(self, video: Tensor, previous: Tensor = None, question: Tensor = None):
-        """video (B, T, 3, frame_size, frame_size) -> tokens (B, N, C), positions (N,) int64, None.
-
-        With a reduction: tokens (B, M, C), positions (B, M), NEVER at padding, and the Reduction, or
-        of 'bvllm' the selector (B, K, T), of 'vq' the Quantized. question (B * Q, L) int64, if they
-        depend on it: B becomes B * Q. previous (B, 1, 3, frame_size, frame_size): the frame before,
-        None at the beginning.
-        """
-        c, size, (B, T) = self.config, self.config.frame_size, video.shape[:2]
-        if video.dim() != 5 or video.shape[2:] != (3, size, size):
-            raise ValueError(f'video must be (B, T, 3, {size}, {size}), got {tuple(video.shape)}')
-        if c.encoder == 'tempme':
-            x, _, reduction = self.encoder(video)                              # (B, M, C)
-            tokens = self.projector(x).to(self.embed.weight.dtype)
-            return self.for_questions(tokens, reduction.position, question, reduction)
-        looks = c.reduction in ('holitom', 'prune')
-        x, saliency = self.encoder(video, previous, looks)                     # (B*T, P, C), (B*T, P)
-        # The dtype of the text tokens, whatever autocast says.
-        x = self.projector(x).view(B, T, -1, c.dim).to(self.embed.weight.dtype)   # (B, T, P, C)
-        if c.reduction == 'bvllm':
-            x = x.repeat_interleave(len(question) // B, 0)
-            return self.selector(x, self.embed(question), question != PAD)
-        place = torch.arange(T * x.size(2), device=x.device)                   # (N,)
-        if c.reduction == 'vq':
-            x, index_map, loss = self.quantizer(x)
-            return x.flatten(1, 2), place, Quantized(index_map, loss)
-        if c.reduction == 'vqtoken':
-            tokens, mask, index_map = self.vqtoken(x)                          # (B, K, C), (B, K)
-            reduction = from_clusters(index_map.flatten(1), mask.size(1))
-        else:
-            with torch.no_grad():
-                reduction = self.reduce(x, saliency)
-            tokens = x.flatten(1, 2) if reduction is None else reduce_tokens(x.flatten(1, 2), reduction)
-        if reduction is not None:
-            place = torch.where(reduction.mask, reduction.position, NEVER)     # (B, M)
-        return self.for_questions(tokens, place, question, reduction)
-
-    def for_questions(self, tokens: Tensor, place: Tensor, question: Tensor, reduction):
-        """What encode_video returns: each question has tokens of its own, if they will depend on it."""
-        if self.config.by_question:
-            again, place = len(question) // len(tokens), place.expand(tokens.shape[:2])
-            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place))
-        return tokens, place, reduction
-
-    def reduce(self, x: Tensor, saliency: Tensor):
-        """What becomes of tokens x (B, T, P, C) with saliency (B*T, P) before the decoder; None: all stay."""
-        (B, T, P, _), c, device = x.shape, self.config, x.device
-        if c.reduction == 'holitom':
-            return holitom(x, saliency.view(B, T, P), c.retain_ratio, c.tau)
-        if c.reduction == 'tome':
-            return tome(x.flatten(1, 2), c.budget)
-        if c.reduction == 'pool':
-            cell = pool_grid(T, math.isqrt(P), c.budget)                       # (N,)
-            return from_clusters(cell.to(device).expand(B, -1), int(cell.max()) + 1)
-        if c.reduction == 'prune':
-            every = torch.ones(B, T * P, dtype=torch.bool, device=device)
-            return pack(best_of(saliency.view(B, -1), c.budget, every))
-        if c.reduction == 'uniform':
-            n = min(T, c.budget // P)
-            frames = (torch.arange(n, device=device) * 2 + 1) * T // (2 * n)   # the middles of n parts
-            keep = torch.zeros(T, dtype=torch.bool, device=device).index_fill(0, frames, True)
-            return pack(keep.repeat_interleave(P).expand(B, -1))
-
-    def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, after: Tensor = None,
-                decisions: Tensor = None, asked: Tensor = None):
-        """Predict the next word at every place of every question.
-
-        video (B, T, 3, height, width) float, text (B, Q, L) int64, targets (B, Q, L) int64 with -1
-        where nothing is to be learned -> logits (B, Q, L, V), loss (mean cross-entropy over the
-        targets, or None), aux: 'routes', a dict from routed layer to Route; 'tokens', the number of
-        tokens that each layer processed; 'routing_loss'; 'reduction'; 'inner'. after, decisions: see
-        forward_stream. asked (B, Q): words of each question without its answer; None: all of them.
-        Where vision depends on the question, what aux holds has B * Q samples.
-        """
-        if text.dim() != 3:
-            raise ValueError(f'text must be (B, Q, L), got {tuple(text.shape)}')
-        if self.config.streaming:
-            return self.forward_stream(video, text, targets, after, decisions)
-        (B, Q, L), shape, question = text.shape, text.shape, None
-        if self.config.by_question:                       # each question is a clip of its own from here
-            asked = (text != PAD).sum(-1) if asked is None else asked          # (B, Q)
-            text, asked, B, Q = text.reshape(B * Q, 1, L), asked.reshape(B * Q, 1), B * Q, 1
-            question = text[:, 0].where(torch.arange(L, device=text.device) < asked, PAD)  # (B, L)
-        vision, place, reduction = self.encode_video(video, None, question)    # (B, N, C), (N,)
-        N, start = vision.size(1), video.size(1) * self.config.patches
-        x = torch.cat([vision, self.embed(text).flatten(1, 2)], 1)             # (B, N + Q*L, C)
-        word = start + torch.arange(L, device=x.device).repeat(Q)              # (Q*L,)
-        mask = question_mask(N, Q, L, x.device) if Q > 1 else None    # one question: plainly causal
-        last = N - 1 + asked[:, 0] if self.config.inner_layer else None        # (B,)
-        if self.config.merges:                               # padding behind the vision of some clips
-            position = torch.cat([place.expand(B, N), word.expand(B, Q * L)], 1)
-            # By position, not by place in x: a frame's summary and its first patch share one.
-            mask = visible(position) if mask is None else visible(position) & (mask | mask.T)
-        else:
-            position = torch.cat([place, word])
-        x, aux = self.decode(x, position, video.size(1), N, mask, last=last)
-        aux['reduction'] = reduction
-        logits = self.head(self.norm(x[:, -Q * L:])).float().view(*shape, -1)  # (B, Q, L, V)
-        if targets is None:
-            return logits, None, aux
-        loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORE)
-        if self.config.reduction == 'vq':
-            loss = loss + reduction.loss
-        return logits, loss + self.config.routing_loss * aux['routing_loss'], aux
-
-    def route(self, i: int, x: Tensor, position: Tensor, T: int, N: int):
-        """The route of layer i for x (B, S, C), its first N tokens T frames; None: all tokens."""
-        c = self.config
-        if i not in self.mod_layers or not (N or c.routing == 'sequence'):
-            return None
-        if self.skips_all:
-            none = x.new_zeros(len(x), 0)
-            return Route(none.long(), none, x.new_zeros(len(x), N))
-        if c.routing == 'sequence':                                 # scores what the layer will see
-            return self.routers['shared'](
-                self.blocks[i].block.norm1(x), 1, c.keep_ratio, text=x.size(1) - N)
-        if c.merges:                                               # frames have unequal numbers left
-            frame = torch.where(position < NEVER, position // c.patches, -1)[:, :N]    # (B, N)
-            return self.routers[str(i)](x[:, :N], frame, c.keep_ratio)
-        n = N // T                                                             # tokens of a frame
-        # The last token of a frame of a stream decides about speech.
-        forced = torch.arange(N, device=x.device) % n == n - 1 if c.streaming else None    # (N,)
-        if c.routing == 'frame':
-            return self.routers[str(i)](x[:, :N], T, c.keep_ratio, forced=forced)
-        position = position.expand(x.size(0), -1)[:, :N]                       # (B, N)
-        return fixed_route(c.routing, position, T, capacity(c.keep_ratio, n), forced, i)
-
-    def merge_again(self, i: int, before: Tensor, x: Tensor, position: Tensor, N: int, last: Tensor):
-        """HoliTom's merging at layer i > 0: x (B, S, C), position (B, S) and N, all with fewer vision.
-
-        before: what layer i - 1 was given. last (B,): place in x of each last question word, whose
-        attention there decides; it is causal, so no answer has a say.
-        """
-        block = self.blocks[i - 1]
-        block = block.block if isinstance(block, MoDBlock) else block
-        seen = visible(position.gather(1, last[:, None]), position)            # (B, 1, 1, S)
-        score = block.attention.weights(block.norm1(before), position, seen, last).mean((1, 2))    # (B, S)
-        real = position[:, :N] < NEVER
-        merged = holitom_inner(x[:, :N], score[:, :N], real, self.config.inner_ratio, real)
-        stands = look_up(position[:, :N], merged.position, NEVER)              # (B, M)
-        position = torch.cat([stands, position[:, N:]], 1)
-        x = torch.cat([reduce_tokens(x[:, :N], merged), x[:, N:]], 1)
-        return x, position, stands.size(1), merged
-
-    def decode(self, x: Tensor, position: Tensor, T: int, N: int, mask: Tensor = None, caches=None,
-               last: Tensor = None):
-        """All layers on x (B, S, C), its first N tokens T frames of vision -> x (B, S, C), aux."""
-        aux = {'routes': {}, 'tokens': [], 'routing_loss': 0.0}
-        text, before = x.size(1) - N, None
-        for i, block in enumerate(self.blocks):
-            if i == self.config.inner_layer and last is not None:          # of models that merge inside
-                x, position, N, aux['inner'] = self.merge_again(i, before, x, position, N, last)
-                mask = visible(position)
-            cache, before = caches[i] if caches else None, x
-            route = self.route(i, x, position, T, N)
-            if route is None:
-                block = block.block if isinstance(block, MoDBlock) else block
-                x = x + block(x, position, mask, cache)
-                aux['tokens'].append(N + text)
-                continue
-            x = block(x, route, position, mask, cache)
-            if self.config.routing == 'sequence' and self.routers:
-                aux['routing_loss'] = aux['routing_loss'] + routing_loss(route)
-            K = route.index.size(1) - (route.logits.size(1) - N)              # of the vision tokens
-            aux['routes'][i] = Route(
-                route.index[:, :K], route.gate[:, :K], route.logits[:, :N], route.mask)
-            aux['tokens'].append(K + text)
-        return x, aux
-
-    def say(self, word: Tensor, position: Tensor, caches: list, max_new_tokens: int, vision=None):
-        """Read words, then go on greedily until the end mark; the caches get all that was read.
-
-        word (B, L) int64, padded behind with 0, from `position` (B, 1) on; a sample without words
-        says nothing. vision: tokens (B, N, C) and their positions (B, N), to be read together with
-        the words -> said (B, at most max_new_tokens), 0 after the end; the next position (B, 1).
-        """
-        said, ended = [], (word == PAD).all(1, keepdim=True)                   # (B, 1)
-        while True:
-            real = word != PAD
-            place = torch.where(real, position + torch.arange(word.size(1), device=word.device), NEVER)
-            count = real.sum(1, keepdim=True)                                  # (B, 1)
-            if vision is None:
-                x, _ = self.decode(self.embed(word), place, 0, 0, caches=caches)
-            else:
-                tokens, where = vision
-                place, N, vision = torch.cat([where, place], 1), tokens.size(1), None
-                x, _ = self.decode(torch.cat([tokens, self.embed(word)], 1), place, 0, N,
-                                   visible(place), caches, N - 1 + count[:, 0])
-                x = x[:, -word.size(1):]
-            position = position + count
-            if len(said) >= max_new_tokens or bool(ended.all()):
-                break
-            last = x.take_along_dim((count - 1).clamp(min=0)[..., None], 1)    # (B, 1, C)
-            word = self.head(self.norm(last)).argmax(-1).masked_fill(ended, PAD)
-            said.append(word)
-            ended = (word == EOS) | (word == PAD)
-        return torch.cat(said, 1) if said else word[:, :0], position
-
-    @torch.no_grad()
-    def generate(self, video: Tensor, text: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy answers: text (B, Q, L) -> (B, Q, max_new_tokens), 0 after the end.
-
-        Questions are padded with 0 behind. The vision tokens are run once; their keys and values
-        serve every question of the clip.
-        """
-        (B, Q, _), T = text.shape, video.size(1)
-        caches, words = [KVCache() for _ in self.blocks], text.flatten(0, 1)   # (B*Q, L)
-        vision, place, _ = self.encode_video(video, None, words)
-        start = torch.full((B * Q, 1), T * self.config.patches, device=text.device)
-        if self.config.inner_layer:
-            answer, _ = self.say(words, start, caches, max_new_tokens, (vision, place))
-        else:
-            mask = visible(place) if self.config.merges else None
-            self.decode(vision, place, T, vision.size(1), mask, caches)
-            for cache in caches:
-                cache.repeat(1 if self.config.by_question else Q)
-            answer, _ = self.say(words, start, caches, max_new_tokens)
-        return F.pad(answer, (0, max_new_tokens - answer.size(1)), value=PAD).view(B, Q, -1)
-
-    # Streaming (VideoLLM-MoD, from VideoLLM-online, Chen et al., arXiv 2406.11816). At the last
-    # vision token of a frame the model predicts what follows it: the first word of what it says
-    # now, or '<eos>', which is silence.
-
-    def forward_stream(self, video: Tensor, text: Tensor, targets: Tensor = None,
-                       after: Tensor = None, decisions: Tensor = None):
-        """The whole of a stream at once, to train and to score.
-
-        text (B, 1, L); after (B, L): the frame behind which each word stands, ascending, -1 before
-        the video (the prompt); None: all behind the last. targets (B, 1, L): the next word at each
-        word; decisions (B, T): what follows each frame; -1 where nothing is to be learned.
-        -> logits (B, T + L, V): T decisions, then the words; loss: the mean of -log P(word) over
-        words and of -w log P(silence) over frames to be silent at; aux, with 'position' (B, T + L).
-        """
-        (B, T), (Q, L), text = video.shape[:2], text.shape[1:], text[:, 0]
-        if Q != 1:
-            raise ValueError(f'a stream has one line of text, wanted (B, 1, L), got {Q} lines')
-        after = torch.full_like(text, T - 1) if after is None else after
-        vision, place, _ = self.encode_video(video)                            # (B, N, C), (N,)
-        N, P, device, real = vision.size(1), self.config.patches, text.device, text != PAD
-        earlier = after[:, None] < torch.arange(T, device=device)[:, None]     # (B, T, L)
-        before = (real[:, None] & earlier).sum(-1)                             # (B, T) words
-        word = torch.where(real, torch.arange(L, device=device) + P * (after + 1), NEVER)  # (B, L)
-        position = torch.cat([place + before.repeat_interleave(P, 1), word], 1)    # (B, N + L)
-        mask = visible(position)                                           # (B, 1, N + L, N + L)
-        if self.config.window:
-            frame = torch.cat([(place // P).expand(B, N), after], 1)               # (B, N + L)
-            gone = frame[:, None, :] <= frame[:, :, None] - self.config.window
-            mask = mask & ~(gone & (frame >= 0)[:, None, :])[:, None]          # the prompt stays
-        x = torch.cat([vision, self.embed(text)], 1)                           # (B, N + L, C)
-        x, aux = self.decode(x, position, T, N, mask)
-        pick = torch.cat([torch.arange(P - 1, N, P, device=device),
-                          torch.arange(N, N + L, device=device)])              # (T + L,)
-        aux['position'] = position[:, pick]
-        logits = self.head(self.norm(x[:, pick])).float()                      # (B, T + L, V)
-        if targets is None:
-            return logits, None, aux
-        wanted = torch.cat([decisions, targets[:, 0]], 1)                      # (B, T + L)
-        each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE,
-                               reduction='none').view_as(wanted)
-        silent = F.pad(decisions == EOS, (0, L))                               # (B, T + L)
-        each = torch.where(silent, self.config.silence_weight * each, each)
-        return logits, each.sum() / (wanted != IGNORE).sum().clamp(min=1), aux
-
-    @torch.no_grad()
-    def stream(self, frames, prompt: Tensor = None, theta: float = 0.5, max_new_tokens: int = 16):
-        """Watch frames as they come; speak, or stay silent while P(silence) is at least theta.
-
-        frames: any iterable of (frame (B, 3, height, width), question (B, L) int64 or None), a
-        question arriving behind its frame; prompt (B, L): read first. Words are padded behind with
-        0. Yields for each frame a dict: 'silence' (B,) the probability, 'said' and 'answer' (B, n)
-        ids, or None, 'held' the number of keys of each layer. With config.window = W all but the
-        prompt and the last W frames is forgotten, so a stream of any length runs in bounded memory.
-        """
-        if not self.config.streaming:
-            raise ValueError('this model was not made for streams; wanted config.streaming = True')
-        P, W, caches = self.config.patches, self.config.window, [KVCache() for _ in self.blocks]
-        previous, starts = None, []                    # starts: (B, 1) each, where the frames begin
-        for frame, question in frames:
-            if previous is None:
-                position = torch.zeros(len(frame), 1, dtype=torch.long, device=frame.device)
-                if prompt is not None:
-                    _, position = self.say(prompt, position, caches, 0)
-                prompt_end = position
-            starts.append(position)
-            if W and len(starts) > W:                        # this frame and the W - 1 before it stay
-                starts.pop(0)
-                for cache in caches:
-                    cache.trim(lambda place: (place < prompt_end) | (place >= starts[0]))
-            vision, place, _ = self.encode_video(frame[:, None], previous)
-            x, _ = self.decode(vision, position + place, 1, P, caches=caches)
-            previous, position = frame[:, None], position + P
-            logits = self.head(self.norm(x[:, -1])).float()                    # (B, V)
-            silence = logits.softmax(-1)[:, EOS]
-            logits[:, [PAD, EOS]] = -math.inf
-            word = torch.where(silence < theta, logits.argmax(-1), PAD)[:, None]   # (B, 1)
-            said = answer = None
-            if bool((word != PAD).any()):
-                said, position = self.say(word, position, caches, max_new_tokens - 1)
-                said = torch.cat([word, said], 1)
-            if question is not None:
-                answer, position = self.say(question, position, caches, max_new_tokens)
-            held = [0 if cache.k is None else cache.k.size(2) for cache in caches]
-            yield dict(silence=silence, said=said, answer=answer, held=held)
-
-
-class Retriever(nn.Module):
-    """Finds the clip for a sentence and the sentence for a clip: two towers, one space (TempMe).
-
-    config.encoder 'tempme' merges frames, 'plain' encodes each alone. The encoder sees frames without
-    their changes, as that of an image-text model does. Unlike the paper's, the places of clips do not
-    start at zero: from there, what comes first and what last stayed unlearned for 300 steps and more.
-    """
-
-    def __init__(self, config: ModVideoConfig):
-        super().__init__()
-        self.config = c = config
-        C = c.encoder_dim
-        self.encoder = TempMeEncoder(
-            C, c.tower_layers, c.encoder_heads, c.patches, c.patch_size, 3, c.frames,
-            c.encoder == 'tempme', c.merge_image, c.merge_cross, c.merge_intra, place_std=1.0)
-        self.embed = nn.Embedding(len(c.vocab), C)
-        self.blocks = nn.ModuleList(Block(C, c.encoder_heads) for _ in range(c.tower_layers))
-        self.norm = nn.RMSNorm(C)
-        self.see, self.read = (nn.Linear(C, C, bias=False) for _ in range(2))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))            # of the similarities
-        small_updates(self, c.tower_layers)
-        if c.lora_rank:
-            add_lora(self, c.lora_rank)
-
-    def encode_video(self, video: Tensor) -> Tensor:
-        """video (B, T, 3, frame_size, frame_size) -> (B, C) of length one: the mean over the frames'
-        summaries, each of length one before."""
-        return unit(unit(self.see(self.encoder(video)[1])).mean(1))
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        """text (B, L) int64, padded behind with 0 -> (B, C) of length one, read at the last word."""
-        x, position = self.embed(text), torch.arange(text.size(1), device=text.device)
-        for block in self.blocks:
-            x = x + block(x, position)
-        last = ((text != PAD).sum(1) - 1).clamp(min=0)                         # (B,)
-        return unit(self.read(self.norm(x[torch.arange(len(x), device=x.device), last])))
-
-    def forward(self, video: Tensor, text: Tensor):
-        """Clips and their sentences: similarity (B, B), rows are sentences, and the symmetric InfoNCE loss
-        (van den Oord et al., arXiv 1807.03748). The same sentence elsewhere in a batch is no negative."""
-        sentences, clips = self.encode_text(text), self.encode_video(video)    # (B, C) each
-        similarity = exact(torch.matmul)(sentences, clips.T)                   # (B, B) in [-1, 1], float32
-        same = (text[:, None] == text[None]).all(-1)
-        same.fill_diagonal_(False)
-        logits = (self.log_scale.exp() * similarity).masked_fill(same, -math.inf)
-        own = torch.arange(len(text), device=text.device)
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        return similarity, loss
-
-
 @torch.no_grad()
 def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None) -> Tensor:
     """ARank and effective rank of every decoder layer of a dense model: (2, layers)."""
@@ -2013,7 +2157,7 @@ def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None
     def look(attention, args):
         rows.append(torch.stack(attention_rank(attention.weights(*args[:3]), rtol)).mean(1))
 
-    hooks = [block.attention.register_forward_pre_hook(look) for block in model.blocks]
+    hooks = [layer.block.attention.register_forward_pre_hook(look) for layer in model.blocks]
     try:
         model(video, text)
     finally:
@@ -2023,121 +2167,97 @@ def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None
 
 
 def init_from(model: nn.Module, dense: nn.Module):
-    """Copy the weights of `dense` into a model that differs in what it skips, merges, selects or freezes.
-
-    What `dense` does not have stays new: routers, selectors, codebooks, places of clips, LoRA.
-    """
-    if type(model) is not type(dense):
-        raise ValueError(f'the weights are of a {type(dense).__name__}, wanted a {type(model).__name__}')
-    bare = lambda name: name.replace('.block.', '.').replace('.linear.', '.')      # of MoDBlock, LoRA
-    plain = {bare(name): p for name, p in dense.state_dict().items()}
-    own = {name: plain[bare(name)] for name in model.state_dict() if bare(name) in plain}
-    for name in ('vocab', 'n_layer', 'n_head', 'dim', 'encoder_layers', 'encoder_heads', 'encoder_dim',
-                 'frame_size', 'patch_size', 'tower_layers'):
+    """Copy the weights of `dense` into a model that differs in method; what `dense` lacks stays new."""
+    for name in ('model', 'vocab', 'n_layer', 'n_head', 'dim', 'encoder_layers', 'encoder_heads',
+                 'encoder_dim', 'frame_size', 'patch_size'):
         mine, other = getattr(model.config, name), getattr(dense.config, name)
         if mine != other:
             raise ValueError(f'the weights are of a model with another {name}: {other}, wanted {mine}')
+    bare = lambda name: name.replace('.linear.', '.')                          # of LoRA
+    plain = {bare(name): p for name, p in dense.state_dict().items()}
+    own = {name: plain[bare(name)] for name in model.state_dict() if bare(name) in plain}
     model.load_state_dict(own, strict=False)
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. Accounting
-# What a forward pass costs, and the optimizer. A multiply-add counts as two FLOPs; attention is
-# counted in full, as torch.utils.flop_counter counts it, although causal kernels skip half of it;
-# element-wise work is left out.
-# needs sections 2, 6, 8, 9
-# --------------------------------------------------------------------------------------------------
+# ---- 14. Accounting and optimizer --------------------------------------------------------------------------
+# What a forward pass costs, as torch.utils.flop_counter counts it: a multiply-add is two FLOPs, attention is
+# counted in full, although causal kernels skip half of it, and element-wise work is not. And Muon (Jordan et
+# al., 2024), which trains the matrices of the blocks.
+# needs sections 1 to 5, 7
 
 def num_params(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
-def count_flops(model: ModVideo, video_shape, text_len: int, questions: int = 1,
-                aux: dict = None) -> dict:
+def encoder_flops(encoder: nn.Module, T: int, size: int) -> int:
+    """FLOPs of an encoder on T frames of size * size pixels."""
+    P, C = encoder.place.shape
+    total = encoder.flops(T) if encoder.merges else T * len(encoder.blocks) * block_flops(P, C)
+    for conv in [layer for layer in encoder.embed.stem if isinstance(layer, nn.Conv2d)]:
+        size = -(-size // conv.stride[0])                      # pixels of a side of what comes out
+        total += T * 2 * size * size * conv.weight.numel()
+    return total
+
+
+def count_flops(model: ModVideo, video_shape, text_len: int, questions: int, aux: dict) -> dict:
     """FLOPs of one forward pass by part, and their 'total'.
 
-    video_shape: (B, T, 3, height, width); text_len: L; questions: Q. aux: of a forward pass, to
-    count the tokens that each layer really processed; None: what the configuration says. Dense and
-    routed models: exactly as torch counts. With merging: the padded tokens of the batch; what finding
-    the clusters costs is left out, and of 'bvllm' the queries' frames count before de-duplication.
+    video_shape: (B, T, 3, height, width); text_len: L; questions: Q; aux: of that pass, whose tokens are
+    counted, padding too. Of finding what merges, only what the method's own `flops` says.
     """
-    c, (B, T, _, height, width) = model.config, video_shape
-    if c.merges and aux is None:
-        raise ValueError('with merging the cost depends on the clip; wanted aux of a forward pass')
-    again = questions if c.by_question else 1                  # each question is a clip of its own
-    text, P, N = questions * text_len // again, c.patches, T * c.patches
-    M = model.encoder.num_tokens(T) if c.encoder == 'tempme' else N            # tokens of the encoder
-    K = 0 if model.skips_all else (
-        capacity(c.keep_ratio, N) if c.routing == 'sequence' else T * capacity(c.keep_ratio, P))
-    tokens = aux['tokens'] if aux else [
-        (K if i in model.mod_layers else N) + text for i in range(c.n_layer)]
-    scored = [route.logits.size(1) for route in aux['routes'].values()] if aux else (
-        [N] * len(model.mod_layers))
-    scored = [n + text * (c.routing == 'sequence') for n in scored] if model.routers else []
-    flops = {
-        'encoder': model.encoder.flops(T, (height, width)),
-        'projector': 2 * M * (c.encoder_dim * c.dim + c.dim * c.dim),
-        'reduction': 0,
-        'routers': again * 2 * sum(scored) * c.dim,
-        'decoder': again * sum(block_flops(S, c.dim) for S in tokens),
-        'head': again * 2 * (text + T * c.streaming) * c.dim * len(c.vocab)}
+    c, (B, T, _, size, _), encoder, reducer = model.config, video_shape, model.encoder, model.reducer
+    again = questions if model.by_question else 1              # each question is a clip of its own
+    text, P, C, width = questions * text_len // again, c.patches, c.dim, c.encoder_dim
+    M = aux['reduced'].tokens.size(1)
     look = lambda S, rows, C: 6 * S * C * C + 2 * rows * S * C                 # queries, keys, values, scores
-    if c.reduction in ('holitom', 'prune'):                                    # saliency
-        flops['reduction'] = T * look(P, P, c.encoder_dim)
-    if c.inner_layer:
-        flops['reduction'] += again * look(aux['inner'].assign.size(1) + text, 1, c.dim)
-    if c.reduction == 'bvllm':              # all queries' frames, though some turn out to be duplicates
-        K, n = len(model.selector.frame_queries), len(model.selector.token_queries)
-        flops['reduction'] += again * (
-            block_flops(K + text + T, c.dim) + K * block_flops(n + text + P, c.dim)
-            + 2 * K * c.dim * (c.dim + T + T * P))
-    if c.reduction == 'vqtoken':
-        K, n = aux['reduction'].position.size(1), c.dim
-        fits = [K] if c.codes else range(model.vqtoken.least, model.vqtoken.most + 1)
-        search = 2 * 8 * max(fits) + sum(2 * k * (model.vqtoken.iters + 1 + (not c.codes)) for k in fits)
-        cells = model.vqtoken.value[0].in_features
-        flops['reduction'] += N * n * search + 2 * K * (cells * n + 4 * n * n) + 4 * K * K * n
-    if c.reduction == 'vq':
-        flops['reduction'] = 2 * N * c.codes * c.dim
+    reduction = (questions if reducer.by_question else 1) * reducer.flops(T, P, M, text)
+    reduction += T * look(P, P, width) if reducer.wants_saliency else 0
+    reduction += again * look(M + text, 1, C) if 'stage' in aux else 0
+    scored = [route.logits.size(1) for route in aux['routes'].values()] if num_params(model.routing) else []
+    flops = {
+        'encoder': encoder_flops(encoder, T, size),
+        'projector': 2 * (M if encoder.merges else T * P) * (width * C + C * C),
+        'reduction': reduction,
+        'routers': again * 2 * sum(scored) * C,
+        'decoder': again * sum(block_flops(S, C) for S in aux['tokens']),
+        'head': again * 2 * (text + T * c.streaming) * C * len(c.vocab)}
     flops = {part: B * n for part, n in flops.items()}
     return {**flops, 'total': sum(flops.values())}
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalized steps, for the matrices inside the blocks (Jordan et al., 2024).
+    """Momentum with orthogonalized steps, for the matrices inside the blocks, all of one shape at once.
 
-    Newton-Schulz iterations push the singular values of each step towards one. torch.optim.Muon
-    does this in bfloat16, which a CPU without bfloat16 units emulates hundreds of times slower;
-    here it runs in the dtype of the weights, all matrices of one shape at once.
+    torch.optim.Muon computes in bfloat16, which a CPU without such units emulates hundreds of times slower.
     """
 
-    def __init__(self, params, lr: float = 0.01, momentum: float = 0.95,
-                 weight_decay: float = 0.05):
+    def __init__(self, params, lr: float = 0.01, momentum: float = 0.95, weight_decay: float = 0.05):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        """One step; closure: computes the loss again and returns it, as for every torch optimizer."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            for shape in sorted({p.shape for p in group['params']}):
-                params = [p for p in group['params'] if p.shape == shape]
+            learns = [p for p in group['params'] if p.grad is not None]
+            for shape in sorted({p.shape for p in learns}):
+                params = [p for p in learns if p.shape == shape]
                 grads = []
                 for p in params:
                     average = self.state[p].setdefault('momentum', torch.zeros_like(p))
                     average.lerp_(p.grad, 1 - group['momentum'])
-                    grads.append(p.grad.lerp(average, group['momentum']))  # Nesterov: look ahead
+                    grads.append(p.grad.lerp(average, group['momentum']))      # Nesterov: look ahead
                 steps = orthogonalize(torch.stack(grads))                      # (n, rows, columns)
                 # This rate changes the output by the same amount at any shape.
                 rate = group['lr'] * max(1, shape[0] / shape[1]) ** 0.5
                 for p, step in zip(params, steps):
                     p.mul_(1 - group['lr'] * group['weight_decay']).sub_(step, alpha=rate)
+        return loss
 
 
 def orthogonalize(x: Tensor, iterations: int = 5) -> Tensor:
-    """Move the singular values of every matrix of x (n, rows, columns) near one.
-
-    Newton-Schulz: x <- a x + (b A + c A²) x with A = x xᵀ.
-    """
+    """Singular values near one, x (n, rows, columns), Newton-Schulz: x <- a x + (b A + c A²) x, A = x xᵀ."""
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -2148,128 +2268,42 @@ def orthogonalize(x: Tensor, iterations: int = 5) -> Tensor:
 
 
 def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float = 0.05) -> list:
-    """Two optimizers: Muon at lr for the matrices of all blocks, AdamW at 3 % of lr for the rest.
-
-    The small share matters: at 10 % the stem outruns the attention that reads it; training stalls. What
-    adapts a frozen model, LoRA and the places of clips, learns at 30 %; then AdamW may be alone.
-    """
+    """Muon at lr for matrices of blocks, AdamW at 3 % of lr for the rest, 30 % for LoRA, places of clips."""
+    # The small share matters: at 10 % the stem outruns the attention that reads it, and training stalls.
     learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in learns if 'blocks' in name and p.dim() == 2 and 'lora_' not in name]
     small = [p for name, p in learns if 'lora_' in name or 'clip_place' in name]
     chosen = {id(p) for p in [*matrices, *small]}
-    others = [dict(params=[p for _, p in learns if id(p) not in chosen], lr=0.03 * lr),
-              dict(params=small, lr=0.3 * lr)]
-    adam = torch.optim.AdamW([group for group in others if group['params']], betas=(0.9, 0.95), weight_decay=0.0)
+    others = [p for _, p in learns if id(p) not in chosen]
+    groups = [dict(params=p, lr=share * lr) for p, share in ((others, 0.03), (small, 0.3)) if p]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(matrices, lr, weight_decay=weight_decay), adam] if matrices else [adam]
-
-
-# --------------------------------------------------------------------------------------------------
-# 11. Save, load, draw
-# Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
-# needs sections 1, 3, 8, 9, 10
-# --------------------------------------------------------------------------------------------------
-
-def save_checkpoint(path, model: nn.Module, **extra):
-    """Write model, config, `extra` (tensors, numbers, strings, lists, dicts); all or nothing."""
-    data = dict(extra, kind=type(model).__name__, config=asdict(model.config), model=model.state_dict())
-    torch.save(data, f'{path}.part')
-    os.replace(f'{path}.part', path)
-
-
-def load_checkpoint(path, device='cpu'):
-    """Read what save_checkpoint wrote -> model, extra. ValueError if the file is something else."""
-    try:
-        data = torch.load(path, map_location=device, weights_only=True)
-        config, weights = data.pop('config'), data.pop('model')
-        kind = ModVideo
-        if data.pop('kind', '') == 'Retriever':
-            kind = Retriever
-        model = kind(ModVideoConfig(**config)).to(device)
-        model.load_state_dict(weights)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception as error:      # torch.load raises a dozen types for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f'{path} is not a checkpoint of this model: {reason[:160]}') from None
-    return model, data
-
-
-def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None):
-    """Draw what became of the patches of a clip: a PIL image, the frames in a row.
-
-    video (T, 3, height, width) in [0, 1]; tokens: a Route (skipped patches are dimmed) or Reduction
-    (dropped ones are dimmed, ones merged into a slot share a colour), of which `sample` is drawn.
-    segment (T,): a black gap separates frames of different segments.
-    """
-    import colorsys
-
-    import numpy as np
-    from PIL import Image
-    T = len(video)
-    if isinstance(tokens, Route):
-        slot = torch.full_like(tokens.logits[sample], -1, dtype=torch.long)
-        slot[tokens.index[sample]] = torch.arange(tokens.index.size(1), device=slot.device)
-    else:
-        slot = tokens.assign[sample]
-    slot = slot.cpu()                                                          # (N,) -1 = dimmed
-    side = math.isqrt(slot.numel() // T)
-    if T * side * side != slot.numel():
-        raise ValueError(f'{slot.numel()} tokens are not {T} frames of a square grid of patches')
-    frames = video.float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()     # (T, height, width, 3)
-    frames = frames.repeat(scale, 1).repeat(scale, 2)
-    height, width = frames.shape[1:3]
-    slots = F.interpolate(slot.view(T, 1, side, side).float(), (height, width))[:, 0].long().numpy()
-    grey = frames.mean(-1, keepdims=True)
-    picture = np.where(slots[..., None] < 0, 0.25 * grey + 0.08, frames)
-    members = torch.bincount(slot[slot >= 0], minlength=1).numpy()
-    hue = np.array([colorsys.hsv_to_rgb(i * 0.618 % 1, 0.9, 1) for i in range(len(members))])
-    merged = (slots >= 0) & (members[slots.clip(0)] > 1)                       # shares its slot
-    picture = np.where(merged[..., None], 0.5 * picture + 0.5 * hue[slots.clip(0)], picture)
-    picture[:, ::height // side] *= 0.6                                        # the grid of patches
-    picture[:, :, ::width // side] *= 0.6
-    row = np.ones((height, T * (width + 2) - 2, 3))
-    for t in range(T):
-        row[:, t * (width + 2):t * (width + 2) + width] = picture[t]
-        if segment is not None and t and segment[t] != segment[t - 1]:
-            row[:, t * (width + 2) - 6:t * (width + 2) + 4] = 0
-    return Image.fromarray((row * 255).round().astype('uint8'))
 
 
 def main():
     """Self-check: shapes, parameters, FLOPs dense and routed, what an untrained router picks."""
-    from pathlib import Path
-    vocab = ['<pad>', '<eos>', 'what', 'moves', 'square']
-    torch.manual_seed(0)
-    dense = ModVideo(ModVideoConfig(**PRESETS['cpu'], vocab=vocab))
-    model = ModVideo(ModVideoConfig(**PRESETS['cpu'], vocab=vocab, placement='all'))
-    c = model.config
-    video = torch.full((2, c.frames, 3, c.frame_size, c.frame_size), 0.3)
-    for t in range(c.frames):                                           # a white square moves right
+    vocab, models = ['<pad>', '<eos>', 'what', 'moves', 'square'], {}
+    video = torch.full((2, 8, 3, 32, 32), 0.3)
+    for t in range(8):                                                         # a white square moves right
         video[:, t, :, 10:18, 2 + 2 * t:10 + 2 * t] = 0.9
     text = torch.tensor([[2, 3, 4], [2, 3, 0]]).expand(2, 2, 3)                # (B, Q, L)
-    vision, _, _ = model.encode_video(video)
-    logits, loss, aux = model(video, text, torch.full_like(text, 4))
-    answer = model.generate(video, text, max_new_tokens=2)
-    route = aux['routes'][0]
-    rows = [('video', video, '(B, T, 3, height, width)'), ('vision tokens', vision, '(B, N, C)'),
-            ('router scores', route.logits, '(B, N)'), ('routed tokens', route.index, '(B, K)'),
-            ('text', text, '(B, Q, L)'), ('logits', logits, '(B, Q, L, V)'),
-            ('answer', answer, '(B, Q, new)')]
-    for name, tensor, legend in rows:
-        print(f'{name:14} {str(tuple(tensor.shape)):22} {legend}')
-    print(f'parameters     {num_params(model):,} (dense {num_params(dense):,})')
-    print(f'tokens/layer   {aux["tokens"]}')
-    print(f'loss           {loss.item():.2f} before training (log V = {math.log(len(vocab)):.2f})')
-    full, routed = (count_flops(m, (1, *video.shape[1:]), 10, questions=8) for m in (dense, model))
-    print(f'\n{"MFLOPs a clip":14} {"dense":>8} {"MoD":>8} {"ratio":>6}     '
-          '8 questions of 10 tokens')
-    for part in full:
-        share = f'{routed[part] / full[part]:6.2f}' if full[part] else '     -'
-        print(f'{part:14} {full[part] / 1e6:8.1f} {routed[part] / 1e6:8.1f} {share}')
-    path = Path('out/modvideo.png')
-    path.parent.mkdir(exist_ok=True)
-    draw_tokens(video[0], route).save(path)
-    print(f'\nwhat the untrained router of layer 0 picks: {path}')
+    for placement in ('none', 'all'):
+        torch.manual_seed(0)
+        model = ModVideo(ModVideoConfig(**PRESETS['cpu'], vocab=vocab, placement=placement))
+        logits, _, aux = model(video, text)
+        models[placement] = count_flops(model, video.shape, 3, 2, aux)
+    route, answer = aux['routes'][0], model.generate(video, text, max_new_tokens=2)
+    shapes = {'video (B, T, 3, height, width)': video, 'vision tokens (B, N, C)': aux['reduced'].tokens,
+              'route (B, K + Q*L)': route.index, 'logits (B, Q, L, V)': logits, 'answer (B, Q, new)': answer}
+    for name, tensor in shapes.items():
+        print(f'{name:32}{tuple(tensor.shape)}')
+    print(f'{"parameters":32}{num_params(model):,}\n')
+    print('MFLOPs           dense      MoD     2 clips, 2 questions of 3 words each')
+    for part, dense in models['none'].items():
+        print(f'{part:12} {dense / 1e6:9.1f} {models["all"][part] / 1e6:8.1f}')
+    os.makedirs('out', exist_ok=True)
+    draw_tokens(video[0], route).save('out/modvideo.png')
+    print('what the untrained router of layer 0 picks: out/modvideo.png')
 
 
 if __name__ == '__main__':

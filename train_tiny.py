@@ -1,25 +1,20 @@
 # SPDX-License-Identifier: MIT-0
 """Train a small video-language model in minutes, see the patches it processed, ask it about a clip.
 
-    python train_tiny.py                                 the main job: MoD on the synthetic world
-    python train_tiny.py --recipe dense                  the same model without routing
-    python train_tiny.py --recipe stream                 a model that narrates while the video plays
-    python train_tiny.py --stream CLIP                   let the newest such model watch a clip
-    python train_tiny.py --recipe gamma --init-from RUN  convert a dense model (gamma-MoD)
-    python train_tiny.py --study                         which layers to convert, at equal FLOPs
-    python train_tiny.py --recipe tempme                 learn to find clips by sentences, in four ways
-    python train_tiny.py --find "a red circle moves left"  rank clips by the newest such model
-    python train_tiny.py --data FOLDER                   your own clips (see data/clips.py)
-    python train_tiny.py --ask CLIP "what shape is red"  ask the newest trained model about a clip
-    python train_tiny.py --resume out/RUN                go on with an interrupted run
-    python train_tiny.py --bench                         time and memory of placements against dense
-    python train_tiny.py --compare                       every recipe from one dense model, next to its paper
+    python train_tiny.py                                   the main job: MoD on the synthetic world
+    python train_tiny.py --recipe holitom                  a row of RECIPES, and first what it begins with
+    python train_tiny.py --recipe gamma --init-from RUN    the same from a model that is trained already
+    python train_tiny.py --data FOLDER                     your own clips (see data/clips.py)
+    python train_tiny.py --ask CLIP "what shape is red"    ask the newest trained model about a clip
+    python train_tiny.py --stream CLIP                     let the newest model of --recipe stream watch it
+    python train_tiny.py --find "a red circle moves left"  rank clips, newest model of --recipe retrieval
+    python train_tiny.py --resume out/RUN                  go on with an interrupted run
+    python train_tiny.py --bench                           time and memory of rows, untrained
+    python train_tiny.py --compare                         train, measure and tabulate all rows
 
-Everything a run makes goes into its folder, out/RUN: config.json, log.csv, ckpt.pt, result.json,
-tokens.png, tokens.gif, clip.webp (the clip in these pictures), curve.png, and of a stream narration.png.
+A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.webp and pictures.
 """
 import argparse
-import csv
 import difflib
 import functools
 import itertools
@@ -33,466 +28,73 @@ import statistics
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
-from operator import ge, le
 from pathlib import Path
+from typing import Annotated, NamedTuple, get_args
 
 BEGAN = time.time()     # importing torch takes seconds, and they count
 
 import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data.clips import ClipFolder, read_clip, read_rows, resample, words
-from data.shapes import PROMPT, ShapeWorld
-from modvideo import (EOS, GATES, IGNORE, PAD, PRESETS, ROUTINGS, Block, KVCache, MoDBlock, ModVideo,
-                      ModVideoConfig, Quantized, Reduction, Retriever, Router, choose_mod_layers, code_usage,
-                      compose, configure_optimizer, count_flops, draw_tokens, from_clusters,
-                      init_from, layer_ranks, load_checkpoint, merge_lora, num_params, pack, save_checkpoint,
-                      token_density)
+from data.shapes import PROMPT, Batch, ShapeWorld
+from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCache, ModVideoConfig,
+                      choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens,
+                      encoder_flops, init_from, layer_ranks, load_checkpoint, merge_lora, num_params,
+                      options_of, pack, save_checkpoint, token_density)
 
-# What a preset trains with: clips a step, steps, questions a clip; for retrieval clips a step, steps on
-# single frames, then on clips, rank of LoRA.
-RUNS = {'tiny': dict(batch=8, steps=100, questions=4, pairs=16, frames=20, adapt=10, rank=8),
-        'cpu': dict(batch=8, steps=1800, questions=8, pairs=64, frames=500, adapt=220, rank=8),
-        'gpu': dict(batch=64, steps=2500, questions=8, pairs=128, frames=2000, adapt=1000, rank=4),
-        'deep': dict(batch=32, steps=2500, questions=8, pairs=128, frames=2000, adapt=1000, rank=4),
-        'long': dict(batch=8, steps=2500, questions=8, pairs=64, frames=2000, adapt=1000, rank=4)}
-PLACEMENTS = ['interleaved', 'interleaved-deep', 'all', 'all-deep', 'early-exit', 'layer-skip']
-RECIPES = {                        # what each asks of the configuration, unless a flag says otherwise
-    'mod': dict(placement='interleaved'), 'dense': dict(placement='none'),
-    'stream': dict(placement='interleaved', streaming=True),
-    'gamma': dict(routing='sequence', gate='gamma'),
-    'holitom': dict(placement='none', reduction='holitom'),
-    'bvllm': dict(placement='none', reduction='bvllm'),
-    'vqtoken': dict(placement='none', reduction='vqtoken'),
-    'vq': dict(placement='none', reduction='vq'),
-    'tempme': dict(encoder='tempme'), 'frames': dict(encoder='plain'), 'retrieval': dict(encoder='tempme'),
-    **{name: dict(placement='none', reduction=name) for name in ('uniform', 'prune', 'tome', 'pool')}}
-RETRIEVAL = ['tempme', 'frames', 'retrieval']        # their model is a Retriever
-AS_IT_IS = ['holitom', 'prune', 'tome', 'pool']      # with --init-from these need no training
-FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
-ROUNDS = 7            # of a benchmark, behind two to warm up
-LONG_STREAM = 1000    # frames
+FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
+ROUNDS = 7            # of a measurement, after two to warm up
 WORDS = 32            # of an answer whose speed is measured
 
+# ---- 1. The training loop ----------------------------------------------------------------------------------
+# It knows nothing of this project's data or tasks: any model, batches from a function of the step, any loss.
 
-# --------------------------------------------------------------------------------------------------
-# 1. Flags: one dataclass, turned into a command line
-# --------------------------------------------------------------------------------------------------
+def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state=None, report=None,
+          autocast=nullcontext, stop=(), name: str = 'train') -> list:
+    """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
-def flag(default, group: str, text: str, choices=None, metavar=None):
-    """A field that is a command-line flag."""
-    return field(default=default,
-                 metadata=dict(group=group, text=text, choices=choices, metavar=metavar))
-
-
-@dataclass
-class Settings:
-    """Every flag with its default. 0, '' and 'auto': as preset, recipe or machine say."""
-    recipe: str = flag('mod', 'what to train', 'mod routes vision tokens past layers, dense does '
-                       'not, stream speaks between frames, gamma converts a dense model, holitom '
-                       'merges vision tokens before the decoder, bvllm selects them by the question, '
-                       'vqtoken makes a codebook of each clip, vq learns one for all; uniform (whole '
-                       'frames), prune, tome and pool are baselines at the same number of tokens; tempme '
-                       'finds clips by sentences: it trains frames (single ones), then retrieval four times',
-                       [*RECIPES])
-    data: str = flag('shapes', 'what to train',
-                     "'shapes', the synthetic world, or a folder with clips.jsonl")
-    preset: str = flag('auto', 'what to train', 'size of model and video', ['auto', *PRESETS])
-    keep_ratio: float = flag(0.2, 'what to train',
-                             "share of each frame's vision tokens that a routed layer processes")
-    placement: str = flag('auto', 'what to train', f'which layers route: {", ".join(PLACEMENTS)}, '
-                          'or a list such as 1,3; auto: as the recipe says, by rank for gamma')
-    routing: str = flag('auto', 'what to train', 'who selects: a router in each frame or in the '
-                        'sequence, or nobody', ['auto', *ROUTINGS])
-    gate: str = flag('auto', 'what to train', "what a router's score does to an update",
-                     ['auto', *GATES])
-    encoder: str = flag('auto', 'what to train', 'plain encodes every frame alone, tempme merges frames '
-                        'on the way; auto: as the recipe says', ['auto', 'plain', 'tempme'])
-    lora_rank: int = flag(0, 'what to train', 'retrieval: learn only so many directions of each qkv, and '
-                          'freeze the rest; 0 = learn everything; tempme: 0 = as the preset says')
-    layers: int = flag(0, 'what to train', "decoder layers, or of retrieval both towers', 0 = the preset's")
-    window: int = flag(0, 'what to train', 'frames that a stream remembers, 0 = all')
-    init_from: str = flag('', 'what to train', f'run folder whose weights to begin with; '
-                          f'{", ".join(AS_IT_IS)} then need no training, unless --steps asks for some')
-    retain_ratio: float = flag(0.1, 'what to train', 'holitom: share of the vision tokens that stays')
-    tau: float = flag(0.8, 'what to train', 'holitom: similarity above which a patch stands still')
-    inner_layer: int = flag(0, 'what to train', 'holitom: decoder layer before which vision tokens '
-                            'merge once more, 0 = none')
-    inner_ratio: float = flag(0.5, 'what to train', 'holitom: share that is merged away there')
-    budget: int = flag(0, 'what to train', 'bvllm and the baselines: the most vision tokens of a clip, '
-                       '0 = a quarter')
-    codes: str = flag('auto', 'what to train', "vqtoken: tokens of a clip, or 'adaptive'; vq: size of the "
-                      'codebook; auto: 12 and 256')
-    hard: bool = flag(False, 'what to train', 'bvllm: take whole frames in place of mixtures')
-    skip_ratio: float = flag(0.51, 'what to train', 'gamma: share of all tokens that skip a '
-                             'converted layer')
-    dense_layers: int = flag(0, 'what to train', 'gamma: layers that stay dense, the last one and '
-                             'those of highest rank, 0 = an eighth')
-    frames: int = flag(0, 'what to train', "frames of a clip, 0 = the preset's; of a folder: "
-                       "its clips' own, at most twice as many")
-    grid: str = flag('4x4', 'what to train', 'columns x rows of a clip that is a sheet of frames')
-    blind: bool = flag(False, 'how to train', "show it another clip's video in place of the right one: what "
-                       'words alone can tell')
-    steps: int = flag(0, 'how to train', 'optimizer steps, 0 = the preset\'s')
-    batch: int = flag(0, 'how to train', 'clips a step, 0 = the preset\'s')
-    lr: float = flag(0.01, 'how to train',
-                     'learning rate of the matrices; the rest learns at 3 %% of it')
-    seed: int = flag(0, 'how to train', 'decides the weights, the clips and their order')
-    device: str = flag('auto', 'where', 'auto takes CUDA, else MPS, else the CPU',
-                       ['auto', 'cuda', 'mps', 'cpu'])
-    dtype: str = flag('auto', 'where', 'of the matrix products', ['auto', 'float32', 'bfloat16'])
-    compile: bool = flag(False, 'where', 'torch.compile the model (a minute of waiting first)')
-    deterministic: bool = flag(False, 'where',
-                               'the same numbers on every run, on CUDA too (slower)')
-    out: str = flag('', 'files', 'run folder, to write or to read the model from')
-    resume: str = flag('', 'files', 'run folder to go on with, under its own settings')
-    bench: bool = flag(False, 'instead of training',
-                       'time and memory of each placement against dense')
-    compare: bool = flag(False, 'instead of training', 'every recipe from one dense model: a table of what '
-                         'each reaches and costs, next to its paper; goes on where it stopped')
-    recipes: str = flag('', 'instead of training', "with --compare: rows, such as mod-all,vqtoken; '' = all")
-    seeds: int = flag(0, 'instead of training', 'with --compare: how many, 0 = 3')
-    study: bool = flag(False, 'instead of training', 'gamma-MoD with all layers, every second, '
-                       'random ones, those of lowest rank, all at the same FLOPs')
-    ask: list = flag((), 'instead of training',
-                     'a clip (GIF, WebP, sheet, folder of images) and a question; answered on the CPU',
-                     metavar=('CLIP', 'QUESTION'))
-    stream: str = flag('', 'instead of training', 'a clip for a stream model to narrate, on the CPU')
-    question: list = flag((), 'instead of training', 'with --stream: asked behind a frame, from 1 on',
-                          metavar=('FRAME', 'QUESTION'))
-    find: str = flag('', 'instead of training', 'a sentence; ranks the clips of --data by the newest '
-                     'retrieval model, on the CPU', metavar='SENTENCE')
-    theta: float = flag(0.5, 'instead of training', 'stay silent while P(silence) is at least this')
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
-
-    def error(self, message):
-        self.exit(2, f'train_tiny: {message} (--help lists the flags)\n')
-
-
-def parse(argv) -> Settings:
-    """Command line -> Settings. With --resume, the run's own settings are the defaults."""
-    parser = Parser(prog='train_tiny.py', description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {}
-    for f in fields(Settings):
-        group = groups.setdefault(f.metadata['group'],
-                                  parser.add_argument_group(f.metadata['group']))
-        how = dict(type=f.type, choices=f.metadata['choices'])
-        if f.type is bool:
-            how = dict(action='store_true')
-        if f.type is list:
-            how = dict(nargs=2, metavar=f.metadata['metavar'])
-        shown = '' if f.type in (bool, list) else f' [{f.default}]' if f.default != '' else ''
-        group.add_argument('--' + f.name.replace('_', '-'), default=f.default,
-                           help=f.metadata['text'] + shown, **how)
-    args = parser.parse_args(argv)
-    if args.resume:
-        saved = read_config(Path(args.resume))['settings']
-        parser.set_defaults(**{f.name: saved[f.name] for f in fields(Settings)
-                               if f.name in saved and f.name not in ('resume', 'out')})
-        args = parser.parse_args(argv)
-    settings = Settings(**vars(args))
-    check(settings)
-    return settings
-
-
-# Flags that mean something to these recipes alone; --study and --bench have gamma in them, too.
-ONLY = {'retain_ratio': ['holitom'], 'tau': ['holitom'], 'inner_layer': ['holitom'], 'inner_ratio': ['holitom'],
-        'budget': ['bvllm', 'uniform', 'prune', 'tome', 'pool'], 'hard': ['bvllm'], 'codes': ['vqtoken', 'vq'],
-        'skip_ratio': ['gamma'], 'dense_layers': ['gamma'], 'lora_rank': ['retrieval', 'tempme']}
-INSTEAD = ['ask', 'stream', 'find', 'study', 'compare', 'bench']       # of training
-
-
-def dashed(name: str) -> str:
-    return '--' + name.replace('_', '-')
-
-
-def given(s: Settings) -> dict:
-    """The flags that differ from their defaults."""
-    return {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) not in (f.default, [])}
-
-
-def check(s: Settings):
-    """ValueError: values out of range, and flags that would do nothing."""
-    said = given(s)
-    for f in fields(s):
-        if f.type is int and not 0 <= getattr(s, f.name) < 2 ** 63:
-            raise ValueError(f'{dashed(f.name)} must be at least 0, below 2**63, got {getattr(s, f.name)}')
-    for name in ('skip_ratio', 'theta'):
-        if not 0 < getattr(s, name) < 1:
-            raise ValueError(f'{dashed(name)} must be between 0 and 1, got {getattr(s, name)}')
-    if not 0 < s.lr < math.inf:
-        raise ValueError(f'--lr must be a number above 0, got {s.lr}')
-    if s.question and not s.question[0].isdecimal():
-        raise ValueError(f'--question wants the number of a frame first, got {s.question[0]!r}')
-    if not (s.codes in ('auto', 'adaptive') or s.codes.isdecimal() and int(s.codes)):
-        raise ValueError(f"--codes wants a number from 1 on or 'adaptive', got {s.codes!r}")
-    if s.codes == 'adaptive' and s.recipe == 'vq':
-        raise ValueError('--codes adaptive goes with --recipe vqtoken')
-    if s.blind and s.batch == 1:
-        raise ValueError('--blind shows the video of another clip of the batch; wanted --batch 2 or more')
-    instead = [dashed(name) for name in INSTEAD if name in said]
-    if len(instead) > 1:
-        raise ValueError(f'{" and ".join(instead)} do not go together')
-    for names, partner in (({'question'}, 'stream'), ({'recipes', 'seeds'}, 'compare')):
-        for name in sorted(names & {*said} if partner not in said else []):
-            raise ValueError(f'{dashed(name)} goes with {dashed(partner)}')
-    if s.resume and s.out:
-        raise ValueError(f'--resume goes on in its own folder, {s.resume}; leave --out away')
-    if s.compile and s.bench:
-        raise ValueError('--bench times the model as it is; leave --compile away')
-    for name in {*said} & {'placement', 'routing', 'gate', 'keep_ratio'}:
-        if s.recipe in ('dense', *RETRIEVAL) and not s.bench:
-            raise ValueError(f'{dashed(name)} does not go with --recipe {s.recipe}, which routes nothing')
-    sets = {'study': ['placement'], 'bench': [] if 'reduction' in RECIPES[s.recipe] else ['placement', 'encoder']}
-    for what, name in ((what, name) for what, names in sets.items() for name in names):
-        if what in said and name in said:
-            raise ValueError(f'{dashed(name)} does not go with --{what}, which compares several')
-    for name in [] if s.compare or s.resume else [name for name in ONLY if name in said]:
-        if s.recipe not in ONLY[name] and not ('gamma' in ONLY[name] and (s.study or s.bench)):
-            raise ValueError(f'{dashed(name)} goes with --recipe {" or ".join(ONLY[name])}')
-    if s.recipe == 'frames' and s.encoder == 'tempme':
-        raise ValueError('--recipe frames has nothing to merge; leave --encoder tempme away')
-    if s.recipe == 'gamma' and 'keep_ratio' in said:
-        raise ValueError('--keep-ratio does not go with --recipe gamma; --skip-ratio decides there')
-    if s.recipe == 'tempme' and ('init_from' in said or 'encoder' in said):
-        raise ValueError('--recipe tempme begins with single frames and sets --encoder and --init-from itself')
-    parse_grid(s.grid)
-
-
-def read_config(run: Path) -> dict:
-    """What a run's config.json says: 'settings' and 'model'."""
-    path = existing(run / 'config.json')
-    try:
-        config = json.loads(path.read_text())
-        return dict(settings=dict(config['settings']), model=dict(config['model']))
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path} is not the configuration of a run') from None
-
-
-def write_whole(path: Path, text: str):
-    """Write whole or not at all."""
-    Path(f'{path}.part').write_text(text)
-    os.replace(f'{path}.part', path)
-
-
-def write_json(path: Path, value: dict):
-    write_whole(path, json.dumps(value, indent=1))
-
-
-def begin_with(folder: Path, asked: dict):
-    """Note what the runs in a folder are made with, --out aside. ValueError: they were begun with something else."""
-    path, asked = folder / 'asked.json', json.loads(json.dumps(asked))         # lists, as they are read again
-    asked.pop('out', None)
-    before = json.loads(path.read_text()) if path.exists() else asked
-    for name, value in asked.items():
-        if before.get(name) != value:
-            raise ValueError(f'{folder} was begun with {dashed(name)} {before.get(name)}, not {value}; '
-                             'name another folder with --out')
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, asked)
-
-
-def existing(path: Path) -> Path:
-    """The path, or one clear sentence."""
-    if not path.exists():
-        raise ValueError(f'{path} does not exist')
-    return path
-
-
-# --------------------------------------------------------------------------------------------------
-# 2. Setting up: machine, data, model
-# --------------------------------------------------------------------------------------------------
-
-def pick_machine(s: Settings):
-    """Fill in device, dtype, preset, steps, batch, say so -> autocast context of forward passes."""
-    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(),
-                 'cpu': True}
-    if s.device == 'auto':
-        s.device = next(d for d in available if available[d])
-    elif not available[s.device]:
-        raise ValueError(f'--device {s.device}: this machine has none, '
-                         'or this torch was built without it')
-    s.dtype = ('bfloat16' if s.device == 'cuda' else 'float32') if s.dtype == 'auto' else s.dtype
-    s.preset = ('gpu' if s.device == 'cuda' else 'cpu') if s.preset == 'auto' else s.preset
-    finds = s.recipe in RETRIEVAL
-    if not (s.recipe in AS_IT_IS and s.init_from and s.placement == 'auto'):    # merging alone needs no training
-        s.steps = s.steps or RUNS[s.preset][
-            'steps' if not finds else 'frames' if s.recipe == 'frames' else 'adapt']
-    s.batch = s.batch or RUNS[s.preset]['pairs' if finds else 'batch']
-    if s.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward is not deterministic
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.set_float32_matmul_precision('high')
-    print(f'{machine_name(s.device)}, {s.dtype}, '
-          f'torch {torch.__version__}, preset {s.preset}, recipe {s.recipe}, seed {s.seed}')
-    return lambda: (torch.autocast(s.device, torch.bfloat16) if s.dtype == 'bfloat16'
-                    else nullcontext())
-
-
-def machine_name(device: str) -> str:
-    name = {'cuda': lambda: torch.cuda.get_device_name(), 'mps': lambda: 'Apple GPU',
-            'cpu': lambda: f'{torch.get_num_threads()} threads'}[device]()
-    return f'{device} ({name})'
-
-
-def load_data(s: Settings):
-    """The dataset that --data names, at the preset's frame size. Fills in the number of frames."""
-    preset, grid = PRESETS[s.preset], parse_grid(s.grid)
-    shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['questions'], seed=s.seed)
-    if s.data == 'shapes':
-        s.frames = s.frames or preset['frames']
-        return ShapeWorld(frames=s.frames, **shape)
-    if s.recipe in RETRIEVAL and not s.find:
-        raise ValueError(f'--recipe {s.recipe} needs a sentence for every clip, --data shapes has them; '
-                         f'{s.data} has questions')
-    if s.recipe == 'stream':
-        raise ValueError(f'--recipe stream needs clips that say what happens when, --data shapes does; '
-                         f'{s.data} has questions about whole clips')
-    if not s.frames:                                         # real motion is fast: keep every frame
-        first = read_rows(Path(s.data))[0]
-        clip = read_clip(Path(s.data) / first['file'], first.get('grid', grid))
-        s.frames = min(len(clip), 2 * preset['frames'])
-    if s.frames < 2:
-        raise ValueError(f'a clip needs at least 2 frames, got {s.frames}; see --frames and --grid')
-    return ClipFolder(s.data, frames=s.frames, grid=grid, **shape)
-
-
-def parse_grid(text: str):
-    try:
-        columns, rows = (int(n) for n in text.lower().split('x'))
-        if columns > 0 and rows > 0:
-            return columns, rows
-    except ValueError:
-        pass
-    raise ValueError(f'--grid wants COLUMNSxROWS, such as 4x4, got {text!r}')
-
-
-def build_model(s: Settings, vocab: list, **changes) -> ModVideo:
-    """The model of the recipe, its weights a function of the seed. changes: of its configuration."""
-    torch.manual_seed(s.seed)
-    config = dict(PRESETS[s.preset], frames=s.frames, keep_ratio=s.keep_ratio, window=s.window,
-                  retain_ratio=s.retain_ratio, tau=s.tau, hard=s.hard, lora_rank=s.lora_rank,
-                  inner_ratio=s.inner_ratio, **RECIPES[s.recipe])
-    if 'reduction' in config:
-        config['inner_layer'] = s.inner_layer
-        config['budget'] = s.budget or config['frames'] * (
-            config['frame_size'] // ModVideoConfig.patch_size) ** 2 // 4
-        codes = {'auto': 256 if s.recipe == 'vq' else 12, 'adaptive': 0}
-        config['codes'] = codes[s.codes] if s.codes in codes else int(s.codes)
-    if s.layers:
-        config['tower_layers' if s.recipe in RETRIEVAL else 'n_layer'] = s.layers
-    if s.encoder != 'auto':
-        config['encoder'] = s.encoder
-    if s.recipe != 'dense':
-        flags = {name: getattr(s, name) for name in ('placement', 'routing', 'gate')}
-        config.update({name: value for name, value in flags.items() if value != 'auto'})
-    config = ModVideoConfig(vocab=list(vocab), **{**config, **changes})
-    for name in ('routing', 'gate') if config.placement == 'none' and not s.bench else ():
-        if getattr(s, name) != 'auto':
-            raise ValueError(f'{dashed(name)}: no layer of this model routes; see --placement')
-    if s.recipe in RETRIEVAL:
-        return Retriever(config).to(s.device)
-    model = ModVideo(config).to(s.device)
-    if config.placement != 'none' and not model.mod_layers and not s.bench:
-        raise ValueError(f'--placement {config.placement} routes no layer of {config.n_layer} '
-                         '(the last one stays dense); try --placement all')
-    return model
-
-
-def prepare_model(s: Settings, data) -> ModVideo:
-    """The model as training begins: new, continued from other weights, or converted by gamma-MoD."""
-    if s.recipe != 'gamma':
-        model = build_model(s, data.caption_vocab if s.recipe in RETRIEVAL else data.vocab)
-        if s.init_from and not s.resume:
-            init_from(model, load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'))[0])
-        return model
-    if s.resume:                                            # the layers that the ranks chose then
-        saved = read_config(Path(s.resume))['model']
-        return build_model(s, data.vocab, placement=saved['placement'], keep_ratio=saved['keep_ratio'])
-    if not s.init_from:
-        print('--recipe gamma without --init-from: the dense model is trained first')
-        s.init_from = str(run_training(replace(
-            s, recipe='dense', placement='auto', out=s.out and f'{s.out}-dense')))
-    dense, _ = load_checkpoint(existing(Path(s.init_from) / 'ckpt.pt'), s.device)
-    if dense.mod_layers or dense.config.streaming:
-        raise ValueError(f'--init-from {s.init_from}: that model is not dense')
-    s.layers = dense.config.n_layer
-    placement = s.placement if s.placement != 'auto' else arank_layers(s, dense, data)
-    model = build_model(s, data.vocab, placement=placement, keep_ratio=keep_of_skip(s, data))
-    init_from(model, dense)
-    return model
-
-
-def keep_of_skip(s: Settings, data) -> float:
-    """Share of the vision tokens to keep so that --skip-ratio of all tokens, text too, skip."""
-    batch = data.batch('train', 0, 1)
-    N = batch.video.size(1) * (PRESETS[s.preset]['frame_size'] // ModVideoConfig.patch_size) ** 2
-    keep = 1 - s.skip_ratio * (N + batch.text[0].numel()) / N
-    if keep <= 0:
-        raise ValueError(f'--skip-ratio {s.skip_ratio}: only {N} of {N + batch.text[0].numel()} '
-                         'tokens are vision and may skip')
-    return keep
-
-
-def arank_layers(s: Settings, dense: ModVideo, data, clips: int = 16) -> str:
-    """Print ranks by layer, choose the layers to convert -> placement. The last one stays dense."""
-    ranks = []
-    for step in range(clips):
-        batch = data.batch('train', step, 1, s.device)
-        ranks.append(layer_ranks(dense, batch.video, batch.text[:, :1]))
-    ranks = torch.stack(ranks).mean(0).cpu()                                   # (2, layers)
-    num_dense = s.dense_layers or max(1, len(ranks[0]) // 8)
-    if num_dense >= len(ranks[0]):
-        raise ValueError(f'--dense-layers {num_dense}: the model has {len(ranks[0])} layers, one must route')
-    chosen = choose_mod_layers(ranks[0, :-1], num_dense - 1)
-    print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
-    for i, (rank, effective) in enumerate(ranks.T.tolist()):
-        print(f'{i:5} {rank:6.1f} {effective:15.1f}   {"MoD" if i in chosen else "dense"}')
-    return ','.join(map(str, sorted(chosen)))
-
-
-def open_run(s: Settings, model: ModVideo) -> Path:
-    """The run's folder, new unless it is resumed. An existing one is never written over."""
-    if s.resume:
-        run = existing(Path(s.resume) / 'ckpt.pt').parent
-        if read_config(run)['model'] != asdict(model.config):
-            raise ValueError(f'{run} was trained with another configuration than these flags give')
-        return run
-    if s.out:
-        run = Path(s.out)
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            hint = f', or go on with it: --resume {run}' if (run / 'ckpt.pt').exists() else ''
-            raise ValueError(f'--out {run} exists; name another folder{hint}')
-    else:
-        name = f'{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
-        names = (name + (f'-{i}' if i > 1 else '') for i in itertools.count(1))
-        run = next(Path('out', n) for n in names if not Path('out', n).exists())
-    run.mkdir(parents=True, exist_ok=True)
-    return run
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. Training
-# --------------------------------------------------------------------------------------------------
-
-def is_right(logits, targets):
-    """(..., n, V), (..., n) -> (...) bool: every word to be learned is the most probable one.
-
-    Of questions, this is greedy decoding of the whole answer and its end.
+    draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors. state: of the optimizers.
+    report(row, optimizers) -> more to show in the bar; it gets each row of the log. stop: a list that ends
+    training once something is in it. Reading numbers waits for the device, so it is not done at every step.
     """
-    return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)
+    optimizers = configure_optimizer(model, lr)
+    rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
+    for optimizer, saved in zip(optimizers, state or ()):
+        optimizer.load_state_dict(saved)
+    every, log, recent, tick = max(1, steps // 100), [], [], time.time()
+    bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True)
+    for step in bar:
+        for optimizer, own in zip(optimizers, rates):
+            for group, rate in zip(optimizer.param_groups, own):
+                group['lr'] = rate * schedule(step, steps)
+        with autocast():
+            value, right = loss(model, draw(step))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        recent.append(torch.stack([value.detach().float(), right.float()]))
+        done = step + 1
+        if done % every and done < steps and not stop:
+            continue
+        mean_loss, accuracy = finite_mean(recent, done, model)
+        log.append(dict(step=done, loss=round(mean_loss, 4), accuracy=round(accuracy, 4),
+                        lr=optimizers[0].param_groups[0]['lr'], ms=1000 * (time.time() - tick) / len(recent)))
+        more = report(log[-1], optimizers) if report else {}
+        bar.set_postfix(loss=f'{mean_loss:.3f}', acc=f'{accuracy:.1%}', **more, refresh=False)
+        if stop:
+            break
+        recent, tick = [], time.time()
+    bar.close()
+    return log
 
 
 def schedule(step: int, steps: int) -> float:
@@ -500,36 +102,24 @@ def schedule(step: int, steps: int) -> float:
     return min(1, (step + 1) / 50, (steps - step) / (0.5 * steps))
 
 
-def save_run(run: Path, model, optimizers: list, log: list, step: int, seconds: float):
-    """Checkpoint and log.csv: all that a resumed run needs."""
-    save_checkpoint(run / 'ckpt.pt', model, optimizers=[o.state_dict() for o in optimizers],
-                    step=step, log=log, seconds=seconds)
-    with open(run / 'log.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, ['step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'])
-        writer.writeheader()
-        writer.writerows(log)
+def finite_mean(recent: list, done: int, model) -> list:
+    """Mean loss and accuracy of the last steps. ValueError names the first that is not finite."""
+    values = torch.stack(recent).cpu()                                         # (steps, 2)
+    good = values.isfinite().all(1)
+    good[-1] &= torch.stack([p.isfinite().all() for p in model.parameters()]).all().cpu()
+    if not good.all():
+        bad = done - len(recent) + 1 + int((~good).nonzero()[0])
+        raise ValueError(f'the loss or the weights are not finite at step {bad}; nothing was saved since the '
+                         'last checkpoint; try a lower --lr')
+    return values.mean(0).tolist()
 
 
-def resume_run(run: Path, model, optimizers: list):
-    """Load what save_run wrote into the model and its optimizers -> log, steps done, seconds."""
-    saved, extra = load_checkpoint(run / 'ckpt.pt')
-    model.load_state_dict(saved.state_dict())
-    for optimizer, state in zip(optimizers, extra['optimizers']):
-        optimizer.load_state_dict(state)
-    return extra['log'], extra['step'], extra['seconds']
+# ---- 2. Tasks ----------------------------------------------------------------------------------------------
+# What is learned from a dataset: draw a batch, its loss, how well a model does, how to show it, what to time.
 
-
-def draw_batch(s: Settings, data, split: str, step: int, size: int):
-    """A batch of what the recipe learns from, on its device."""
-    draw = {'stream': 'stream', 'frames': 'captioned_frames', 'retrieval': 'captions'}.get(s.recipe, 'batch')
-    batch = getattr(data, draw)(split, step, size, s.device)
-    return batch._replace(video=batch.video.roll(1, 0)) if s.blind and split == 'train' else batch
-
-
-def wanted_words(batch):
-    """What logits are compared with: (B, Q, L), of a stream (B, T + L)."""
-    return batch.targets if batch.after is None else torch.cat(
-        [batch.decisions, batch.targets[:, 0]], 1)
+def is_right(logits, targets):
+    """(..., n, V), (..., n) -> (...) bool: every word to be learned is the most probable one."""
+    return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)
 
 
 def asked_words(targets):
@@ -537,164 +127,242 @@ def asked_words(targets):
     return (targets != IGNORE).int().argmax(-1) + 1
 
 
-def train_step(forward, model, optimizers: list, batch, autocast) -> torch.Tensor:
-    """One step: (2,) loss and accuracy of the batch (questions, whole streams, or sentences that find
-    their clip), on the device."""
-    finds = isinstance(model, Retriever)
-    given = batch[:2] if finds else (
-        *batch[:3], batch.after, batch.decisions, asked_words(batch.targets))
-    with autocast():
-        logits, loss, *_ = forward(*given)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    wanted = torch.arange(len(logits), device=logits.device)[:, None] if finds else wanted_words(batch)
-    right = is_right(logits[:, None] if finds else logits, wanted).float().mean()
-    return torch.stack([loss.detach(), right])
+def nanmean(values) -> float:
+    """Mean of numbers, those aside that are none."""
+    return torch.tensor(values).nanmean().item()
 
 
-def read(recent: list, done: int, lr: float):
-    """Mean loss and accuracy of the last steps. ValueError names the first that is not finite."""
-    values = torch.stack(recent).cpu()                                     # (steps, 2)
-    if not values.isfinite().all():
-        bad = done - len(recent) + 1 + int((~values.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f'the loss is not finite at step {bad}; nothing was saved since the last '
-                         f'checkpoint; try a lower --lr than {lr}')
-    return values.mean(0).tolist()
+def means(values: list, keys: list) -> dict:
+    """Mean of the values that share a key."""
+    groups = {key: [] for key in sorted({*keys})}
+    for key, value in zip(keys, values):
+        groups[key].append(value)
+    return {key: nanmean(group) for key, group in groups.items()}
 
 
-@contextmanager
-def catch_ctrl_c():
-    """A list that Ctrl-C fills, so that a step is never cut in two; a second Ctrl-C stops at once."""
-    stop, previous = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT,
-                  lambda *_: (stop.append(True), signal.signal(signal.SIGINT, previous)))
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
+class Questions:
+    """Several questions about each clip. Accuracy: a question is right if its whole answer is."""
+    kind, model, needs = 'questions', {}, ''       # its name, its options of the model, what clips it needs
+    source, words = ('batch', 'batch'), 'vocab'    # of the dataset: held-out and training batches, the words
+    without = 'window', 'silence_weight'           # options that would do nothing
+    columns = 'accuracy step_ms memory_mb first_ms tokens_per_s decoder_gflops tok_density'.split()
+
+    def __init__(self, s, data):
+        if self.needs and s.data != 'shapes':
+            raise ValueError(f'--recipe {s.recipe} needs --data shapes: {self.needs}')
+        self.s, self.data, self.vocab = s, data, getattr(data, self.words)
+        self.blind = RECIPES[s.recipe].blind
+
+    def draw(self, split: str, step: int, size: int):
+        """A batch on the run's device. A blind run trains with the video of another clip of the batch."""
+        trains = split == 'train'
+        batch = getattr(self.data, self.source[trains])(split, step, size, self.s.device)
+        return batch._replace(video=batch.video.roll(1, 0)) if self.blind and trains else batch
+
+    def held_out(self, split: str, clips: int):
+        """Batches of at most 64 held-out clips."""
+        for step in range(math.ceil(clips / 64)):
+            batch = self.draw(split, step, min(64, clips))
+            if not len(batch.text):
+                break
+            yield batch
+
+    def liveliest(self):
+        """Video, text and targets of the held-out clip that moves most, cuts and flashes aside."""
+        batch = self.draw('test', 0, 64)
+        change = (batch.video[:, 1:] - batch.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
+        return [a[int(change.median(1).values.argmax())] for a in batch[:3]]
+
+    def wanted(self, batch):
+        """Which words the logits should choose."""
+        return batch.targets
+
+    def forward(self, model, batch, targets=None):
+        """What the model makes of a batch: logits, loss, aux."""
+        return model(batch.video, batch.text, targets, asked_words(batch.targets))
+
+    def loss(self, model, batch):
+        """-> loss, share of what is right: 0-dim tensors."""
+        logits, loss, _ = self.forward(model, batch, batch.targets)
+        return loss, is_right(logits, self.wanted(batch)).float().mean()
+
+    @torch.no_grad()
+    def evaluate(self, model, split: str, clips: int) -> dict:
+        """Accuracy on held-out clips: overall, by type, balanced over a type's answers, blind, chance.
+
+        Blind: the same questions with another clip's video. Chance: always a type's most frequent answer.
+        """
+        scores, rows, facts = ([], []), [], {}
+        for batch in self.held_out(split, clips):
+            other = batch.video.roll(max(1, len(batch.video) // 2), 0)
+            for video, right in zip((batch.video, other), scores):
+                # As many clips at a time as training fits.
+                for part in zip(*(a.split(self.s.batch) for a in (video, *batch[1:4]))):
+                    with self.s.autocast():
+                        logits, _, aux = self.forward(model, Batch(*part))
+                    right += is_right(logits, part[2]).flatten().float().tolist()
+                    facts = model.reducer.facts(aux['reduced'])
+            if len(other) == 1:                                                # no other clip to show
+                scores[1][len(rows):] = [math.nan] * batch.kind.numel()
+            rows += [(kind, tuple(answer[answer != IGNORE].tolist())) for kind, answer in
+                     zip(batch.kind.flatten().tolist(), batch.targets.flatten(0, 1).cpu())]
+        (right, blind), kinds = scores, [kind for kind, _ in rows]
+        by_answer, counts = means(right, rows), Counter(rows)
+        most = {kind: max(n for row, n in counts.items() if row[0] == kind) for kind in sorted({*kinds})}
+        types = dict(accuracy=means(right, kinds), blind=means(blind, kinds),
+                     balanced_accuracy=means([*by_answer.values()], [kind for kind, _ in by_answer]),
+                     chance={kind: n / kinds.count(kind) for kind, n in most.items()})
+        return dict(accuracy=nanmean(right), blind_accuracy=nanmean(blind), questions=len(rows),
+                    chance=sum(most.values()) / len(rows), **facts,
+                    **{f'{key}_by_type': {self.data.kinds[kind]: value for kind, value in table.items()}
+                       for key, table in types.items()})
+
+    @torch.no_grad()
+    def cost(self, model, clips: int = 8) -> dict:
+        """Vision tokens of each layer and GFLOPs of a clip, mean over some.
+
+        paper_share: of dense, by the formula of papers that merge: 12 n C² + 2 n² C for n vision tokens.
+        """
+        c, found = model.config, []
+        paper = lambda tokens: sum(12 * n * c.dim ** 2 + 2 * n * n * c.dim for n in tokens)
+        for step in range(clips if c.merges else 1):
+            batch = self.draw('train', step, 1)
+            aux = self.forward(model.eval(), batch)[2]
+            Q, L = batch.text.shape[1:]
+            flops = count_flops(model, batch.video.shape, L, Q, aux)
+            layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
+            found.append([flops['total'] / 1e9, flops['decoder'] / 1e9, aux['reduced'].tokens.size(1),
+                          paper(layers), *layers])
+        total, decoder, enter, share, *layers = map(statistics.mean, zip(*found))
+        return dict(vision_by_layer=[round(n, 1) for n in layers], decoder_tokens=round(enter, 1),
+                    gflops=round(total, 4), decoder_gflops=round(decoder, 4),
+                    paper_share=round(share / paper([batch.video.size(1) * c.patches] * c.n_layer), 4))
+
+    @torch.no_grad()
+    def timed(self, model, batch) -> dict:
+        """Functions to be timed: the first token of an answer, and one with WORDS more. Few words end it."""
+        model.head.weight[:2] = 0
+        answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
+        return dict(first=lambda: answer(0), whole=lambda: answer(WORDS))
+
+    def times(self, seconds: dict, batch) -> dict:
+        """What the seconds of timed() mean."""
+        rest = statistics.median(b - a for a, b in zip(seconds['first'], seconds['whole']))
+        return dict(first_ms=1000 * statistics.median(seconds['first']),
+                    tokens_per_s=WORDS * len(batch.text) / max(rest, 1e-9))
+
+    def print_table(self, result: dict):
+        """The scores, by type of question."""
+        tables = [result[f'{key}_by_type'] for key in ('accuracy', 'balanced_accuracy', 'blind', 'chance')]
+        total = [result['accuracy'], '', result['blind_accuracy'], result['chance']]
+        print_columns([['type', 'accuracy', 'balanced', 'blind', 'chance'],
+                       *([name, *(table[name] for table in tables)] for name in tables[0]), ['all', *total]])
+        line = ('{questions} questions about held-out clips\n{decoder_tokens:.1f} vision tokens enter the '
+                'decoder, TokDense {tok_density:.3f}')
+        if 'codes_used' in result:
+            line += ', codes in use {codes_used:.1%}, perplexity {perplexity:.1f}'
+        print(line.format(**result))
+
+    @torch.no_grad()
+    def show(self, model, run: Path) -> str:
+        """Some answers, pictures of one held-out clip -> the flags that go on with it."""
+        batch, right, wrong = self.draw('test', 0, 8), [], []
+        pairs = [split_question(*pair) for pair in zip(batch.text.flatten(0, 1), batch.targets.flatten(0, 1))]
+        asked = torch.nn.utils.rnn.pad_sequence([q for q, _ in pairs], batch_first=True, padding_value=PAD)
+        longest = max(len(a) for _, a in pairs) + 1
+        answers = model.generate(batch.video, asked.view(*batch.text.shape[:2], -1), longest).flatten(0, 1)
+        for pair, answer in zip(pairs, answers):
+            question, truth, said = (in_words(ids, self.vocab) for ids in (*pair, answer))
+            if said == truth:
+                right.append(f'  {question}? {said}')
+            else:
+                wrong.append(f'  {question}? {said}   <- wrong, it is: {truth}')
+        # Five, a mistake among them if there is one.
+        print('', *right[::max(1, len(right) // 5)][:5 - len(wrong[:1])], *wrong[:1], sep='\n')
+        video, text, targets = self.liveliest()
+        save_clip(video, run / 'clip.webp')
+        asked, told = split_question(text[0], targets[0])
+        question, answer = in_words(asked, self.vocab), in_words(told, self.vocab)
+        draw_clip(model, video, asked[None], run / 'tokens', f'{question}? {answer}')
+        return shlex.join(['--ask', str(run / 'clip.webp'), question])
 
 
-def train(s: Settings, model, data, run: Path, autocast, stop: list) -> dict:
-    """Train until s.steps, or until stop is filled: then save and exit. Returns log and cost."""
-    optimizers = configure_optimizer(model, s.lr)
-    rates = [[group['lr'] for group in o.param_groups] for o in optimizers]
-    forward = torch.compile(model) if s.compile else model
-    log, first, before = [], 0, 0.0
-    if s.resume:
-        log, first, before = resume_run(run, model, optimizers)
-        if first > s.steps or first == s.steps and (run / 'result.json').exists():
-            raise ValueError(f'{run} already has {first} steps; ask for more of them with --steps')
-        (run / 'result.json').unlink(missing_ok=True)                      # it goes on: not finished
-    write_json(run / 'config.json', dict(settings=asdict(s), model=asdict(model.config)))
-    every = max(1, s.steps // 100)                                         # a row of the log
-    start, recent, times = time.time(), [], []
-    bar = tqdm(range(first, s.steps), initial=first, total=s.steps, desc=s.recipe, mininterval=1,
-               dynamic_ncols=True)
-    tick = time.time()
-    for step in bar:
-        done = step + 1
-        for optimizer, lrs in zip(optimizers, rates):
-            for group, lr in zip(optimizer.param_groups, lrs):
-                group['lr'] = lr * schedule(step, s.steps)
-        batch = draw_batch(s, data, 'train', step, s.batch)
-        recent.append(train_step(forward, model, optimizers, batch, autocast))
-        if done % every and done < s.steps and not stop:              # reading waits for the device
-            continue
-        loss, accuracy = read(recent, done, s.lr)
-        times.append((time.time() - tick) / len(recent))
-        recent, val = [], ''
-        if done % (10 * every) == 0 or done == s.steps:
-            val = round(evaluate(model, data, 'val', s, autocast, clips=min(128, EVAL_CLIPS))['accuracy'], 4)
-            bar.write(f'step {done:5}  loss {loss:.3f}  accuracy {accuracy:6.1%}  '
-                      f'held-out {val:6.1%}')
-        seconds = round(before + time.time() - start, 1)
-        log.append(dict(step=done, loss=round(loss, 4), accuracy=round(accuracy, 4),
-                        val_accuracy=val, lr=optimizers[0].param_groups[0]['lr'], seconds=seconds))
-        codes = code_report(model, batch.video)
-        bar.set_postfix(loss=f'{loss:.3f}', acc=f'{accuracy:.1%}', **codes, refresh=False)
-        if val != '' or stop:
-            save_run(run, model, optimizers, log, done, seconds)
-        if stop and done < s.steps:
-            bar.close()
-            print(f'stopped after step {done}, saved; '
-                  f'go on with: python train_tiny.py --resume {run}')
-            raise SystemExit(130)
-        tick = time.time()
-    step_ms = 1000 * (statistics.median(times) if times else before / max(1, first))
-    return dict(log=log, seconds_before=before, steps=s.steps, step_ms=round(step_ms, 2))
+class Streams(Questions):
+    """Narration while the video plays, and questions between frames. Accuracy: turns without a mistake."""
+    kind, model, needs = 'streams', dict(streaming=True), 'clips that say what happens when'
+    source, without = ('stream', 'stream'), ()
+    columns = 'accuracy fluency time_diff step_ms memory_mb frames_per_s cache_kb decoder_gflops'.split()
 
+    def wanted(self, batch):
+        """Decisions (B, T), then words (B, L), as in the logits."""
+        return torch.cat([batch.decisions, batch.targets[:, 0]], 1)
 
-@torch.no_grad()
-def code_report(model, video) -> dict:
-    """How many codes of a learned codebook some clips use, and the perplexity; {} without one."""
-    if model.config.reduction != 'vq':
-        return {}
-    model.eval()
-    usage, perplexity = code_usage(model.encode_video(video)[2].index_map, model.config.codes)
-    model.train()
-    return dict(codes_used=f'{usage.item():.1%}', perplexity=f'{perplexity.item():.1f}')
+    def forward(self, model, batch, targets=None):
+        logits, loss, aux = model(batch.video, batch.text, targets, None, batch.after, batch.decisions)
+        return torch.cat([aux['decisions'], logits[:, 0]], 1), loss, aux       # (B, T + L, V)
 
+    @torch.no_grad()
+    def evaluate(self, model, split: str, clips: int) -> dict:
+        """Scores on held-out streams: teacher-forced, blind too (another clip's video), and running free."""
+        rows, spoke, due = [], [], []
+        for batch in self.held_out(split, clips):
+            prompt, scores = torch.full_like(batch.text[:, 0, :1], self.vocab.index(PROMPT)), []
+            with self.s.autocast():
+                for shown in (batch, batch._replace(video=batch.video.roll(1, 0))):
+                    logits, _, aux = self.forward(model, shown)
+                    T, P, position = batch.video.size(1), model.config.patches, aux['position']
+                    position = torch.cat([position[:, P - 1:T * P:P], position[:, T * P:]], 1)
+                    scores.append(turn_scores(logits, self.wanted(batch), position, T, self.s.theta))
+                frames = ((frame, None) for frame in batch.video.unbind(1))
+                silence = [moment['silence'] for moment in model.stream(frames, prompt, self.s.theta)]
+            rows.append(dict(scores[0], blind_accuracy=scores[1]['accuracy']))
+            spoke.append(torch.stack(silence, 1).cpu() < self.s.theta)
+            due.append(batch.decisions.cpu() != EOS)
+        mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
+        return {**mean, 'lm_ppl': math.exp(mean.pop('nll')), 'clips': sum(map(len, spoke)),
+                **timing_scores(torch.cat(spoke), torch.cat(due))}
 
-@torch.no_grad()
-def evaluate(model, data, split, s: Settings, autocast, clips: int = EVAL_CLIPS) -> dict:
-    """Accuracy on held-out clips: overall, by type, balanced over a type's answers, blind, chance.
+    def timed(self, model, batch) -> dict:
+        """A function to be timed: watching the clips frame by frame."""
+        return dict(watch=lambda: list(model.stream(((x, None) for x in batch.video.unbind(1)), None, 0.0)))
 
-    A question is right if its whole answer is. Blind: the same questions with another clip's video.
-    Chance: always the most frequent answer of the type.
-    """
-    if s.recipe == 'stream':
-        return evaluate_stream(model, data, split, s, autocast, clips)
-    if s.recipe in RETRIEVAL:
-        return evaluate_retrieval(model, data, split, s, autocast, min(clips, FIND_CLIPS))
-    model.eval()
-    right, blind, kind, answers = [], [], [], []
-    for step in range(math.ceil(clips / 64)):
-        batch = data.batch(split, step, min(64, clips), s.device)
-        if not len(batch.text):
-            break
-        other = batch.video.roll(max(1, len(batch.video) // 2), 0)
-        for videos, scores in ((batch.video, right), (other, blind)):
-            for part in zip(videos.split(s.batch), batch.text.split(s.batch),
-                            batch.targets.split(s.batch)):                 # as many as training fits
-                with autocast():
-                    logits = model(*part[:2], asked=asked_words(part[2]))[0]
-                scores.append(is_right(logits, part[2]).flatten())
-        if len(batch.video) == 1:                                          # no other clip to show
-            blind[-1] = torch.full_like(blind[-1], float('nan'), dtype=torch.float)
-        kind.append(batch.kind.flatten())
-        answers += [tuple(a[a != IGNORE].tolist()) for a in batch.targets.flatten(0, 1).cpu()]
-    model.train()
-    right, blind, kind = (torch.cat([x.float() for x in a]).cpu() for a in (right, blind, kind))
-    by_type, balanced, chance = {}, {}, {}
-    for i, name in enumerate(data.kinds):
-        rows = (kind == i).nonzero()[:, 0].tolist()
-        if not rows:
-            continue
-        groups = {}
-        for r in rows:
-            groups.setdefault(answers[r], []).append(float(right[r]))
-        by_type[name] = float(right[rows].float().mean())
-        balanced[name] = statistics.mean(statistics.mean(g) for g in groups.values())
-        chance[name] = max(len(g) for g in groups.values()) / len(rows)
-    share = {name: float((kind == i).float().mean()) for i, name in enumerate(data.kinds)}
-    return dict(accuracy=float(right.float().mean()), blind_accuracy=float(blind.nanmean()),
-                accuracy_by_type=by_type, balanced_accuracy_by_type=balanced, chance_by_type=chance,
-                blind_by_type={name: float(blind[kind == data.kinds.index(name)].nanmean())
-                               for name in chance},
-                chance=sum(share[name] * chance[name] for name in chance), questions=len(right))
+    def times(self, seconds: dict, batch) -> dict:
+        return dict(frames_per_s=batch.video.size(1) / statistics.median(seconds['watch']))
+
+    @torch.no_grad()
+    def cost(self, model, clips: int = 1) -> dict:
+        """As of questions, and the keys and values that a clip leaves in the cache, in kB."""
+        caches, batch = [KVCache() for _ in model.blocks], self.draw('train', 0, 1)
+        seen = model.eval().encode_video(batch.video)
+        model.decode(seen.tokens, seen.position, seen.tokens.size(1), caches=caches)
+        held = sum(a.nbytes for cache in caches if cache.k is not None for a in (cache.k, cache.v))
+        return dict(super().cost(model, clips), cache_kb=held / 1000)
+
+    def print_table(self, result: dict):
+        print_columns([[f'{result["clips"]} held-out streams'],
+                       ['LM-PPL', f'{result["lm_ppl"]:.3f}'], ['LM-Correctness', result['lm_correctness']],
+                       ['Fluency', result['fluency']], ['turns without a mistake', result['accuracy']],
+                       ["the same, shown another clip's video", result['blind_accuracy']],
+                       ['TimeDiff, frames', f'{result["time_diff"]:.3f}'],
+                       ['narrated in the very frame', result['spoken']],
+                       ['silent when nothing happens', result['silence']]])
+
+    @torch.no_grad()
+    def show(self, model, run: Path) -> str:
+        video, text, _ = (a.cpu() for a in self.liveliest())
+        save_clip(video, run / 'clip.webp')
+        print()
+        narrate(model.cpu(), video, run / 'narration.png', self.s.theta, {})
+        draw_clip(model, video, text[:, :1], run / 'tokens', PROMPT)
+        return shlex.join(['--stream', str(run / 'clip.webp')])
 
 
 def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
     """Teacher-forced scores of streams: logits (B, T + L, V), wanted and position (B, T + L).
 
-    A turn is a run of silences, then the words that are said, up to their '<eos>'.
-    nll: mean -log P of the words that should be said (exp of it is LM-PPL). lm_correctness: index of
-    the first wrong word of a turn / its words, mean over turns. fluency: correct silences and correct
-    words before the first mistake of their turn, over all that is supervised. accuracy: turns whose
-    every word is right.
+    A turn: silences, then words up to their '<eos>'. nll: mean -log P of words (exp of it is LM-PPL).
+    lm_correctness: index of a turn's first wrong word / its words. fluency: what is right before the first
+    mistake of its turn, of all that is supervised. accuracy: turns whose every word is right.
     """
     order = position.argsort(dim=1, stable=True)
     chosen, chance = logits.argmax(-1), logits.softmax(-1)[..., EOS]
@@ -720,58 +388,110 @@ def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
     said, words_of = count(good(word)), count(word)
     share = (said / words_of)[words_of > 0]
     return dict(nll=nll[word].mean().item(), lm_correctness=share.mean().item(),
-                fluency=(good(known).sum() / known.sum()).item(),
-                accuracy=(share == 1).float().mean().item())
+                fluency=(good(known).sum() / known.sum()).item(), accuracy=(share == 1).float().mean().item())
 
 
 def timing_scores(spoke, should) -> dict:
     """How a model that runs freely times its narration: spoke, should (B, T) bool.
 
-    time_diff: mean over narrations of |frame at which it first speaks - frame at which it should|
-    (TimeDiff, in frames), looked for between the narrations before and behind; if it stays silent
-    there, up to the end of that stretch. silence: silent frames among those at which nothing is to
-    be told. spoken: narrations made in their very frame.
+    time_diff (TimeDiff): mean |frame at which it first speaks - frame at which it should|, between the
+    narrations before and after, or the end of that stretch. spoken: narrations made in their very frame.
     """
     T, off = should.size(1), []
     for said, due in zip(spoke.tolist(), should.tolist()):
         times = [t for t in range(T) if due[t]]
-        for before, t, behind in zip([-1, *times], times, [*times[1:], T]):
-            first = next((f for f in range(before + 1, behind) if said[f]), behind)
+        for before, t, after in zip([-1, *times], times, [*times[1:], T]):
+            first = next((f for f in range(before + 1, after) if said[f]), after)
             off.append(abs(first - t))
     return dict(time_diff=statistics.mean(off), silence=(~spoke[~should]).float().mean().item(),
                 spoken=spoke[should].float().mean().item())
 
 
-@torch.no_grad()
-def evaluate_stream(model, data, split, s: Settings, autocast, clips: int) -> dict:
-    """Scores on held-out streams: teacher-forced (blind too: another clip's video) and running free."""
-    model.eval()
-    rows, spoke, should = [], [], []
-    for step in range(math.ceil(clips / 64)):
-        batch = data.stream(split, step, min(64, clips), s.device)
-        prompt = torch.full_like(batch.text[:, 0, :1], data.vocab.index(PROMPT))
-        with autocast():
-            scores = []
-            for video in (batch.video, batch.video.roll(1, 0)):
-                logits, _, aux = model(video, batch.text, None, batch.after)
-                scores.append(turn_scores(
-                    logits, wanted_words(batch), aux['position'], video.size(1), s.theta))
-            frames = ((frame, None) for frame in batch.video.unbind(1))
-            chance = [moment['silence'] for moment in model.stream(frames, prompt, s.theta)]
-        rows.append(dict(scores[0], blind_accuracy=scores[1]['accuracy']))
-        spoke.append(torch.stack(chance, 1).cpu() < s.theta)
-        should.append(batch.decisions.cpu() != EOS)
-    model.train()
-    mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
-    return {**mean, 'lm_ppl': math.exp(mean.pop('nll')),
-            **timing_scores(torch.cat(spoke), torch.cat(should)), 'clips': sum(map(len, spoke))}
+class Retrieval(Questions):
+    """Clips and sentences find each other. Accuracy: sentences whose clip is found first (R@1)."""
+    kind, model, needs = 'retrieval', dict(model='retriever'), 'a sentence for every clip'
+    source, words, single = ('captions', 'captions'), 'caption_vocab', False
+    without = 'dim n_head placement keep_ratio routing reducer stage window silence_weight gate'.split()
+    columns = 'accuracy r_sum direction_pairs order_pairs step_ms memory_mb encode_ms gflops'.split()
+
+    def loss(self, model, batch):
+        """-> loss, share of sentences whose clip is found first among the batch."""
+        similarity, loss = model(batch.video, batch.text)
+        own = torch.arange(len(similarity), device=similarity.device)[:, None]
+        return loss, is_right(similarity[:, None], own).float().mean()
+
+    @torch.no_grad()
+    def evaluate(self, model, split: str, clips: int) -> dict:
+        """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's: 50 % by chance.
+
+        A pair of twins differs in a direction or in the order of events. All sentences differ.
+        """
+        seen, found, clips = set(), [], min(clips, FIND_CLIPS)
+        for batch in self.held_out(split, 10 ** 9):
+            sentences, new = [in_words(ids, self.vocab) for ids in batch.text], []
+            half = len(sentences) // 2
+            for i in range(half):
+                pair = {sentences[i], sentences[i + half]}
+                if not pair & seen and len(seen) < clips:
+                    seen |= pair
+                    new += [i, i + half]
+            with self.s.autocast():
+                found.append((model.encode_video(batch.video[new]), model.encode_text(batch.text[new]),
+                              batch.turned[new]))
+            if len(seen) >= clips:
+                break
+        video, text, turned = (torch.cat(a).cpu() for a in zip(*found))
+        similarity, other = text @ video.T, torch.arange(len(text)) ^ 1
+        ways = {'sentence to clip': recall(similarity), 'clip to sentence': recall(similarity.T)}
+        right = (similarity.diag() > similarity[other, other ^ 1]).float()
+        return dict(accuracy=ways['sentence to clip']['R@1'] / 100, recall=ways, clips=len(text),
+                    r_sum=sum(way[f'R@{k}'] for way in ways.values() for k in (1, 5, 10)),
+                    direction_pairs=right[turned].mean().item(), order_pairs=right[~turned].mean().item())
+
+    def cost(self, model) -> dict:
+        """Tokens of each layer of the encoder, GFLOPs of encoding a clip, or a single frame."""
+        T = 1 if self.single else model.config.frames
+        return dict(vision_by_layer=[clips * n for clips, _, n in model.encoder.counts(T)],
+                    gflops=round(encoder_flops(model.encoder, T, model.config.frame_size) / 1e9, 4))
+
+    def timed(self, model, batch) -> dict:
+        return dict(encode=lambda: model.encode_video(batch.video))
+
+    def times(self, seconds: dict, batch) -> dict:
+        return dict(encode_ms=1000 * statistics.median(seconds['encode']))
+
+    def print_table(self, result: dict):
+        ways = result['recall']
+        print_columns([[f'{result["clips"]} held-out clips', *ways['sentence to clip']],
+                       *([way, *(f'{n:.1f}' for n in row.values())] for way, row in ways.items())])
+        print('R-Sum {r_sum:.1f}; the right one of two sentences that differ in a direction '
+              '{direction_pairs:.1%}, in the order of events {order_pairs:.1%} (chance 50%)'.format(**result))
+
+    @torch.no_grad()
+    def show(self, model, run: Path) -> str:
+        """tokens.png: what merged of one held-out clip; find.png: the first five clips for its sentence."""
+        batch = self.draw('test', 0, 64)
+        names, first = [in_words(ids, self.vocab) for ids in batch.text], batch.video[0]
+        merged = None if self.single else model.encoder(batch.video[:1]).reduction
+        tokens = len(first) * model.config.patches if self.single else merged.position.size(1)
+        rows = [(names[0], draw_big(first)), (f'{tokens} tokens', draw_big(first, merged))]
+        stack(rows).save(run / 'tokens.png')
+        save_clip(first, run / 'clip.webp')
+        rank_clips(model, batch.video, names, names[0], run / 'find.png')
+        return '--find "a red circle moves left"'
+
+
+class Frames(Retrieval):
+    """The same, trained with single frames: what retrieval begins with."""
+    source, single = ('captions', 'captioned_frames'), True
 
 
 def recall(similarity) -> dict:
     """(n, n), row i belongs to column i -> R@1, R@5, R@10 in percent, median rank from 1 on.
 
-    Ties are counted once: the earlier of equal columns is first.
+    The earlier of equal columns is first. What is not a number is last.
     """
+    similarity = similarity.nan_to_num(-math.inf)
     own, place = similarity.diag()[:, None], torch.arange(len(similarity), device=similarity.device)
     ahead = (similarity > own) | (similarity == own) & (place < place[:, None])
     rank = ahead.sum(1)                                                        # (n,) 0 = found first
@@ -779,88 +499,311 @@ def recall(similarity) -> dict:
             'median rank': (rank + 1).float().quantile(0.5).item()}
 
 
-@torch.no_grad()
-def evaluate_retrieval(model, data, split, s: Settings, autocast, clips: int) -> dict:
-    """Held-out clips whose sentences all differ, in pairs that differ in a direction or in the order of
-    events: recall both ways, R-Sum, and how often a clip prefers its own to its twin's (chance 50 %)."""
-    model.eval()
-    seen, found, half = set(), [], 32
-    for step in itertools.count():
-        batch = data.captions(split, step, 2 * half, s.device)
-        sentences, new = [tuple(id for id in row if id != PAD) for row in batch.text.tolist()], []
-        for i in range(half):
-            pair = {sentences[i], sentences[i + half]}
-            if not pair & seen and len(seen) < clips:
-                seen |= pair
-                new += [i, i + half]
-        with autocast():
-            found.append((model.encode_video(batch.video[new]), model.encode_text(batch.text[new]),
-                          batch.turned[new]))
-        if len(seen) >= clips:
-            break
-    model.train()
-    video, text, turned = (torch.cat(a).cpu() for a in zip(*found))
-    similarity, other = text @ video.T, torch.arange(len(text)) ^ 1
-    ways = {'sentence to clip': recall(similarity), 'clip to sentence': recall(similarity.T)}
-    right = (similarity.diag() > similarity[other, other ^ 1]).float()
-    return dict(accuracy=ways['sentence to clip']['R@1'] / 100, recall=ways,
-                r_sum=sum(way[f'R@{k}'] for way in ways.values() for k in (1, 5, 10)),
-                direction_pairs=right[turned].mean().item(), order_pairs=right[~turned].mean().item(),
-                clips=len(text))
+# ---- 3. Recipes --------------------------------------------------------------------------------------------
+# One table. A row says what it begins with, what it changes, how long it trains; --recipe runs one, and first
+# what it begins with; --compare and --bench walk all of them. Every reducer of modvideo.py has a row.
+
+class Recipe(NamedTuple):
+    """A row. A value of `changes` may be a function of the preset."""
+    changes: dict = {}         # options of the model
+    begins: str = ''           # the row whose weights it starts with
+    share: float = 1.0         # of the preset's steps
+    task: type = Questions
+    blind: bool = False        # trained with another clip's video: what words alone can tell
 
 
-def num_learning(model) -> int:
-    """Number of parameters that learn."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+HALF = lambda preset: max(1, preset['n_layer'] // 2)
+SECOND = lambda preset: ','.join(map(str, range(0, preset['n_layer'] - 1, 2)))
+AS_MANY = lambda preset: 1 - 0.75 * HALF(preset) / (preset['n_layer'] - 1)
+RANKED, RANDOM = (lambda preset, way=way: f'{way}:{HALF(preset)}' for way in ('rank', 'random'))
+DEEP = dict(placement=lambda preset: 'all-deep' if preset['n_layer'] > 3 else 'all', gate='zero')
+MERGED, TEMPME = dict(reducer='holitom', retain_ratio=0.5), dict(encoder='tempme')
+LORA = dict(lora_rank=lambda preset: 8 if preset['dim'] < 256 else 4)
+GAMMA = dict(routing='gamma', keep_ratio=0.25)
+RECIPES = {
+    'dense': Recipe(), 'blind': Recipe(blind=True),
+    'mod': Recipe(dict(placement='interleaved')),                              # from scratch: the main job
+    'mod-interleaved': Recipe(dict(placement='interleaved'), 'dense', 0.2),    # as VideoLLM-MoD places it
+    'mod-all-deep': Recipe(DEEP, 'dense', 0.2),
+    'mod-all': Recipe(dict(placement='all', gate='zero'), 'dense', 0.2),
+    # 0.45 of 1,024 vision tokens: half of all tokens skip, as in the paper.
+    'gamma': Recipe(dict(GAMMA, placement='rank', keep_ratio=0.45), 'dense', 0.2),
+    # Which layers? Half of them skip three quarters, or all of them as many tokens together: equal FLOPs.
+    'gamma-ranked': Recipe(dict(GAMMA, placement=RANKED), 'dense', 0.2),
+    'gamma-random': Recipe(dict(GAMMA, placement=RANDOM), 'dense', 0.2),
+    'gamma-second': Recipe(dict(GAMMA, placement=SECOND), 'dense', 0.2),
+    'gamma-all': Recipe(dict(GAMMA, placement='all', keep_ratio=AS_MANY), 'dense', 0.2),
+    'holitom-inner': Recipe(dict(reducer='holitom', stage='holitom', stage_layer=HALF), 'dense', 0.0),
+    'holitom-trained': Recipe(MERGED, 'dense', 0.2),
+    'uniform': Recipe(dict(reducer='uniform'), 'dense', 0.2),                  # trained as long as bvllm
+    'vqtoken-adaptive': Recipe(dict(reducer='vqtoken', codes=0), 'dense', 0.2),
+    'tempme': Recipe(TEMPME, 'dense', 0.2),
+    'mod+holitom': Recipe(MERGED | DEEP, 'dense', 0.2),
+    'mod+vqtoken': Recipe(dict(DEEP, reducer='vqtoken'), 'dense', 0.2),
+    'mod+tempme': Recipe(TEMPME | DEEP, 'dense', 0.2),
+    'stream-dense': Recipe(task=Streams), 'stream': Recipe(dict(placement='interleaved'), task=Streams),
+    'frames': Recipe(task=Frames),                                             # then clips, in four ways
+    'full': Recipe({}, 'frames', 0.44, Retrieval), 'lora': Recipe(LORA, 'frames', 0.44, Retrieval),
+    'retrieval': Recipe(TEMPME, 'frames', 0.44, Retrieval),
+    'lora-merging': Recipe(LORA | TEMPME, 'frames', 0.44, Retrieval)}
+for name in [name for name in REDUCERS if name != 'none']:
+    RECIPES.setdefault(name, Recipe(dict(reducer=name), 'dense', 0.0 if REDUCERS[name].untrained else 0.2))
+
+# What a preset trains with: clips a step and steps, by kind of task; questions a clip.
+RUNS = {'tiny': dict(questions=(8, 100), streams=(8, 100), retrieval=(16, 20), asked=4),
+        'cpu': dict(questions=(8, 1800), streams=(8, 1800), retrieval=(64, 500), asked=8),
+        'gpu': dict(questions=(64, 1200), streams=(64, 1200), retrieval=(128, 2000), asked=8),
+        'deep': dict(questions=(32, 2500), streams=(32, 2500), retrieval=(128, 2000), asked=8),
+        'long': dict(questions=(8, 2500), streams=(8, 2500), retrieval=(64, 2000), asked=8)}
 
 
-def peak_memory_mb(device: str) -> float:
-    """Most memory taken so far: of the GPU's allocator, or of this process."""
-    if device == 'cuda':
-        return torch.cuda.max_memory_allocated() / 2 ** 20
+def load_data(s):
+    """The dataset that --data names, at the preset's frame size; how many frames a clip has."""
+    preset, folder, grid = {**PRESETS[s.preset], **s.model}, Path(s.data), parse_grid(s.grid)
+    shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['asked'], seed=s.seed)
+    if s.data == 'shapes':
+        return ShapeWorld(frames=preset['frames'], **shape), preset['frames']
+    frames = s.model.get('frames', 0)
+    if not frames:                                           # real motion is fast: keep every frame
+        first = read_rows(folder)[0]
+        frames = min(len(read_clip(folder / first['file'], first.get('grid', grid))), 2 * preset['frames'])
+    if frames < 2:
+        raise ValueError(f'a clip needs at least 2 frames, got {frames}; see --frames and --grid')
+    return ClipFolder(s.data, frames=frames, grid=grid, **shape), frames
+
+
+def configure(s, vocab: list, frames: int, **more) -> ModVideoConfig:
+    """The configuration of a row: the preset, what the row changes, the flags, in this order, and `more`."""
+    preset, recipe = {**PRESETS[s.preset], **s.model}, RECIPES[s.recipe]
+    changes = {name: value(preset) if callable(value) else value for name, value in recipe.changes.items()}
+    values = {**preset, **recipe.task.model, **changes, **s.model, 'frames': frames, **more}
+    own = {f.name: values.pop(f.name) for f in fields(ModVideoConfig) if f.name in values}
+    return ModVideoConfig(vocab=list(vocab), options=values, **own)
+
+
+def build(s, config: ModVideoConfig, dense=None):
+    """The model, its weights a function of the seed, or those of `dense`. ValueError: a useless flag."""
+    torch.manual_seed(s.seed)
+    model = config.build('model', config).to(s.device)
+    routes = {'keep_ratio', 'routing', *options_of(ROUTINGS[config.routing])}
+    idle = {*RECIPES[s.recipe].task.without} | (set() if getattr(model, 'mod_layers', [0]) else routes)
+    for name in idle & {*s.model}:
+        raise ValueError(f'{dashed(name)} would do nothing with --recipe {s.recipe}: no layer of it routes, '
+                         'or it has no such part')
+    if config.placement != 'none' and not model.mod_layers:
+        raise ValueError(f'--placement {config.placement} routes no layer of {config.n_layer} (the last one '
+                         'stays dense); try --placement all')
+    if dense is not None:
+        init_from(model, dense)
+    return model
+
+
+def prepare(s, task, frames: int, dense=None):
+    """The model of a row as its training begins, with the weights of `dense` where it begins with a model."""
+    config = configure(s, task.vocab, frames)
+    if config.placement.startswith(('rank', 'random')):
+        if dense is None or dense.mod_layers or dense.config.streaming:
+            raise ValueError(f'--placement {config.placement} chooses layers of a dense model to convert; '
+                             'see --init-from')
+        config.placement = ','.join(map(str, sorted(chosen_layers(s, task, dense, config.placement))))
+    return build(s, config, dense)
+
+
+def untrained(s, data, frames: int):
+    """The model of a row, begun from untrained weights. ValueError: flags that do not fit the row."""
+    recipe, dense = RECIPES[s.recipe], None
+    first, task = replace(s, recipe=recipe.begins, model=shape_of(s)), recipe.task(s, data)
+    if recipe.begins:
+        dense = build(first, configure(first, task.vocab, frames))
+    with redirect_stdout(None), torch.no_grad():               # ranks of such weights say nothing
+        model = prepare(s, task, frames, dense).eval()
+        task.loss(model, task.draw('train', 0, 2))             # some numbers are refused by the first pass
+    return model
+
+
+def shape_of(s) -> dict:
+    """Those options of the model that decide the shape of what a row begins with."""
+    return {name: value for name, value in s.model.items() if name in (*PRESETS[s.preset], 'patch_size')}
+
+
+def chosen_layers(s, task, dense, which: str, clips: int = 16) -> list:
+    """Which layers of a dense model to convert; the last one stays dense.
+
+    'rank': those whose attention has the lowest rank, all but an eighth. 'rank:2': two. 'random:2': any two.
+    """
+    depth, (way, _, count) = dense.config.n_layer, which.partition(':')
+    count = depth - max(1, depth // 8) if way == which else int(count) if count.isdecimal() else 0
+    if not 0 < count < depth or way not in ('rank', 'random'):
+        raise ValueError(f'--placement {which}: wanted rank or random, and from 1 to {depth - 1} layers, '
+                         'such as rank:1')
+    if way == 'random':
+        return torch.randperm(depth - 1, generator=torch.Generator().manual_seed(s.seed))[:count].tolist()
+    batches = (task.draw('train', step, 1) for step in range(clips))
+    ranks = [layer_ranks(dense, batch.video, batch.text[:, :1]) for batch in batches]
+    ranks = torch.stack(ranks).mean(0).cpu()                                   # (2, layers)
+    chosen = choose_mod_layers(ranks[0, :-1], depth - 1 - count)
+    print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
+    for i, (rank, effective) in enumerate(ranks.T.tolist()):
+        print(f'{i:5} {rank:6.1f} {effective:15.1f}   {"MoD" if i in chosen else "dense"}')
+    return chosen
+
+
+# ---- 4. Runs -----------------------------------------------------------------------------------------------
+
+def write_whole(path: Path, text: str):
+    """Write whole or not at all."""
+    Path(f'{path}.part').write_text(text, encoding='utf-8')
+    os.replace(f'{path}.part', path)
+
+
+def read_json(path: Path, *parts) -> dict:
+    """An object that a run wrote, and these objects in it. ValueError: it is something else."""
     try:
-        import resource
-    except ImportError:         # Windows
-        return float('nan')
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
+        value = dict(json.loads(path.read_text(encoding='utf-8')))
+        return {**value, **{part: dict(value[part]) for part in parts}}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f'{path} is not what a run wrote ({type(error).__name__})') from None
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Showing: the table, answers in words, pictures
-# --------------------------------------------------------------------------------------------------
+class Run:
+    """A run's folder: made, saved into, resumed, finished. An existing one is never written over."""
+    BEGUN = {'config.json', 'ckpt.pt', 'log.csv', 'clip.webp', 'tokens.png', 'tokens.gif'}   # if unfinished
 
-def print_table(result: dict):
-    if 'r_sum' in result:
-        print(f'\n{result["clips"]} held-out clips {"R@1":>12} {"R@5":>7} {"R@10":>7} {"median rank":>12}')
-        for way, row in result['recall'].items():
-            print(f'{way:25} ' + ' '.join(f'{row[f"R@{k}"]:7.1f}' for k in (1, 5, 10))
-                  + f' {row["median rank"]:12.1f}')
-        print(f'R-Sum {result["r_sum"]:.1f}; the right one of two sentences that differ in a direction '
-              f'{result["direction_pairs"]:.1%}, in the order of events {result["order_pairs"]:.1%} (chance 50%)')
-        return
-    if 'lm_ppl' in result:
-        print(f'\n{result["clips"]} held-out streams')
-        for name, what in (('lm_ppl', 'LM-PPL'), ('lm_correctness', 'LM-Correctness'),
-                           ('fluency', 'Fluency'), ('accuracy', 'turns without a mistake'),
-                           ('blind_accuracy', "the same, shown another clip's video"),
-                           ('time_diff', 'TimeDiff, frames'), ('spoken', 'narrated in the very frame'),
-                           ('silence', 'silent when nothing happens')):
-            shown = f'{result[name]:.3f}' if name in ('lm_ppl', 'time_diff') else f'{result[name]:.1%}'
-            print(f'{what:38} {shown:>8}')
-        return
-    print(f'\n{"type":34} {"accuracy":>8} {"balanced":>8} {"blind":>7} {"chance":>7}')
-    for name, accuracy in result['accuracy_by_type'].items():
-        print(f'{name[:34]:34} {accuracy:8.1%} {result["balanced_accuracy_by_type"][name]:8.1%} '
-              f'{result["blind_by_type"][name]:7.1%} {result["chance_by_type"][name]:7.1%}')
-    print(f'{"all":34} {result["accuracy"]:8.1%} {"":8} {result["blind_accuracy"]:7.1%} '
-          f'{result["chance"]:7.1%}   {result["questions"]} questions about held-out clips')
-    print(f'{result["decoder_tokens"]:.1f} vision tokens enter the decoder, TokDense {result["tok_density"]:.3f}'
-          + (f', codes in use {result["codes_used"]}, perplexity {result["perplexity"]}'
-             if 'codes_used' in result else ''))
+    def __init__(self, s):
+        self.s, self.log, self.before, self.state, self.done = s, [], 0.0, None, 0
+        name = f'out/{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
+        free = (Path(name + (f'-{i}' if i > 1 else '')) for i in itertools.count(1))
+        self.path = Path(s.resume or s.out or next(path for path in free if not path.exists()))
+        if not s.resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            hint = f', or go on with it: --resume {self.path}' if (self.path / 'ckpt.pt').exists() else ''
+            raise ValueError(f'--out {self.path} exists; name another folder{hint}')
+
+    def begin(self, task, frames: int):
+        """The model, new or as an interrupted run left it."""
+        s, dense, begins = self.s, None, RECIPES[self.s.recipe].begins
+        if s.resume:
+            saved, extra = load_checkpoint(self.path / 'ckpt.pt')
+            config = configure(s, task.vocab, frames)
+            if config.placement.startswith(('rank', 'random')):                # was decided when it began
+                config.placement = saved.config.placement
+            model = build(s, config)
+            if saved.config != model.config:
+                raise ValueError(f'{self.path} was trained with another configuration than these flags give')
+            model.load_state_dict(saved.state_dict())
+            self.log, self.done = extra['log'], extra['step']
+            self.before, self.state = extra['seconds'], extra['optimizers']
+            result = self.path / 'result.json'
+            if self.done > s.steps or self.done == s.steps and result.exists():
+                raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
+            result.unlink(missing_ok=True)                                     # it goes on: not finished
+        else:
+            if begins and not s.init_from:
+                print(f'--recipe {s.recipe} begins with {begins}, which is trained first')
+                untrained(s, task.data, frames)                # refuses what does not fit
+                first = replace(s, recipe=begins, out=f'{self.path}-{begins}', model=shape_of(s), steps=0)
+                finish(first)
+                s.init_from = first.out
+            if s.init_from:
+                dense, _ = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)
+            model = prepare(s, task, frames, dense)
+        return model
+
+    def save(self, model, optimizers: list, step: int, seconds: float):
+        """Checkpoint and log.csv: all that a resumed run needs."""
+        save_checkpoint(self.path / 'ckpt.pt', model, optimizers=[o.state_dict() for o in optimizers],
+                        step=step, log=self.log, seconds=seconds)
+        columns = ['step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds']
+        lines = [columns, *([str(row[name]) for name in columns] for row in self.log)]
+        write_whole(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
+
+    def train(self, model, task):
+        """The steps that are left, the held-out accuracy ten times. SystemExit: after Ctrl-C."""
+        s, start = self.s, time.time()
+        every, fast = 10 * max(1, s.steps // 100), torch.compile(model) if s.compile else model
+
+        def report(row, optimizers):
+            self.log.append(dict(row, val_accuracy='', seconds=round(self.before + time.time() - start, 1)))
+            scores, step = {}, row['step']
+            if step % every == 0 or step == s.steps:
+                scores = task.evaluate(model.eval(), 'val', min(128, EVAL_CLIPS))
+                self.log[-1]['val_accuracy'] = round(scores['accuracy'], 4)
+                tqdm.write(f'step {step:5}  loss {row["loss"]:.3f}  accuracy {row["accuracy"]:6.1%}  '
+                           f'held-out {scores["accuracy"]:6.1%}')
+                model.train()
+            if scores or stop:
+                self.save(model, optimizers, step, self.log[-1]['seconds'])
+            return {name: f'{scores[name]:.2f}' for name in ('codes_used', 'perplexity') if name in scores}
+
+        # Ctrl-C ends training after the step, so that none is cut in two; a second one stops at once.
+        stop, before = [], signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, before)))
+        try:
+            train(model.train(), lambda step: task.draw('train', step, s.batch),
+                  lambda _, batch: task.loss(fast, batch), s.steps, s.lr, self.done, self.state, report,
+                  s.autocast, stop, s.recipe)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if stop and self.log[-1]['step'] < s.steps:
+            command = shlex.join(['python', 'train_tiny.py', '--resume', str(self.path)])
+            print(f'stopped after step {self.log[-1]["step"]}, saved; go on with: {command}')
+            raise SystemExit(130)
 
 
-def say(ids, vocab: list) -> str:
+def run_recipe(s, began: float = None) -> Path:
+    """Train a row, and first what it begins with; evaluate on the test split, show, fill its folder."""
+    began = began or time.time()
+    set_up(s)
+    data, frames = load_data(s)
+    task, run = RECIPES[s.recipe].task(s, data), Run(s)
+    model = run.begin(task, frames)
+    cost, learns = task.cost(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.path.mkdir(parents=True, exist_ok=True)                # not before the first pass, which may refuse
+    noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
+    write_whole(run.path / 'config.json', json.dumps(noted, indent=1))
+    print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
+          f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps of '
+          f'{s.batch} clips -> {run.path}')
+    if s.steps > run.done:
+        run.train(model, task)
+    else:
+        run.save(model, configure_optimizer(model, s.lr), run.done, run.before)
+    step_ms = statistics.median(row['ms'] for row in run.log) if run.log else 0.0
+    scores = task.evaluate(model.eval(), 'test', EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
+    cost = task.cost(model)                                    # a trained encoder may merge otherwise
+    if 'decoder_tokens' in cost:
+        scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['decoder_tokens']), 3)
+    result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__, dtype=s.dtype,
+                  preset=s.preset, data=s.data, placement=model.config.placement, steps=s.steps,
+                  step_ms=round(step_ms, 2), **scores, vision_tokens=frames * model.config.patches, **cost,
+                  parameters=num_params(model), learns=learns,
+                  peak_memory_mb=round(peak_memory_mb(s.device), 1))
+    task.print_table(result)
+    go_on = task.show(model.eval(), run.path)
+    if run.log:
+        draw_curve(run.log, run.path / 'curve.png')
+    result['seconds'] = round(run.before + time.time() - began, 1)
+    write_whole(run.path / 'result.json', json.dumps(result, indent=1))
+    print(f'\ngo on with: python train_tiny.py {shlex.join(["--out", str(run.path)])} {go_on}\n'
+          f'{result["seconds"]:.0f} s, {step_ms:.0f} ms a step. In {run.path}: '
+          + ', '.join(sorted(path.name for path in run.path.iterdir())))
+    return run.path
+
+
+def finish(s) -> dict:
+    """The result of the run in --out: as it is, gone on with, or trained from its start."""
+    path = Path(s.out)
+    if not (path / 'result.json').exists():
+        if (path / 'ckpt.pt').exists():
+            s = replace(s, resume=s.out, out='', init_from='')
+        elif path.is_dir() and {p.name.replace('.part', '') for p in path.iterdir()} <= Run.BEGUN:
+            shutil.rmtree(path)                                # what died before its first checkpoint
+        run_recipe(replace(s))
+    return read_json(path / 'result.json')
+
+
+# ---- 5. Words and pictures ---------------------------------------------------------------------------------
+
+def in_words(ids, vocab: list) -> str:
     """Word ids -> words, without padding and end marks."""
     return ' '.join(vocab[i] for i in torch.as_tensor(ids).tolist() if i not in (PAD, EOS)) or '(nothing)'
 
@@ -871,100 +814,92 @@ def split_question(text, targets):
     return asked, targets[(targets != IGNORE) & (targets != EOS)]
 
 
-@torch.no_grad()
-def show_answers(model, data, s: Settings, count: int = 5):
-    """Print answers in words, a mistake among them if there is one."""
-    batch = data.batch('test', 0, 8, s.device)
-    pairs = [split_question(*pair) for pair in zip(batch.text.flatten(0, 1), batch.targets.flatten(0, 1))]
-    asked = torch.nn.utils.rnn.pad_sequence([q for q, _ in pairs], batch_first=True, padding_value=PAD)
-    longest, lines = max(len(a) for _, a in pairs) + 1, []
-    answers = model.generate(batch.video, asked.view(*batch.text.shape[:2], -1), longest).flatten(0, 1)
-    for pair, answer in zip(pairs, answers):
-        question, truth, said = (say(ids, data.vocab) for ids in (*pair, answer))
-        lines.append((said == truth, f'  {question}? {said}', truth))
-    wrong = [line for line in lines if not line[0]][:1]
-    right = [line for line in lines if line[0]]
-    right = right[::max(1, len(right) // count)][:count - len(wrong)]
+def encode_question(question: str, vocab: list) -> list:
+    """Words -> ids. ValueError names unknown words, and the nearest known ones."""
+    known, asked = {word: i for i, word in enumerate(vocab)}, words(question)
+    nearest = lambda word: difflib.get_close_matches(word, vocab[2:], 3, 0.3) or vocab[2:5]
+    near = [f'{w!r} (nearest known: {", ".join(nearest(w))})' for w in asked if w not in known]
+    if near or not asked:
+        raise ValueError(f'the model never saw {", ".join(near)}' if asked else 'the question has no words')
+    return [known[w] for w in asked]
+
+
+def print_columns(rows: list):
+    """An empty line, then rows of words and shares, the first cell at the left."""
     print()
-    for ok, line, truth in right + wrong:
-        print(line + ('' if ok else f'   <- wrong, it is: {truth}'))
+    for first, *cells in rows:
+        cells = [cell if isinstance(cell, str) else f'{cell:.1%}' for cell in cells]
+        print(f'{first[:36]:36}' + ''.join(f' {cell:>11}' for cell in cells))
 
 
-def label(image: Image.Image, text: str) -> Image.Image:
-    """The image with a line of text above it."""
-    out = Image.new('RGB', (max(image.width, 8 * len(text)), image.height + 16), 'white')
-    out.paste(image, (0, 16))
-    ImageDraw.Draw(out).text((2, 2), text, fill='black')
+def stack(rows: list) -> Image.Image:
+    """Pairs of text and image, one below the other, each image below its text."""
+    width = max(max(image.width, 8 * len(text)) for text, image in rows)
+    out, y = Image.new('RGB', (width, sum(image.height + 16 for _, image in rows)), 'white'), 0
+    for text, image in rows:
+        ImageDraw.Draw(out).text((2, y + 2), text, fill='black')
+        out.paste(image, (0, y + 16))
+        y += image.height + 16
     return out
 
 
-def stack(images: list) -> Image.Image:
-    """Images one below the other."""
-    out = Image.new('RGB', (max(i.width for i in images), sum(i.height for i in images)), 'white')
-    for n, image in enumerate(images):
-        out.paste(image, (0, sum(i.height for i in images[:n])))
-    return out
+def draw_big(video, what=None):
+    """Frames (T, 3, height, width), at least 128 pixels high, with what became of their patches."""
+    T, size = len(video), video.size(-1)
+    what = what or pack(torch.ones(1, T * (size // 8) ** 2, dtype=torch.bool))
+    side = math.isqrt(what.assign.size(1) // T)
+    return draw_tokens(video.cpu(), what, scale=max(1, 128 // size), grid=(side, side))
 
 
 @torch.no_grad()
 def draw_clip(model, video, text, path: Path, title: str):
-    """The patches each routed layer processed: path.png has all frames, path.gif one at a time."""
+    """What reducer, stage and routed layers made of a clip: path.png has all frames, path.gif one each."""
     _, _, aux = model(video[None], text[None])
-    T, scale, P, video = len(video), max(1, 128 // video.size(-1)), model.config.patches, video.cpu()
-    frames = draw_tokens(video, pack(torch.ones(1, T * P, dtype=torch.bool)), scale=scale)
-    rows, names, kept = [label(frames, title)], ['clip'], aux.get('reduction')
-    inner, at = aux.get('inner'), model.config.inner_layer
-    if isinstance(kept, Quantized):
-        kept = from_clusters(kept.index_map.flatten(1), model.config.codes)
-    if isinstance(kept, torch.Tensor):                    # B-VLLM's mixtures: the strongest frame of each
-        taken = kept[0].argmax(-1).cpu()[:, None] == torch.arange(T)                  # (K, T)
-        kept = pack(taken.any(0).repeat_interleave(P)[None])
-        aux['routes'], inner = {}, None                               # of its tokens, which are no patches
-    shown = {} if kept is None else {'kept': kept}
-    if inner is not None:
-        inner = inner if kept is None else compose(kept, inner)
-        shown[f'left behind layer {at - 1}'] = inner
-    for layer, route in aux['routes'].items():
-        slots = kept if inner is None or layer < at else inner
-        if slots is not None:                              # the patches of the slots that are processed
-            chosen = torch.zeros(route.logits.size(1) + 1, dtype=torch.bool, device=text.device)
-            chosen[route.index[0] if route.mask is None else route.index[0][route.mask[0]]] = True
-            route = slots._replace(assign=slots.assign.where(chosen[slots.assign], -1))  # -1 reads False
-        shown[f'processed by layer {layer}'] = route
+    T, N, reduced, shown = len(video), len(video) * model.config.patches, aux['reduced'], {}
+    keep = torch.zeros(1, N + 1, dtype=torch.bool)
+    keep[0, reduced.position.expand(1, -1)[0].clamp(max=N).cpu()] = True       # the last one: padding
+    slots = later = reduced.reduction or pack(keep[:, :N])
+    if reduced.tokens.size(1) < N or reduced.info:
+        shown['kept'] = model.reducer.picture(reduced) or slots
+    if 'stage' in aux:
+        later = shown['left by the stage'] = compose(slots, aux['stage'].reduction)
+    for layer, route in aux['routes'].items() if model.reducer.in_place else ():
+        here = later if 'stage' in aux and layer >= model.stage.layer else slots
+        M, assign = here.position.size(1), here.assign.cpu()   # the patches of the slots that are processed
+        index = route.index[0] if route.mask is None else route.index[0][route.mask[0]]
+        chosen = torch.zeros(M + 1, dtype=torch.bool).index_fill(0, index[index < M].cpu(), True)
+        shown[f'processed by layer {layer}'] = here._replace(assign=assign.where(chosen[assign], -1))
+    rows, captions = {'clip': draw_big(video)}, [title]
     for name, what in shown.items():
-        n = int((what.assign >= 0).sum()) if isinstance(what, Reduction) else what.index.size(1)
-        slots = len(what.assign[what.assign >= 0].unique()) if isinstance(what, Reduction) else n
-        rows.append(label(draw_tokens(video, what, scale=scale), f'{name}: {n} of {T * P} patches'
-                          + (f' in {slots} tokens' if slots != n else '')))
-        names.append(name)
-    stack(rows).save(f'{path}.png')
-    width = frames.width // T + 2
-    film = [stack([label(row.crop((t * width, 16, t * width + width - 2, row.height)), name)
-                   for row, name in zip(rows, names)]) for t in range(T)]
-    film[0].save(f'{path}.gif', save_all=True, append_images=film[1:],
-                 duration=300, loop=0)
+        rows[name], left = draw_big(video, what), what.assign[what.assign >= 0]
+        merged = f' in {len(left.unique())} tokens' if len(left.unique()) < len(left) else ''
+        captions.append(f'{name}: {len(left)} of {N} patches{merged}')
+    stack([*zip(captions, rows.values())]).save(f'{path}.png')
+    step = (rows['clip'].width + 2) // T
+    film = [stack([(name, image.crop((x, 0, x + step - 2, image.height))) for name, image in rows.items()])
+            for x in range(0, T * step, step)]
+    film[0].save(f'{path}.gif', save_all=True, append_images=film[1:], duration=300, loop=0)
 
 
 @torch.no_grad()
 def narrate(model, video, path: Path, theta: float, asked: dict):
     """Play (T, 3, height, width), print what the model says when, draw frames with the words below.
 
-    asked: from the number of a frame, counted from 1, to the words of a question behind it.
+    asked: from the number of a frame, counted from 1, to the words of a question after it.
     """
-    c, scale = model.config, max(1, 128 // video.size(-1))
-    encode = lambda question: torch.tensor([encode_question(question, c.vocab)])
-    frames = ((frame[None], encode(asked[t]) if t in asked else None)
-              for t, frame in enumerate(video, 1))
-    sheet = draw_tokens(video, pack(torch.ones(1, len(video) * c.patches, dtype=torch.bool)), scale=scale)
-    width = sheet.width // len(video) + 2
+    vocab = model.config.vocab
+    encode = lambda question: torch.tensor([encode_question(question, vocab)])
+    frames = ((frame[None], encode(asked[t]) if t in asked else None) for t, frame in enumerate(video, 1))
+    sheet = draw_big(video)
+    width = (sheet.width + 2) // len(video)
     strip = Image.new('RGB', (sheet.width, sheet.height + 80), 'white')
     strip.paste(sheet, (0, 0))
     for t, moment in enumerate(model.stream(frames, encode(PROMPT), theta), 1):
-        lines = [] if moment['said'] is None else [say(moment['said'][0], c.vocab)]
+        lines = [] if moment['said'] is None else [in_words(moment['said'][0], vocab)]
         if t in asked:
-            lines.append(f'{asked[t]}? {say(moment["answer"][0], c.vocab)}')
-        print(f'  frame {t:3} of {len(video)}   silence {moment["silence"].item():6.1%}   '
-              + '   '.join(lines), flush=True)
+            lines.append(f'{asked[t]}? {in_words(moment["answer"][0], vocab)}')
+        silence = f'silence {moment["silence"].item():6.1%}'
+        print('   '.join([f'  frame {t:3} of {len(video)}', silence, *lines]), flush=True)
         text = '\n'.join(row for line in [f'{t}', *lines] for row in textwrap.wrap(line, width // 7))
         ImageDraw.Draw(strip).text(((t - 1) * width + 2, sheet.height + 2), text, fill='black')
     strip.save(path)
@@ -972,163 +907,9 @@ def narrate(model, video, path: Path, theta: float, asked: dict):
 
 def save_clip(video, path: Path):
     """Write (T, 3, height, width) in [0, 1] as an animated WebP, without loss."""
-    frames = [Image.fromarray(f)
-              for f in (video.permute(0, 2, 3, 1).cpu() * 255).round().byte().numpy()]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=200, lossless=True)
-
-
-def draw_curve(log: list, path: Path, width: int = 640, height: int = 240):
-    """Loss (grey, own scale), accuracy in training (blue), held out (red dots) over the steps."""
-    image = Image.new('RGB', (width, height + 20), 'white')
-    draw = ImageDraw.Draw(image)
-    last, top = log[-1]['step'], max(row['loss'] for row in log)
-    place = lambda row, y: (10 + (width - 20) * row['step'] / last, 10 + (height - 20) * (1 - y))
-    for y in (0, 0.25, 0.5, 0.75, 1):
-        draw.line([(10, place(log[0], y)[1]), (width - 10, place(log[0], y)[1])], fill='#dddddd')
-        draw.text((12, place(log[0], y)[1] + 1), f'{y:.0%}', fill='#999999')
-    draw.line([place(row, row['loss'] / top) for row in log], fill='#888888', width=2)
-    draw.line([place(row, row['accuracy']) for row in log], fill='#2060d0', width=2)
-    for x, y in (place(row, row['val_accuracy']) for row in log if row['val_accuracy'] != ''):
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill='#d03020')
-    text = f'{last} steps. blue: accuracy in training, red: held out, grey: loss (top = {top:.2f})'
-    draw.text((10, height + 2), text, fill='black')
-    image.save(path)
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. What the script does: train, ask, narrate, find, study, bench
-# --------------------------------------------------------------------------------------------------
-
-def run_training(s: Settings, began: float = None) -> Path:
-    """Train, evaluate on the test split, show, fill the run folder. began: the command's start."""
-    began = began or time.time()
-    autocast = pick_machine(s)
-    if s.device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()                                   # of this run alone
-    data = load_data(s)
-    model = prepare_model(s, data)
-    run = open_run(s, model)
-    batch = draw_batch(s, data, 'train', 0, 1)
-    N, cost = batch.video.size(1) * model.config.patches, clip_cost(s, model, data, clips=1)
-    learns = num_learning(model)
-    print(f'{num_params(model):,} parameters, {learns:,} of them learn, {N} vision tokens, layers process '
-          f'{cost["vision_by_layer"]} of them, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps of {s.batch} '
-          + ('clips' if s.recipe in RETRIEVAL else f'clips with {batch.text.size(1)} questions') + f' -> {run}')
-    if s.steps:
-        with catch_ctrl_c() as stop:
-            trained = train(s, model, data, run, autocast, stop)
-    else:
-        if s.resume:
-            raise ValueError(f'{run} needed no training; ask for some with --steps')
-        write_json(run / 'config.json', dict(settings=asdict(s), model=asdict(model.config)))
-        save_run(run, model, configure_optimizer(model, s.lr), [], 0, 0.0)
-        trained = dict(log=[], seconds_before=0.0, steps=0, step_ms=0.0)
-    log, before = trained.pop('log'), trained.pop('seconds_before')
-    scores = evaluate(model, data, 'test', s, autocast,
-                      clips=EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
-    cost = clip_cost(s, model, data)                          # a trained encoder may merge otherwise
-    if s.recipe not in RETRIEVAL:
-        scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['decoder_tokens']), 3)
-    if model.config.reduction == 'vq':
-        scores.update(code_report(model, draw_batch(s, data, 'test', 0, 64).video))
-    result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__,
-                  dtype=s.dtype, preset=s.preset, data=s.data, placement=model.config.placement,
-                  **trained, **scores, vision_tokens=N, **cost, parameters=num_params(model), learns=learns,
-                  peak_memory_mb=round(peak_memory_mb(s.device), 1))
-    print_table(result)
-    show_run(s, model.eval(), data, run)
-    if log:
-        draw_curve(log, run / 'curve.png')
-    result['seconds'] = round(before + time.time() - began, 1)
-    write_json(run / 'result.json', result)
-    print(f'\n{result["seconds"]:.0f} s, {trained["step_ms"]:.0f} ms a step. In {run}: '
-          + ', '.join(sorted(path.name for path in run.iterdir())))
-    return run
-
-
-@torch.no_grad()
-def clip_cost(s: Settings, model, data, clips: int = 8) -> dict:
-    """Vision tokens of each layer and GFLOPs of a clip, mean over some; paper_share: of dense, by the
-    formula that merging papers use, 4 n C² + 2 n² C + 2 n C m for n vision tokens and an MLP of m."""
-    c, rows, flops = model.config, [], []
-    paper = lambda tokens: sum(4 * n * c.dim ** 2 + 2 * n * n * c.dim + 8 * n * c.dim ** 2 for n in tokens)
-    model.eval()
-    if s.recipe in RETRIEVAL:
-        T = 1 if s.recipe == 'frames' else c.frames
-        flops, rows = model.encoder.flops(T, (c.frame_size, c.frame_size)) / 1e9, model.encoder.counts(T)
-        model.train()
-        return dict(vision_by_layer=[F * n for F, _, n in rows], gflops=round(flops, 4))
-    enter = []                                                 # vision tokens that the decoder is given
-    for step in range(clips if c.merges else 1):
-        batch = draw_batch(s, data, 'train', step, 1)
-        Q, L = batch.text.shape[1:]
-        aux = model(*batch[:2], asked=asked_words(batch.targets))[2]
-        parts = count_flops(model, batch.video.shape, L, Q, aux)
-        flops.append([parts[part] / 1e9 for part in ('total', 'decoder')])
-        rows.append([n - L * (1 if c.by_question else Q) for n in aux['tokens']])
-        enter.append(aux['routes'][0].logits.size(1) if 0 in aux['routes'] else rows[-1][0])
-    model.train()
-    N = batch.video.size(1) * c.patches
-    return dict(vision_by_layer=[round(statistics.mean(layer), 1) for layer in zip(*rows)],
-                decoder_tokens=round(statistics.mean(enter), 1),
-                gflops=round(statistics.mean(total for total, _ in flops), 4),
-                decoder_gflops=round(statistics.mean(decoder for _, decoder in flops), 4),
-                paper_share=round(statistics.mean(map(paper, rows)) / paper([N] * c.n_layer), 4))
-
-
-def liveliest(video) -> int:
-    """Which of (B, T, 3, height, width) moves most, cuts and flashes aside."""
-    change = (video[:, 1:] - video[:, :-1]).abs().mean((2, 3, 4)).cpu()        # (B, T - 1)
-    return int(change.median(1).values.argmax())
-
-
-def show_run(s: Settings, model, data, run: Path):
-    """Answers or narration in words, the pictures of one held-out clip, how to go on."""
-    if s.recipe in RETRIEVAL:
-        return show_retrieval(s, model, data, run)
-    test = draw_batch(s, data, 'test', 0, 64)
-    b = liveliest(test.video)
-    video = test.video[b]
-    save_clip(video, run / 'clip.webp')
-    if s.recipe == 'stream':
-        print()
-        narrate(model.cpu(), video.cpu(), run / 'narration.png', s.theta, {})
-        title, text, command = PROMPT, test.text[b, :, :1].cpu(), f'--stream {run}/clip.webp'
-    else:
-        show_answers(model, data, s)
-        asked, told = split_question(test.text[b, 0], test.targets[b, 0])
-        question, text = say(asked, data.vocab), asked[None]                    # (1, L) without its answer
-        title, command = f'{question}? {say(told, data.vocab)}', f'--ask {run}/clip.webp "{question}"'
-    draw_clip(model, video.to(text.device), text, run / 'tokens', title)
-    print(f'\ngo on with: python train_tiny.py --out {run} {command}')
-
-
-def encode_question(question: str, vocab: list) -> list:
-    """Words -> ids; unknown ones are named together with the nearest known ones."""
-    known = {word: i for i, word in enumerate(vocab)}
-    asked = words(question)
-    unknown = [w for w in asked if w not in known]
-    if unknown or not asked:
-        near = [f'{w!r} (nearest known: '
-                f'{", ".join(difflib.get_close_matches(w, vocab[2:], 3, 0.3) or vocab[2:5])})'
-                for w in unknown]
-        raise ValueError('the question has no words' if not asked
-                         else f'the model never saw {", ".join(near)}')
-    return [known[w] for w in asked]
-
-
-@torch.no_grad()
-def show_retrieval(s: Settings, model, data, run: Path, among: int = 64):
-    """tokens.png: what merged of one held-out clip; find.png: the first five clips for its sentence."""
-    batch = data.captions('test', 0, among, s.device)
-    merged, names = model.encoder(batch.video[:1])[2], [say(ids, data.caption_vocab) for ids in batch.text]
-    title, scale = names[0], max(1, 128 // batch.video.size(-1))
-    whole = pack(torch.ones_like(merged.assign, dtype=torch.bool))
-    stack([label(draw_tokens(batch.video[0].cpu(), what, scale=scale), name) for what, name in (
-        (whole, title), (merged, f'{merged.position.size(1)} tokens'))]).save(run / 'tokens.png')
-    save_clip(batch.video[0], run / 'clip.webp')
-    rank_clips(model, batch.video, names, title, run / 'find.png')
-    print(f'\ngo on with: python train_tiny.py --out {run} --find "a red circle moves left"')
+    pixels = (video.permute(0, 2, 3, 1).cpu() * 255).round().byte().numpy()
+    first, *others = map(Image.fromarray, pixels)
+    first.save(path, save_all=True, append_images=others, duration=200, lossless=True)
 
 
 @torch.no_grad()
@@ -1140,416 +921,49 @@ def rank_clips(model, video, names: list, sentence: str, path: Path, best: int =
     print(f'\n{sentence}')
     for value, i in zip(top.values.tolist(), top.indices.tolist()):
         print(f'  {value:6.3f}   {names[i]}')
-        frames = pack(torch.ones(1, video.size(1) * model.config.patches, dtype=torch.bool))
-        rows.append(label(draw_tokens(video[i].cpu(), frames, scale=max(1, 96 // video.size(-1))),
-                          f'{value:.3f}  {names[i]}'))
-    stack([label(rows[0], f'{sentence}:'), *rows[1:]]).save(path)
+        rows.append((f'{value:.3f}  {names[i]}', draw_big(video[i])))
+    stack([(f'{sentence}:', stack(rows[:1])), *rows[1:]]).save(path)
 
 
-def run_find(s: Settings):
-    """Rank clips of a folder, or 64 held-out ones of the synthetic world, by a sentence."""
-    run, model = open_model(s, '--find', 'retrieval')
-    c = model.config
-    merge_lora(model)
-    if s.data == 'shapes':
-        world = ShapeWorld(frames=c.frames, size=c.frame_size, seed=s.seed)
-        batch = world.captions('test', 0, 64)
-        video, names = batch.video, [say(ids, c.vocab) for ids in batch.text]
-    else:
-        folder, grid = Path(s.data), parse_grid(s.grid)
-        rows = read_rows(folder)
-        names = [row['file'] for row in rows]
-        video = torch.stack([resample(read_clip(folder / row['file'], row.get('grid', grid)), c.frames, c.frame_size)
-                             for row in rows]).float() / 255
-    path = run / 'find.png'
-    rank_clips(model, video, names, s.find, path)
-    print(f'the best of {len(names)} clips: {path}')
+def chart(size: tuple, across: dict, up: dict, caption: str):
+    """A white image with marks {place in [0, 1]: text} -> image, draw, place(x, y) -> pixels."""
+    image = Image.new('RGB', size, 'white')
+    draw, (width, height) = ImageDraw.Draw(image), size
+    place = lambda x, y: (50 + (width - 70) * x, 10 + (height - 60) * (1 - y))
+    for y, text in up.items():
+        draw.line([place(0, y), place(1, y)], fill='#dddddd')
+        draw.text((4, place(0, y)[1] - 6), text, fill='#666666')
+    for x, text in across.items():
+        draw.text((place(x, 0)[0] - 8, height - 36), text, fill='#666666')
+    draw.text((50, height - 18), caption, fill='black')
+    return image, draw, place
 
 
-def stages(s: Settings) -> dict:
-    """What --recipe tempme trains from the single frames on: name -> encoder, rank of LoRA or 0."""
-    rank = s.lora_rank or RUNS[s.preset]['rank']
-    return {'lora-merging': ('tempme', rank), 'lora': ('plain', rank),
-            'full-merging': ('tempme', 0), 'full': ('plain', 0)}
+def draw_curve(log: list, path: Path):
+    """Loss (grey, own scale), accuracy in training (blue), held out (red dots) over the steps."""
+    last, top = log[-1]['step'], max(row['loss'] for row in log) or 1.0
+    image, draw, place = chart((640, 260), {0: '0', 1: f'{last}'}, {y / 4: f'{y / 4:.0%}' for y in range(5)},
+                               f'blue: accuracy in training, red: held out, grey: loss (top = {top:.2f})')
+    point = lambda row, y: place(row['step'] / last, y)
+    draw.line([point(row, row['loss'] / top) for row in log], fill='#888888', width=2)
+    draw.line([point(row, row['accuracy']) for row in log], fill='#2060d0', width=2)
+    for x, y in (point(row, row['val_accuracy']) for row in log if row['val_accuracy'] != ''):
+        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill='#d03020')
+    image.save(path)
 
 
-BEGUN = {'config.json', 'ckpt.pt', 'log.csv', 'clip.webp', 'tokens.png', 'tokens.gif'}     # of an unfinished run
+# ---- 6. Measuring and comparing ----------------------------------------------------------------------------
 
-
-def finish(s: Settings) -> dict:
-    """The result of the run in --out: as it is, gone on with, or trained from its start."""
-    run = Path(s.out)
-    if not (run / 'result.json').exists():
-        saved = read_config(run)['settings'] if (run / 'ckpt.pt').exists() else {}
-        if saved.get('steps'):
-            run_training(replace(s, resume=s.out, out=''))
-        else:
-            if run.is_dir() and {path.name.replace('.part', '') for path in run.iterdir()} <= BEGUN:
-                shutil.rmtree(run)                         # what died before its first checkpoint
-            run_training(s)
-    return json.loads((run / 'result.json').read_text())
-
-
-def run_tempme(s: Settings):
-    """Train plain towers on single frames, adapt them to clips in four ways, compare. What is finished
-    already in --out is not trained again."""
-    machine = replace(s)
-    pick_machine(machine)                                       # steps and batch are each stage's own
-    s = replace(s, preset=machine.preset, device=machine.device)
-    if s.data != 'shapes':
-        load_data(s)                                            # says why not
-    folder = Path(s.out or f'out/tempme-{s.preset}-seed{s.seed}')
-    begin_with(folder, asdict(s))
-    runs = {}
-    for name, (encoder, rank) in {'frames': ('plain', 0), **stages(s)}.items():
-        first = name == 'frames'
-        print(f'\n{name}')
-        runs[name] = finish(replace(
-            s, recipe='frames' if first else 'retrieval', encoder=encoder, lora_rank=rank,
-            init_from='' if first else str(folder / 'frames'), out=str(folder / name)))
-    print(f'\n{"":13} {"R@1":>6} {"R-Sum":>6} {"direction":>9} {"order":>6} {"learns":>10} {"tokens":>6} {"GFLOPs":>7} '
-          f'{"step ms":>8} {"seconds":>8}')
-    for name, r in runs.items():
-        print(f'{name:13} {r["recall"]["sentence to clip"]["R@1"]:6.1f} {r["r_sum"]:6.1f} '
-              f'{r["direction_pairs"]:9.1%} {r["order_pairs"]:6.1%} {r["learns"]:10,} {r["vision_by_layer"][-1]:6} '
-              f'{r["gflops"]:7.3f} {r["step_ms"]:8.0f} {r["seconds"]:8.0f}')
-    write_json(folder / 'result.json', runs)
-
-
-def run_stream(s: Settings):
-    """Let a model narrate a clip while it plays."""
-    run, model, video = open_clip(s, s.stream, streaming=True)
-    asked = {int(s.question[0]): s.question[1].rstrip('?')} if s.question else {}
-    for question in asked.values():
-        encode_question(question, model.config.vocab)                    # unknown words are named now
-    if asked and not 1 <= min(asked) <= len(video):
-        raise ValueError(f'--question: the frames are 1 to {len(video)}, got {min(asked)}')
-    path = run / f'stream-{Path(s.stream).stem}.png'
-    narrate(model, video, path, s.theta, asked)
-    print(f'frames with the words below: {path}')
-
-
-def open_model(s: Settings, flag: str, kind: str):
-    """The run that --out names, or the newest under out/ whose model is of this kind -> run, model.
-
-    kind: 'questions', 'streams' or 'retrieval'.
-    """
-    def kind_of(run):
-        config = read_config(run)
-        return ('retrieval' if config['settings'].get('recipe') in RETRIEVAL
-                else 'streams' if config['model'].get('streaming') else 'questions')
-
-    train = {'questions': '', 'streams': ' --recipe stream', 'retrieval': ' --recipe tempme'}[kind]
-    found = [path.parent for where in ('*', '*/*') for path in Path('out').glob(f'{where}/ckpt.pt')
-             if (path.parent / 'config.json').exists()]
-    runs = [Path(s.out)] if s.out else sorted(
-        (run for run in found if kind_of(run) == kind), key=lambda run: -(run / 'ckpt.pt').stat().st_mtime)
-    if not runs:
-        raise ValueError(f'{flag} found no model for it under out/; '
-                         f'train one first: python train_tiny.py{train}')
-    for whole in (runs[0], runs[0].parent)[:1 if s.out else 2]:                 # of a whole --recipe tempme
-        if kind == 'retrieval' and (whole / 'full-merging/ckpt.pt').exists():
-            runs[0] = whole / 'full-merging'
-    model, _ = load_checkpoint(existing(runs[0] / 'ckpt.pt'))
-    if kind_of(runs[0]) != kind:
-        raise ValueError(f'{flag}: the model of {runs[0]} was trained for {kind_of(runs[0])}')
-    return runs[0], model.eval()
-
-
-def open_clip(s: Settings, clip: str, streaming: bool):
-    """The run to use, its model, and a clip as the model sees it: (T, 3, size, size) in [0, 1]."""
-    run, model = open_model(s, '--stream' if streaming else '--ask', 'streams' if streaming else 'questions')
-    c, frames = model.config, read_clip(clip, parse_grid(s.grid))
-    print(f'{run}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}'
-          f', seen as {c.frames} of {c.frame_size}x{c.frame_size}')
-    return run, model, resample(frames, c.frames, c.frame_size).float() / 255
-
-
-@torch.no_grad()
-def run_ask(s: Settings):
-    """Answer one question about one clip: answer, probability, runners-up, what was looked at."""
-    clip, question = s.ask
-    run, model, video = open_clip(s, clip, streaming=False)
-    c, video = model.config, video[None]                                     # (1, T, 3, size, size)
-    ids = torch.tensor(encode_question(question, c.vocab))[None, None]         # (1, 1, L)
-    answer = model.generate(video, ids, max_new_tokens=16)[0, 0]
-    answer = answer[:max(1, int((answer != PAD).sum()))]
-    whole = torch.cat([ids[0, 0], answer])[None, None]
-    logits = model(video, whole, asked=torch.tensor([[ids.size(2)]]))[0]
-    chances = F.softmax(logits[0, 0, ids.size(2) - 1:], -1)                    # (answer + 1, V)
-    chance = chances[:-1].gather(1, answer[:, None]).prod().item()
-    said = [c.vocab[i] for i in answer.tolist() if i not in (PAD, EOS)]
-    print(f'{question.rstrip("?")}? {" ".join(said) or "(nothing)"}   {chance:.1%}')
-    best = chances[0].topk(min(4, len(c.vocab)))
-    others = [f'{c.vocab[i]} {p:.1%}'
-              for p, i in zip(best.values.tolist(), best.indices.tolist()) if i != answer[0]]
-    print(f'{"instead of" if len(said) < 2 else "beginning otherwise than with"} '
-          f'{said[0] if said else "nothing"}: ' + ', '.join(others[:3]))
-    path = run / f'ask-{Path(clip).stem}'
-    draw_clip(model, video[0], ids[0], path,
-              f'{question.rstrip("?")}? {" ".join(said)}   {chance:.1%}')
-    print(f'what was looked at: {path}.png, {path}.gif')
-
-
-def run_study(s: Settings):
-    """gamma-MoD by placement at equal FLOPs: convert one dense model in four ways, train, compare."""
-    asked = asdict(s)                                          # without what the machine fills in
-    pick_machine(s)
-    folder = Path(s.out or f'out/study-{s.preset}-seed{s.seed}')
-    begin_with(folder, asked)
-    if not s.init_from:
-        s.init_from = f'{folder}/dense'
-        finish(replace(s, recipe='dense', placement='auto', study=False, init_from='', out=s.init_from))
-    data = load_data(s)
-    depth = read_config(Path(s.init_from))['model']['n_layer']
-    s = replace(s, recipe='gamma', study=False, dense_layers=s.dense_layers or depth // 2)
-    by_rank = prepare_model(s, data)
-    layers, count = range(depth - 1), len(by_rank.mod_layers)
-    luck = torch.randperm(len(layers), generator=torch.Generator().manual_seed(s.seed))[:count]
-    batch = data.batch('train', 0, 1)
-    cost = lambda model: count_flops(model, batch.video.shape, batch.text.size(2), batch.text.size(1))
-    N, wanted, rows = batch.video.size(1) * by_rank.config.patches, cost(by_rank)['total'], []
-    for name, chosen in (('rank', by_rank.mod_layers), ('all', layers), ('every second', layers[::2]),
-                         ('random', luck.sort().values.tolist())):
-        placement = ','.join(map(str, chosen))
-        trial = replace(s, placement=placement, out=str(folder / name.replace(' ', '-')))
-        model = build_model(trial, data.vocab, placement=placement)
-
-        def price(k):
-            model.config.keep_ratio = k / N
-            return cost(model)['total']
-        k = min(range(1, N + 1, max(1, N // 128)), key=lambda k: abs(price(k) - wanted))
-        trial.skip_ratio = (1 - k / N) * N / (N + batch.text[0].numel())
-        result = finish(trial)
-        rows.append((name, placement, 1 - k / N, result['gflops'], result['accuracy']))
-    print(f'\n{"placement":13} {"layers":20} {"vision skipped":>14} {"GFLOPs":>7} {"accuracy":>8}')
-    for name, placement, skipped, gflops, accuracy in rows:
-        print(f'{name:13} {placement:20} {skipped:14.1%} {gflops:7.3f} {accuracy:8.1%}')
-
-
-def clock(device: str):
-    """How to wait for the device, and how many seconds a function takes."""
-    sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(device, lambda: None)
-
-    def seconds(run) -> float:
-        sync()
-        start = time.perf_counter()
-        run()
-        sync()
-        return time.perf_counter() - start
-    return sync, seconds
-
-
-def in_turn(seconds, runs: dict, rounds: int = None) -> dict:
-    """Time functions in turn, so that what slows the machine down slows all: name -> seconds, without the
-    first two, which warm up."""
-    times = {name: [] for name in runs}
-    for _ in tqdm(range((rounds or ROUNDS) + 2), desc='timing', dynamic_ncols=True):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    return {name: each[2:] for name, each in times.items()}
-
-
-def stepper(s: Settings, model, batch, autocast):
-    """A function that makes a training step."""
-    optimizers = configure_optimizer(model, s.lr)
-    return lambda: train_step(model, model, optimizers, batch, autocast)
-
-
-def run_bench(s: Settings):
-    """Time, memory, FLOPs, cache of each placement against dense: in turn, medians, ratios."""
-    autocast = pick_machine(s)
-    data = load_data(s)
-    sync, seconds = clock(s.device)
-    if s.recipe in RETRIEVAL:
-        return bench_retrieval(s, data, seconds, autocast)
-    batch = draw_batch(s, data, 'train', 0, s.batch)
-    if 'reduction' in RECIPES[s.recipe]:
-        return bench_answers(s, data, batch, seconds, autocast)
-    making = statistics.median(
-        seconds(lambda: draw_batch(s, data, 'train', i, s.batch)) for i in range(5))
-    variants = {'dense': dict(placement='none'), **{name: dict(placement=name) for name in PLACEMENTS}}
-    if s.recipe != 'stream':
-        depth = s.layers or PRESETS[s.preset]['n_layer']
-        converted = ','.join(map(str, range(max(1, depth // 8) - 1, depth - 1)))
-        variants[f'gamma, skip {s.skip_ratio}'] = dict(
-            RECIPES['gamma'], placement=converted, keep_ratio=keep_of_skip(s, data))
-
-    def runs_of(name):
-        model = build_model(s, data.vocab, **variants[name])
-
-        @torch.no_grad()
-        def look():
-            with autocast():
-                model(*batch[:2], None, batch.after)
-        return {(name, 'step'): stepper(s, model, batch, autocast), (name, 'look'): look}
-
-    times = in_turn(seconds, {key: run for name in variants for key, run in runs_of(name).items()})
-    rows = {}
-    for name in variants:
-        model = build_model(s, data.vocab, **variants[name])
-        Q, L = batch.text.shape[1:]
-        forward = count_flops(model, batch.video.shape, L, Q)['total']
-        rows[name] = dict(
-            ms=[1000 * statistics.median(times[name, what]) for what in ('step', 'look')],
-            share=[statistics.median(a / b for a, b in zip(times[name, what], times['dense', what]))
-                   for what in ('step', 'look')], layers=len(model.mod_layers),
-            step=3 * forward + optimizer_flops(model, s.lr),                   # backward: twice forward
-            forward=forward, memory=step_memory_mb(s.device, stepper(s, model, batch, autocast)),
-            cache=cache_bytes(model, batch.video[:1]))
-    print_bench(rows, s)
-    print(f'{s.batch} clips a step, keep ratio {s.keep_ratio}; making them takes {1000 * making:.1f} ms')
-    if s.recipe == 'stream':
-        return bench_long_stream(build_model(replace(s, window=s.window or 16), data.vocab), s, autocast)
-    for what, ratio in routing_overhead(s.device, sync).items():
-        print('one MoD block, 512 channels, 208 of 1,040 tokens, against the block on those alone: '
-              f'{ratio:.2f} {what}')
-
-
-def print_bench(rows: dict, s: Settings):
-    kind = ('peak memory' if s.device == 'cuda' else 'kept for backward') + ' MB'
-    print(f'\n{"placement":17} {"routed":>6} {"step ms":>8} {"time":>5} {"inference ms":>12} {"time":>5}  '
-          f'{"FLOPs: step":>11} {"forward":>7} {kind:>20} {"share":>5} {"KV cache":>8}')
-    for name, row in rows.items():
-        share = {key: row[key] / rows['dense'][key] for key in ('step', 'forward', 'memory', 'cache')}
-        print(f'{name:17} {row["layers"]:6} {row["ms"][0]:8.1f} {row["share"][0]:5.2f} '
-              f'{row["ms"][1]:12.1f} {row["share"][1]:5.2f}  {share["step"]:11.2f} {share["forward"]:7.2f} '
-              f'{row["memory"]:20.1f} {share["memory"]:5.2f} {share["cache"]:8.2f}')
-    print('time, FLOPs, share, KV cache: as a share of dense')
-
-
-@torch.no_grad()
-def cache_bytes(model, video) -> int:
-    """Bytes of all keys and values that a clip leaves in the cache."""
-    caches = [KVCache() for _ in model.blocks]
-    vision, position, _ = model.encode_video(video)
-    model.decode(vision, position, video.size(1), vision.size(1), caches=caches)
-    return sum(a.nbytes for cache in caches if cache.k is not None for a in (cache.k, cache.v))
-
-
-@torch.no_grad()
-def answer_times(models: dict, batch, seconds, autocast, rounds: int) -> dict:
-    """Seconds until the first token is known, and for WORDS more, of models in turn: {name: (first, rest)}.
-
-    Without a word to say, generate reads the clip and the question; the head's one product is left out.
-    """
-    for model in models.values():
-        model.eval().head.weight[:2] = 0                                      # hardly ever an end mark
-
-    def answer(model, n):
-        with autocast():
-            model.generate(batch.video, batch.text[:, :1], n)
-    times = in_turn(seconds, {(name, n): (lambda model=model, n=n: answer(model, n))
-                              for name, model in models.items() for n in (0, WORDS)}, rounds)
-    return {name: (statistics.median(times[name, 0]), statistics.median(
-        b - a for a, b in zip(times[name, 0], times[name, WORDS]))) for name in models}
-
-
-def bench_answers(s: Settings, data, batch, seconds, autocast):
-    """Time to the first token of an answer, and speed of the rest, against dense, in turn."""
-    models = {'dense': build_model(replace(s, recipe='dense'), data.vocab), s.recipe: build_model(s, data.vocab)}
-    times = answer_times(models, batch, seconds, autocast, ROUNDS // 2)
-    for name, (first, rest) in times.items():
-        cost = clip_cost(s, models[name], data)
-        print(f'{name:8} {1000 * first:8.0f} ms to the first token, {times["dense"][0] / first:.2f} times '
-              f'as fast as dense; {len(batch.text) * WORDS / rest:8.1f} tokens/s, '
-              f'{times["dense"][1] / rest:.2f} times; vision tokens by layer {cost["vision_by_layer"]}, '
-              f'{cost["gflops"]:.2f} GFLOPs a clip, {cost["paper_share"]:.1%} of the decoder by the papers\' formula')
-
-
-def retrieval_times(make: dict, batch, seconds, autocast, s: Settings) -> dict:
-    """Of Retrievers in turn: {name: (seconds to encode the clips, of a training step, its memory in MB)}.
-
-    make: name -> a function that makes the model, so that each is alone when its memory is measured.
-    """
-    memory = {name: step_memory_mb(s.device, stepper(s, new(), batch, autocast)) for name, new in make.items()}
-
-    @torch.no_grad()
-    def encode(model):
-        with autocast():
-            model.encode_video(batch.video)
-    runs = {}
-    for name, new in make.items():
-        model = new()
-        runs[name, 'encode'] = lambda model=model: encode(model)
-        runs[name, 'step'] = stepper(s, model, batch, autocast)
-    times = {key: statistics.median(each) for key, each in in_turn(seconds, runs).items()}
-    return {name: (times[name, 'encode'], times[name, 'step'], memory[name]) for name in make}
-
-
-def bench_retrieval(s: Settings, data, seconds, autocast):
-    """Encoding clips, and training on them, with merging against without: in turn, medians, ratios."""
-    batch = data.captions('train', 0, s.batch, s.device)
-    make = {name: functools.partial(build_model, replace(s, recipe='retrieval', encoder=encoder, lora_rank=rank),
-                                    data.caption_vocab) for name, (encoder, rank) in stages(s).items()}
-    times, models = retrieval_times(make, batch, seconds, autocast, s), {name: new() for name, new in make.items()}
-    print(f'\n{"":13} {"encode ms":>9} {"faster":>6} {"step ms":>8} {"faster":>6} {"memory MB":>9} {"share":>5} '
-          f'{"GFLOPs":>7} {"share":>5} {"tokens":>6} {"learns":>17}')
-    for name, (encode, step, memory) in times.items():
-        plain, model, other = times[name.split('-')[0]], models[name], models[name.split('-')[0]]
-        flops, full = (m.encoder.flops(s.frames, batch.video.shape[3:]) / 1e9 for m in (model, other))
-        learns = num_learning(model)
-        print(f'{name:13} {1000 * encode:9.0f} {plain[0] / encode:6.2f} {1000 * step:8.0f} {plain[1] / step:6.2f} '
-              f'{memory:9.0f} {memory / plain[2]:5.2f} {flops:7.2f} {flops / full:5.2f} '
-              f'{model.encoder.num_tokens(s.frames):6} {learns:10,} {learns / num_params(model):6.2%}')
-    print(f'{s.batch} clips; faster, share: against the same without merging')
-
-
-def bench_long_stream(model, s: Settings, autocast):
-    """Frames per second and keys held along a stream, its frames in turn from a random clip."""
-    c, frames = model.config, LONG_STREAM
-    if c.window > frames - 200:
-        raise ValueError(f'--window must be at most {frames - 200} to be timed, got {c.window}')
-    clip = torch.rand(16, 1, 3, c.frame_size, c.frame_size, device=s.device)
-    ticks, held = [], []
-    prompt = torch.full((1, 1), c.vocab.index(PROMPT), device=s.device)
-    with autocast():
-        for moment in model.stream(((clip[t % 16], None) for t in range(frames)), prompt, theta=0.0):
-            float(moment['silence'])                                       # waits for the device
-            ticks.append(time.perf_counter())
-            held.append(sum(moment['held']))
-    speed = [1 / statistics.median(b - a for a, b in zip(ticks[t:], ticks[t + 1:t + 100]))
-             for t in (c.window, frames - 100)]
-    print(f'\nstream of {frames} frames, window {c.window}: {speed[0]:.1f} frames/s over the first 100 '
-          f'behind the window, {speed[-1]:.1f} over the last 100 ({speed[-1] / speed[0]:.2f}); keys held '
-          f'{held[c.window]} and {held[-1]}')
-
-
-def optimizer_flops(model: ModVideo, lr: float) -> int:
-    """FLOPs of the matrix products inside one step of the optimizers, counted by torch."""
-    optimizers = configure_optimizer(model, lr)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    with FlopCounterMode(display=False) as counter:
-        for optimizer in optimizers:
-            optimizer.step()
-    return counter.get_total_flops()
-
-
-def routing_overhead(device: str, sync) -> dict:
-    """Time with scoring, gathering, scattering, as ratio to the block on the kept tokens alone."""
-    block, router = MoDBlock(Block(512, 8)).to(device), Router(512).to(device)
-    x, position = torch.randn(2, 16 * 65, 512, device=device), torch.arange(16 * 65, device=device)
-    kept = x[:, :208].contiguous()                                # 13 of the 65 tokens of 16 frames
-
-    def seconds(run, x, backward):
-        x = x.detach().requires_grad_(backward)
-        sync()
-        start = time.perf_counter()
-        with torch.set_grad_enabled(backward):
-            y = run(x)
-        if backward:
-            y.sum().backward()
-        sync()
-        return time.perf_counter() - start
-
-    def ratio(backward):
-        pairs = [(seconds(lambda x: block(x, router(x, 16, 0.2), position), x, backward),
-                  seconds(lambda x: x + block.block(x, position[:208]), kept, backward))
-                 for _ in range(3 * ROUNDS + 2)]
-        return statistics.median(a / b for a, b in pairs[2:])
-
-    return {'forward': ratio(False), 'forward and backward': ratio(True)}
+def peak_memory_mb(device: str) -> float:
+    """Most memory taken so far: of the GPU's allocator, or of this process."""
+    if device == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:         # Windows
+        return 0.0
+    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def step_memory_mb(device: str, step) -> float:
@@ -1558,12 +972,11 @@ def step_memory_mb(device: str, step) -> float:
         step()                                                 # makes the optimizers' averages
         torch.cuda.reset_peak_memory_stats()
         step()
-        return torch.cuda.max_memory_allocated() / 2 ** 20
+        return peak_memory_mb(device)
     kept = {}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -1571,345 +984,544 @@ def step_memory_mb(device: str, step) -> float:
     return sum(kept.values()) / 2 ** 20
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. The comparison: every recipe from one dense model, what it reaches and costs, next to its paper
-# --------------------------------------------------------------------------------------------------
+def measure(s, task, make: dict) -> dict:
+    """Training step, memory, what the task times, of models in turn: medians. make: name -> a new model."""
+    sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(s.device, lambda: None)
+    batch, runs, rows = task.draw('train', 0, s.batch), {}, {}
 
-MOD = '--placement {deep} --gate zero'
-COMPARED = {     # flags; all but the first two begin with the dense model of their seed, `derived` of its steps
-    'dense': '--recipe dense', 'blind': '--recipe dense --blind',
-    'mod-interleaved': '--recipe mod --gate zero', 'mod-all-deep': f'--recipe mod {MOD}',
-    'mod-all': '--recipe mod --placement all --gate zero', 'gamma-mod': '--recipe gamma',
-    'holitom-untrained': '--recipe holitom --retain-ratio 0.1 --inner-layer {half}',
-    'holitom': '--recipe holitom --retain-ratio 0.5', 'bvllm': '--recipe bvllm', 'uniform': '--recipe uniform',
-    'vqtoken': '--recipe vqtoken', 'vqtoken-adaptive': '--recipe vqtoken --codes adaptive',
-    'tempme': '--recipe dense --encoder tempme', 'mod+holitom': f'--recipe holitom --retain-ratio 0.5 {MOD}',
-    'mod+vqtoken': f'--recipe vqtoken {MOD}', 'mod+tempme': f'--recipe mod --encoder tempme {MOD}',
-    'retrieval': '--recipe tempme'}
-DERIVED = 0.2
+    def step(model, optimizers):
+        with s.autocast():
+            value, _ = task.loss(model.train(), batch)
+        value.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
+    def look(model, function):
+        model.eval()
+        with torch.no_grad(), s.autocast():
+            function()
 
-SHARED = ['preset', 'data', 'grid', 'frames', 'layers', 'keep_ratio', 'steps', 'batch', 'lr', 'device', 'dtype',
-          'deterministic']           # flags that --compare hands on to its rows
+    def training(model):
+        return functools.partial(step, model, configure_optimizer(model, s.lr))
 
-
-def as_flags(values: dict) -> list:
-    """{'keep_ratio': 0.1, 'blind': True} -> ['--keep-ratio', '0.1', '--blind']."""
-    return [word for name, value in values.items()
-            for word in ([dashed(name)] if value is True else [dashed(name), str(value)])]
-
-
-def compare_flags(s: Settings, name: str, seed: int, folder: Path) -> list:
-    """The command line of one row, without its folder."""
-    depth, own = s.layers or PRESETS[s.preset]['n_layer'], ('dense', 'blind', 'retrieval')
-    flags = COMPARED[name].format(half=max(1, depth // 2), deep='all-deep' if depth > 3 else 'all').split()
-    hand = {key: value for key, value in given(s).items() if key in SHARED and key != 'preset'}
-    hand = dict(preset=s.preset, seed=seed, **{**hand, 'device': s.device, 'steps': s.steps or RUNS[s.preset]['steps']})
-    if name == 'holitom-untrained' or name == 'retrieval' and not s.steps:
-        del hand['steps']                                                      # each stage has its own
-    elif name not in own:
-        hand['steps'] = max(1, round(DERIVED * hand['steps']))
-    if name == 'retrieval':
-        hand.pop('layers', None)
-    flags += as_flags(hand)
-    return flags if name in own else [*flags, '--init-from', str(folder / f'seed{seed}/dense')]
-
-
-def run_row(s: Settings, name: str, seed: int, folder: Path):
-    """Train one row, or go on where it was interrupted, unless it is finished -> result, command."""
-    flags, run = compare_flags(s, name, seed, folder), folder / f'seed{seed}' / name
-    trial = parse([*flags, '--out', str(run)])
-    if not (run / 'result.json').exists():
-        print(f'\n== {name}, seed {seed}')
-        if name == 'retrieval':
-            run_tempme(trial)
-        else:
-            finish(trial)
-    return json.loads((run / 'result.json').read_text()), shlex.join(['python', 'train_tiny.py', *flags])
-
-
-def time_rows(s: Settings, folder: Path, names: list, data, autocast) -> dict:
-    """Training step, answers and memory of the trained models of one seed, in turn: medians."""
-    _, seconds = clock(s.device)
-    load = lambda name: load_checkpoint(folder / name / 'ckpt.pt', s.device)[0]
-    batch = draw_batch(s, data, 'train', 0, s.batch)
-    memory = {name: step_memory_mb(s.device, stepper(s, load(name), batch, autocast)) for name in names}
-    models = {name: load(name) for name in names}
-    answers = answer_times(models, batch, seconds, autocast, 2 * ROUNDS)           # before steps change them
-    steps = {name: stepper(s, model.train(), batch, autocast) for name, model in models.items()}
-    steps = in_turn(seconds, steps, 2 * ROUNDS)
-    rows = {}
-    for name, (first, rest) in answers.items():
-        step = statistics.median(steps[name])
-        rows[name] = dict(step_ms=1000 * step, clips_per_s=s.batch / step, memory_mb=memory[name],
-                          first_ms=1000 * first, tokens_per_s=WORDS * s.batch / rest)
+    for name, new in make.items():                             # before others fill the device
+        rows[name] = dict(task.cost(new()), memory_mb=step_memory_mb(s.device, training(new())))
+    for name, new in make.items():
+        runs[name, 'step'], asked = training(new()), new()
+        for what, function in task.timed(asked, batch).items():
+            runs[name, what] = functools.partial(look, asked, function)
+    times = {key: [] for key in runs}
+    # In turn: what slows one slows all.
+    for _ in tqdm(range(ROUNDS + 2), 'timing', dynamic_ncols=True):
+        for key, run in runs.items():
+            sync()
+            start = time.perf_counter()
+            run()
+            sync()
+            times[key].append(time.perf_counter() - start)
+    for name in make:
+        own = {what: each[2:] for (row, what), each in times.items() if row == name}
+        rows[name].update(step_ms=1000 * statistics.median(own['step']), **task.times(own, batch))
     return rows
 
 
-def rows_to_compare(s: Settings, folder: Path, seeds) -> list:
-    """The rows that --recipes names, 'dense', with which all begin, and those that are finished already."""
-    asked = s.recipes.split(',') if s.recipes else [*COMPARED]
-    for name in asked:
-        if name not in COMPARED:
-            raise ValueError(f'--recipes: {name!r} is none of {", ".join(COMPARED)}')
-    if s.data != 'shapes':
-        asked = [name for name in asked if name != 'retrieval']                # it needs sentences
-    done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
-    return [name for name in COMPARED if name in ('dense', *asked) or done(name)]
+def markdown(rows: list) -> str:
+    """A table; the first row is its head."""
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (rows[0], ['---'] * len(rows[0]), *rows[1:]))
 
 
-def run_compare(s: Settings):
-    """--compare: train what is missing, time all rows, write tables and pictures."""
-    for name in given(s):
-        if name not in (*SHARED, 'compare', 'recipes', 'seeds', 'seed', 'out'):
-            raise ValueError(f'{dashed(name)} does not go with --compare, whose rows set it themselves')
-    told = replace(s)                                          # without what the machine fills in
-    autocast = pick_machine(s)
-    told.preset, told.device = s.preset, s.device
-    clips = '' if s.data == 'shapes' else f'-{Path(s.data).name}'
-    folder, seeds, rows = Path(s.out or f'out/compare-{s.preset}{clips}'), range(s.seed, s.seed + (s.seeds or 3)), {}
-    names = rows_to_compare(s, folder, seeds)
-    begin_with(folder, {name: getattr(told, name) for name in SHARED})
-    for seed, name in itertools.product(seeds, names):
-        result, command = run_row(told, name, seed, folder)
-        rows.setdefault(name, dict(command=command, seeds=[]))['seeds'].append(result)
-    retrieval = rows.pop('retrieval', None)
-    s = replace(s, recipe='dense')
-    data, first = load_data(s), folder / f'seed{seeds[0]}'
-    timed = time_rows(s, first, list(rows), data, autocast)
-    if retrieval:
-        make = {name: lambda name=name: load_checkpoint(first / f'retrieval/{name}/ckpt.pt', s.device)[0]
-                for name in ('full', 'full-merging')}
-        retrieval['times'] = retrieval_times(
-            make, data.captions('train', 0, s.batch, s.device), clock(s.device)[1], autocast, s)
+def table_of(rows: dict, columns) -> str:
+    """Results in Markdown; times, memory and speed as they are, and as a share of the first row."""
+    lines, first = [['recipe', *columns]], next(iter(rows.values()))
     for name, row in rows.items():
-        row.update(summarize(row['seeds']), **timed[name])
-        if name not in ('dense', 'blind'):
-            clip_picture(s, folder, f'seed{seeds[0]}/{name}', data)
-    report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
-                  seeds=list(seeds), rows=rows, retrieval=retrieval, claims=claims(rows, retrieval))
-    draw_pareto(rows, folder / 'results.png')
-    text = write_report(report)
-    write_whole(folder / 'results.md', text)
-    write_json(folder / 'results.json', report)
-    print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, a picture of one clip for every method')
+        lines.append([name])
+        for key in columns:
+            value = row.get(key)
+            if value is None:
+                text = ''
+            elif isinstance(value, list):
+                text = ' '.join(f'{n:g}' for n in (value if len({*value}) > 1 else value[:1]))
+            elif key in ('accuracy', 'fluency') or key.endswith('pairs'):
+                text = f'{100 * value:.1f} %'
+            elif key.endswith(('_ms', '_mb', '_s', '_kb', 'gflops')) and first.get(key):
+                text = f'{value:.3g} ({value / first[key]:.2f})'
+            else:
+                text = f'{value:.4g}'
+            lines[-1].append(text)
+    return markdown(lines)
 
 
-def summarize(results: list) -> dict:
-    """Mean and standard deviation over seeds of what a row's runs measured."""
-    accuracy, mean = [r['accuracy'] for r in results], lambda of: statistics.mean(map(of, results))
-    types = {name: mean(lambda r: r['accuracy_by_type'][name]) for name in results[0]['accuracy_by_type']}
-    return dict(accuracy=statistics.mean(accuracy), std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0,
-                by_type=types, layers=[round(statistics.mean(layer), 1) for layer in
-                                       zip(*(r['vision_by_layer'] for r in results))],
-                chance=results[0]['chance'], vision_tokens=results[0]['vision_tokens'], learns=results[0]['learns'],
-                **{key: mean(lambda r: r[key]) for key in (
-                    'gflops', 'decoder_gflops', 'paper_share', 'tok_density', 'blind_accuracy')})
+def rows_of(s) -> list:
+    """The rows that --rows names, or all, and what they begin with."""
+    asked = s.rows.split(',') if s.rows else [*RECIPES]
+    for name in asked:
+        if name not in RECIPES:
+            raise ValueError(f'--rows: {name!r} is none of {", ".join(RECIPES)}')
+    if s.data != 'shapes' and not s.rows:
+        asked = [name for name in asked if RECIPES[name].task is Questions]
+    begun = {RECIPES[name].begins for name in asked}
+    return [name for name in RECIPES if name in asked or name in begun]
 
 
-def clip_picture(s: Settings, folder: Path, name: str, data):
-    """What a row's model makes of one held-out clip, the same for all: NAME.png beside the tables."""
-    model, batch = load_checkpoint(folder / name / 'ckpt.pt', s.device)[0].eval(), data.batch('test', 0, 64, s.device)
-    b = liveliest(batch.video)
-    asked, _ = split_question(batch.text[b, 0], batch.targets[b, 0])
-    draw_clip(model, batch.video[b], asked[None], folder / Path(name).name,
-              f'{Path(name).name}: {say(asked, data.vocab)}')
+def run_bench(s):
+    """The rows of one task, untrained, by the same measurement that --compare makes after training."""
+    set_up(s)
+    kind = RECIPES[s.recipe].task
+    names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
+    data, frames = load_data(s)
+    make = {name: functools.partial(untrained, replace(s, recipe=name), data, frames) for name in names}
+    rows = measure(s, kind(s, data), make)
+    table = table_of(rows, ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])])
+    print(f'\n{table}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} rounds in turn; in '
+          'brackets: of the first row')
 
 
-def change(key):
-    """-0.42: so much less than the row it is compared with."""
-    return lambda row, base: share(key)(row, base) - 1
+# What a paper says of its method: paper, row here, the row it is compared with, what, the paper's figure, how
+# it is measured (see MEASURES), on which key of the rows' results, and the bound of what reaches it.
+CLAIMS = [
+    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'training time', '-42 %', 'change', 'step_ms', -0.42),
+    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'training memory', '-30 %', 'change', 'memory_mb', -0.30),
+    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'accuracy, within 0.5 points', '0', 'points', 'accuracy', -0.5),
+    ('gamma-MoD', 'gamma', 'dense', 'training time', '-31.0 %', 'change', 'step_ms', -0.31),
+    ('gamma-MoD', 'gamma', 'dense', 'throughput (first token)', '1.532 times', 'faster', 'first_ms', 1.532),
+    ('gamma-MoD', 'gamma', 'dense', 'accuracy', '-1.5 %', 'points', 'accuracy', -1.5),
+    ('gamma-MoD', 'gamma', 'dense', 'layers converted', '> 90 % (code: 87.5 %)', 'value', 'converted', 0.875),
+    ('HoliTom', 'holitom-inner', 'dense', 'FLOPs by its formula', '6.9 %', 'value', 'paper_share', 0.069),
+    ('HoliTom', 'holitom-inner', 'dense', 'accuracy kept, untrained', '99.1 %', 'share', 'accuracy', 0.991),
+    ('HoliTom', 'holitom-inner', 'dense', 'time to first token', '2.28 times', 'faster', 'first_ms', 2.28),
+    ('HoliTom', 'holitom-inner', 'dense', 'decoding', '1.32 times', 'times', 'tokens_per_s', 1.32),
+    ('VQToken', 'vqtoken', 'dense', 'share of the tokens', '0.07 %', 'value', 'token_share', 0.0007),
+    ('VQToken', 'vqtoken', 'dense', 'accuracy', '-0.66 points', 'points', 'accuracy', -0.66),
+    ('B-VLLM', 'bvllm', 'uniform', 'questions about a moment', '+10 %', 'points', 'moment', 10),
+    ('TempMe', 'lora-merging', 'lora', 'output tokens', '-95 %', 'change', 'tokens', -0.95),
+    ('TempMe', 'lora-merging', 'lora', 'encoder FLOPs', '-51 %', 'change', 'gflops', -0.51),
+    ('TempMe', 'lora-merging', 'lora', 'R-Sum with LoRA', '+4.4 %', 'change', 'r_sum', 0.044),
+    ('TempMe', 'lora-merging', 'lora', 'weights that learn', '0.50 M, up to 1 %', 'value', 'learning', 0.01),
+    ('TempMe', 'retrieval', 'full', 'R-Sum, all weights', '+7.9 %', 'change', 'r_sum', 0.079),
+    ('TempMe', 'retrieval', 'full', 'encoding speed', '1.8 times', 'faster', 'encode_ms', 1.8),
+    ('TempMe', 'retrieval', 'full', 'training speed', '1.57 times', 'faster', 'step_ms', 1.57),
+    ('TempMe', 'retrieval', 'full', 'training memory', '75.2 %', 'share', 'memory_mb', 0.752)]
+MEASURES = {'change': (lambda a, b: a / b - 1, '{:+.1%}'), 'share': (lambda a, b: a / b, '{:.1%}'),
+            'times': (lambda a, b: a / b, '{:.2f} times'), 'faster': (lambda a, b: b / a, '{:.2f} times'),
+            'points': (lambda a, b: 100 * (a - b), '{:+.2f} points'), 'value': (lambda a, b: a, '{:.2%}')}
+SMALL_IS_GOOD = {'step_ms', 'memory_mb', 'paper_share', 'token_share', 'tokens', 'gflops', 'learning'}
 
 
-def share(key):
-    return lambda row, base: row[key] / max(base[key], 1e-9)
-
-
-def speed_up(key):
-    """2.28: so many times as fast, of a time."""
-    return lambda row, base: base[key] / row[key]
-
-
-def points(row, base) -> float:
-    return 100 * (row['accuracy'] - base['accuracy'])
-
-
-def moment_points(row, base):
-    """Percentage points of questions about a moment; None where the data have none."""
-    return 100 * (row['by_type']['moment'] - base['by_type']['moment']) if 'moment' in row['by_type'] else None
-
-
-def token_share(row, base) -> float:
-    return row['layers'][0] / row['vision_tokens']
-
-
-def converted(row, base) -> float:
-    """Share of the layers that process fewer vision tokens than there are."""
-    return sum(n < row['vision_tokens'] for n in row['layers']) / len(row['layers'])
-
-
-SMALL = 'a clip has {vision_tokens} vision tokens here, thousands in the paper'
-SHORT = f'a row is trained for {DERIVED:.0%} of the dense steps'
-BRIEF = 'the towers are adapted for some hundred steps'
-CLAIMS = [     # paper, row, compared with; claim, the paper's figure, ours, from where on it is reached, else why not
-    ('VideoLLM-MoD', 'mod-all-deep', 'dense', [
-        ('training time', '-42 %', change('step_ms'), '{:+.1%}', le, -0.42, SMALL),
-        ('training memory', '-30 %', change('memory_mb'), '{:+.1%}', le, -0.30, SMALL),
-        ('accuracy kept, within 0.5 points', '0', points, '{:+.2f} points', ge, -0.5, SHORT)]),
-    ('gamma-MoD', 'gamma-mod', 'dense', [
-        ('training time', '-31.0 %', change('step_ms'), '{:+.1%}', le, -0.31, SMALL),
-        ('throughput (ours: to the first token)', '+53.2 %', lambda row, base: base['first_ms'] / row['first_ms'] - 1,
-         '{:+.1%}', ge, 0.532, SMALL),
-        ('accuracy', '-1.5 %', points, '{:+.2f} points', ge, -1.5, SHORT),
-        ('layers converted', '> 90 % (its code: 87.5 %)', converted, '{:.1%}', ge, 0.875,
-         'the last layer stays dense')]),
-    ('HoliTom', 'holitom-untrained', 'dense', [
-        ('FLOPs by its formula', '6.9 %', lambda row, base: row['paper_share'], '{:.1%}', le, 0.069, SMALL),
-        ('accuracy kept, untrained', '99.1 %', share('accuracy'), '{:.1%}', ge, 0.991, SMALL),
-        ('time to first token', '2.28 times', speed_up('first_ms'), '{:.2f} times', ge, 2.28, SMALL),
-        ('decoding', '1.32 times', share('tokens_per_s'), '{:.2f} times', ge, 1.32, SMALL)]),
-    ('VQToken', 'vqtoken', 'dense', [
-        ('share of the tokens', '0.07 %', token_share, '{:.2%}', le, 0.0007, SMALL),
-        ('accuracy', '-0.66 points', points, '{:+.2f} points', ge, -0.66, SHORT)]),
-    ('B-VLLM', 'bvllm', 'uniform', [
-        ('questions about a moment, against uniform frames', '+10 %', moment_points, '{:+.1f} points', ge, 10, SHORT)]),
-    ('TempMe', 'lora-merging', 'lora', [
-        ('output tokens', '-95 %', change('tokens'), '{:+.1%}', le, -0.95, SMALL),
-        ('encoder FLOPs', '-51 % (against an earlier method)', change('gflops'), '{:+.1%}', le, -0.51, SMALL),
-        ('R-Sum with LoRA', '+4.4 %', change('r_sum'), '{:+.1%}', ge, 0.044, BRIEF),
-        ('parameters that learn, at most 1 %', '0.50 M', lambda row, base: row['learns'] / row['parameters'],
-         '{:.2%}', le, 0.01, 'the model is a hundred times as small')]),
-    ('TempMe', 'full-merging', 'full', [
-        ('R-Sum, all weights', '+7.9 %', change('r_sum'), '{:+.1%}', ge, 0.079, BRIEF),
-        ('encoding speed', '1.8 times', speed_up('encode_s'), '{:.2f} times', ge, 1.8, SMALL),
-        ('training speed', '1.57 times', speed_up('step_s'), '{:.2f} times', ge, 1.57, SMALL),
-        ('training memory', '75.2 %', share('memory_mb'), '{:.1%}', le, 0.752, SMALL)])]
-
-
-def stage_rows(retrieval: dict) -> dict:
-    """The stages of the retrieval recipe, means over its seeds, and the times of those that were timed."""
-    rows = {}
-    for name, first in retrieval['seeds'][0].items():
-        rows[name] = dict(tokens=first['vision_by_layer'][-1], **{
-            key: statistics.mean(seed[name][key] for seed in retrieval['seeds'])
-            for key in ('gflops', 'r_sum', 'accuracy', 'learns', 'parameters')})
-    for name, measured in retrieval['times'].items():
-        rows[name].update(zip(('encode_s', 'step_s', 'memory_mb'), measured))
-    return rows
-
-
-def claims(rows: dict, retrieval) -> list:
-    """[paper, what, its figure, ours, reached, why not]: of the rows that there are."""
-    made, N = [], rows['dense']['vision_tokens']
-    rows = {**rows, **(stage_rows(retrieval) if retrieval else {})}
-    for paper, name, base, said in CLAIMS:
-        for what, figure, measure, shown, reaches, bound, why in said if name in rows and base in rows else []:
-            ours = measure(rows[name], rows[base])
-            if ours is not None:
-                reached = reaches(ours, bound)
-                made.append([paper, what, figure, shown.format(ours), reached,
-                             '' if reached else why.format(vision_tokens=N)])
+def claims(rows: dict) -> list:
+    """[paper, what, its figure, ours, reached], of the claims whose rows there are."""
+    made = []
+    for paper, row, base, what, figure, how, key, bound in CLAIMS:
+        a, b = rows.get(row, {}).get(key), rows.get(base, {}).get(key)
+        if a is None or (b is None and how != 'value'):
+            continue
+        ours = MEASURES[how][0](a, b or 1e-9)
+        reached = ours <= bound if key in SMALL_IS_GOOD and how != 'faster' else ours >= bound
+        made.append([paper, what, figure, MEASURES[how][1].format(ours), reached])
     return made
 
 
+def summarize(results: list) -> dict:
+    """Means over seeds of what a row's runs measured, and what the claims want of them."""
+    first, mean = results[0], lambda get: statistics.mean(map(get, results))
+    row = {key: mean(lambda r: r[key]) for key, value in first.items()
+           if isinstance(value, float) and key not in ('step_ms', 'peak_memory_mb')}
+    accuracy, N = [r['accuracy'] for r in results], first['vision_tokens']
+    layers = [statistics.mean(layer) for layer in zip(*(r['vision_by_layer'] for r in results))]
+    layers = [round(n, 1) for n in layers]
+    row.update(std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0, learns=first['learns'],
+               learning=first['learns'] / first['parameters'], tokens=first['vision_by_layer'][-1],
+               vision_tokens=N, vision_by_layer=layers)
+    if 'accuracy_by_type' in first:
+        by_type = {name: mean(lambda r: r['accuracy_by_type'][name]) for name in first['accuracy_by_type']}
+        row.update(by_type=by_type, moment=by_type.get('moment'), token_share=layers[0] / N,
+                   converted=sum(n < N for n in layers) / len(layers))
+    return row
+
+
+def model_of(s, name: str) -> dict:
+    """Those options of the model that mean something to the task of a row."""
+    return {key: value for key, value in s.model.items() if key not in RECIPES[name].task.without}
+
+
+def run_row(s, name: str, seed: int, folder: Path):
+    """One row of a comparison, trained, gone on with, or finished before -> its result, its command."""
+    recipe, here, model = RECIPES[name], folder / f'seed{seed}', model_of(s, name)
+    steps = recipe.share * (s.steps or RUNS[s.preset][recipe.task.kind][1])
+    flags = dict(recipe=name, preset=s.preset, seed=seed, steps=max(1, round(steps)) if recipe.share else 0,
+                 init_from=str(here / recipe.begins) if recipe.begins else '')
+    if not (here / name / 'result.json').exists():
+        print(f'\n== {name}, seed {seed}')
+    said = [word for key, value in {**flags, **model}.items() if value not in ('', 0) or key == 'seed'
+            for word in (dashed(key), str(value))]
+    row = replace(s, **flags, out=str(here / name), model=model, compare=False, rows='', seeds=0)
+    return finish(row), shlex.join(['python', 'train_tiny.py', *said])
+
+
+def run_compare(s):
+    """--compare: train what is missing, time all rows of a task in turn, write tables and pictures."""
+    told = replace(s)                                          # without what the machine fills in
+    set_up(s)
+    told.preset, told.device = s.preset, s.device
+    folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{Path(s.data).name}')
+    (data, frames), asked, rows = load_data(s), rows_of(s), {}
+    for name in asked:                                         # refuses what does not fit, before training
+        if not (folder / f'seed{s.seed}/{name}/result.json').exists():
+            untrained(replace(s, recipe=name, model=model_of(s, name)), data, frames)
+    begin_with(folder, {k: v for k, v in asdict(told).items() if k not in ('out', 'rows', 'seeds')})
+    seeds = range(s.seed, s.seed + (s.seeds or 3))
+    done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
+    for name in [name for name in RECIPES if name in asked or done(name)]:
+        results, commands = zip(*(run_row(told, name, seed, folder) for seed in seeds))
+        rows[name] = dict(summarize(results), command=commands[0])
+    for kind in dict.fromkeys(RECIPES[name].task for name in rows):
+        s.recipe, *_ = names = [name for name in rows if RECIPES[name].task is kind]
+        s.batch = told.batch or RUNS[s.preset][kind.kind][0]
+        load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
+        task = kind(s, data)
+        for name, found in measure(s, task, {name: functools.partial(load, name) for name in names}).items():
+            rows[name] = {**found, **rows[name]}
+            if kind is Questions:
+                video, text, targets = task.liveliest()
+                asked, _ = split_question(text[0], targets[0])
+                title = f'{name}: {in_words(asked, task.vocab)}'
+                draw_clip(load(name).eval(), video, asked[None], folder / name, title)
+    report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
+                  seeds=list(seeds), rows=rows, claims=claims(rows))
+    text = write_report(report)
+    if len(rows) > 1 and 'dense' in rows:
+        draw_pareto({name: row for name, row in rows.items() if 'first_ms' in row}, folder / 'results.png')
+    write_whole(folder / 'results.md', text)
+    write_whole(folder / 'results.json', json.dumps(report, indent=1))
+    print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, one clip as every method sees it')
+
+
+def begin_with(folder: Path, asked: dict):
+    """Note what the runs in a folder are made with. ValueError: they were begun with something else."""
+    path, asked = folder / 'asked.json', json.loads(json.dumps(asked))         # lists, as they are read again
+    before = read_json(path) if path.exists() else asked
+    for name in asked:
+        if before.get(name) != asked[name]:
+            raise ValueError(f'{folder} was begun with {dashed(name)} {before.get(name)}, not {asked[name]}; '
+                             'name another folder with --out')
+    if not path.exists() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f'--out {folder} exists, and no comparison was begun in it; name another folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(asked, indent=1))
+
+
 def write_report(report: dict) -> str:
-    """Both tables in Markdown."""
-    rows, dense = report['rows'], report['rows']['dense']
-    head = ['recipe', 'accuracy', *dense['by_type'], 'vision tokens by layer', 'decoder GFLOPs', 'GFLOPs', 'step ms',
-            'clips/s', 'memory MB', 'first token ms', 'tokens/s', 'TokDense', 'learns', 'command']
-    percent = lambda x: f'{100 * x:.1f}'
-    against = lambda row, key: f'{row[key]:.1f} ({row[key] / dense[key]:.2f})'
-    spread = lambda row: f' ± {percent(row["std"])}' if len(report['seeds']) > 1 else ''
-    lines = [head, ['---'] * len(head)]
-    for name, row in rows.items():
-        lines.append([
-            name, percent(row['accuracy']) + spread(row), *map(percent, row['by_type'].values()),
-            ' '.join(f'{n:g}' for n in row['layers']), f'{row["decoder_gflops"]:.3f}', f'{row["gflops"]:.3f}',
-            *(against(row, key) for key in ('step_ms', 'clips_per_s', 'memory_mb', 'first_ms', 'tokens_per_s')),
-            f'{row["tok_density"]:.2f}', f'{row["learns"]:,}', f'`{row["command"]}`'])
-    lines.append(['chance', percent(dense['chance']), *[''] * (len(head) - 2)])
-    table = lambda lines: ['| ' + ' | '.join(line) + ' |' for line in lines]
-    out = [f'{report["device"]}, torch {report["torch"]}, {report["dtype"]}, preset {report["preset"]}, '
-           f'seeds {report["seeds"]}; in brackets: against dense in the same run; times and commands: of the first '
-           'seed', '', *table(lines)]
-    out += ['', *table([['paper', 'claim', 'its figure', 'here', 'reached', 'why not'], ['---'] * 6,
-                        *([*line[:4], 'yes' if line[4] else 'no', line[5]] for line in report['claims'])])]
-    if report['retrieval']:
-        out += ['', f'retrieval: `{report["retrieval"]["command"]}`', '']
-        out += [f'- {name}: R@1 {percent(r["accuracy"])}, R-Sum {r["r_sum"]:.1f}, {r["gflops"]:.3f} GFLOPs, '
-                f'{r["learns"]:,.0f} parameters learn' for name, r in stage_rows(report['retrieval']).items()]
-    return '\n'.join(out) + '\n'
+    """In Markdown: a table for each task, the claims, the commands."""
+    rows, out = report['rows'], []
+    for kind in dict.fromkeys(RECIPES[name].task for name in rows):
+        own = {name: row for name, row in rows.items() if RECIPES[name].task is kind}
+        types = [*next(iter(own.values())).get('by_type', {})]
+        columns = ['accuracy', 'std', *(f'{name} %' for name in types), 'vision_by_layer', *kind.columns[1:]]
+        for name, row in own.items():
+            points = {f'{name} %': 100 * row['by_type'][name] for name in types}
+            own[name] = dict(row, std=100 * row['std'], **points)
+        out += [table_of(own, [*columns, 'learns']), '']
+    out += [markdown([['paper', 'claim', 'its figure', 'here', 'reached'],
+                      *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])]), '']
+    out += [f'- {name}: `{row["command"]}`' for name, row in rows.items()]
+    head = '{device}, torch {torch}, {dtype}, preset {preset}, seeds {seeds}'.format(**report)
+    head += '; std in points; times and commands of the first seed; in brackets: of the first row\n'
+    return '\n'.join([head, *out, ''])
 
 
-def draw_pareto(rows: dict, path: Path, width: int = 720, height: int = 420):
-    """Accuracy (by the logarithm of the error) over the measured time to the first token, as a share of dense; the
-    front that nothing beats."""
-    image = Image.new('RGB', (width, height), 'white')
-    draw = ImageDraw.Draw(image)
-    points = {name: (row['first_ms'] / rows['dense']['first_ms'], row['accuracy']) for name, row in rows.items()
-              if name != 'blind'}
+def draw_pareto(rows: dict, path: Path):
+    """Accuracy (logarithm of the error) over time to the first token, and the front that nothing beats."""
+    points = {name: (row['first_ms'] / rows['dense']['first_ms'], row['accuracy'])
+              for name, row in rows.items() if not RECIPES[name].blind}
     rise = lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
-    low, high = (f(rise(y) for _, y in points.values()) for f in (min, max))
     left, right = (math.log(f(x for x, _ in points.values())) for f in (min, max))
+    low, high = (f(rise(y) for _, y in points.values()) for f in (min, max))
     left, right, low, high = left - 0.05, right + 0.5, low - 0.2, high + 0.1           # room for labels
-    place = lambda x, y: (50 + (width - 70) * (math.log(x) - left) / (right - left),
-                          20 + (height - 60) * (high - rise(y)) / (high - low))
-    for y in (0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995):
-        if low < rise(y) < high:
-            draw.line([place(math.exp(left), y), place(math.exp(right), y)], fill='#dddddd')
-            draw.text((4, place(1, y)[1] - 6), f'{y:.1%}', fill='#666666')
-    for i in range(5):
-        x = math.exp(left + (right - left) * i / 5)
-        draw.text((place(x, 0)[0] - 8, height - 34), f'{x:.2f}', fill='#666666')
+    marks = [0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995]
+    up = {(rise(y) - low) / (high - low): f'{y:.1%}' for y in marks if low < rise(y) < high}
+    image, draw, place = chart(
+        (720, 420), {i / 5: f'{math.exp(left + (right - left) * i / 5):.2f}' for i in range(5)}, up,
+        'time to the first token as a share of dense (log); red: nothing is faster and better')
+    at = lambda x, y: place((math.log(x) - left) / (right - left), (rise(y) - low) / (high - low))
     front = [p for p in sorted(points.values())
              if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points.values())]
-    draw.line([place(*p) for p in front], fill='#d03020', width=2)
-    written = []                                                               # where labels stand
-    for name, point in sorted(points.items(), key=lambda item: -item[1][1]):
-        x, y = place(*point)
+    draw.line([at(*p) for p in front], fill='#d03020', width=2)
+    label_y = 0
+    ranked = sorted(points.items(), key=lambda item: item[1][1])
+    for after, (name, point) in reversed([*enumerate(ranked)]):
+        x, y = at(*point)
+        # Beside its point, below the one before it, with room for those that are left.
+        label_y = min(max(label_y + 12, y - 6), 370 - 12 * after)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='#d03020' if point in front else '#2060d0')
-        label_y = y - 6
-        while any(abs(label_y - v) < 11 and u < x + 7 + 6 * len(name) and x < u + 7 + 6 * n for u, v, n in written):
-            label_y += 2                                                       # below those before it
-        written.append((x, label_y, len(name)))
-        draw.line([(x, y), (x + 6, label_y + 6)], fill='#999999')
-        draw.text((x + 7, label_y), name, fill='black')
-    draw.text((50, height - 18), 'time to the first token as a share of dense (log); red: nothing is faster and better',
-              fill='black')
+        draw.line([(x, y), (590, label_y + 6)], fill='#cccccc')
+        draw.text((592, label_y), name, fill='black')
     image.save(path)
+
+
+# ---- 7. Command line ---------------------------------------------------------------------------------------
+# The script's own flags are the fields of Settings. Those of the model are made from ModVideoConfig and from
+# the options of its parts, so that a class, its flags and their help cannot disagree.
+
+@dataclass
+class Settings:
+    """The script's own flags. 0, '' and 'auto': as preset, recipe or machine say."""
+    recipe: Annotated[str, 'what to train: a row of RECIPES, and first what it begins with'] = 'mod'
+    data: Annotated[str, "'shapes', the synthetic world, or a folder with clips.jsonl"] = 'shapes'
+    preset: Annotated[str, 'size of model and video'] = 'auto'
+    init_from: Annotated[str, 'run folder whose weights to begin with'] = ''
+    grid: Annotated[str, 'columns x rows of a clip that is a sheet of frames'] = '4x4'
+    steps: Annotated[int, "optimizer steps, 0 = the preset's share that the recipe says"] = 0
+    batch: Annotated[int, "clips a step, 0 = the preset's"] = 0
+    lr: Annotated[float, 'learning rate of the matrices; the rest learns at 3 % of it'] = 0.01
+    seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
+    device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
+    dtype: Annotated[str, 'of the matrix products'] = 'auto'
+    compile: Annotated[bool, 'torch.compile the model (a minute of waiting first, on a CPU several)'] = False
+    deterministic: Annotated[bool, 'the same numbers on every run, on CUDA too (slower)'] = False
+    out: Annotated[str, 'run folder, to write or to read the model from'] = ''
+    resume: Annotated[str, 'run folder to go on with, under its own settings'] = ''
+    ask: Annotated[list, 'about a GIF, WebP, sheet or folder of images; on the CPU'] = ()
+    stream: Annotated[str, 'a clip for a stream model to narrate, on the CPU'] = ''
+    question: Annotated[list, 'with --stream: asked after a frame, from 1 on'] = ()
+    theta: Annotated[float, 'of streams: stay silent while P(silence) is at least this'] = 0.5
+    find: Annotated[str, 'ranks the clips of --data by a retrieval model, on the CPU'] = ''
+    bench: Annotated[bool, "time and memory of all rows of the recipe's task, untrained"] = False
+    compare: Annotated[bool, 'a table of all rows, next to their papers; goes on where it stopped'] = False
+    rows: Annotated[str, "with --compare, --bench: rows such as dense,mod-all; '' = all"] = ''
+    seeds: Annotated[int, 'with --compare: how many, 0 = 3'] = 0
+    model: dict = field(default_factory=dict)      # options of the model that were given
+
+    def autocast(self):
+        """The context of forward passes."""
+        half = self.dtype == 'bfloat16'
+        return torch.autocast(self.device, torch.bfloat16) if half else nullcontext()
+
+
+CHOICES = dict(PARTS, recipe=RECIPES, preset=['auto', *PRESETS], device=['auto', 'cuda', 'mps', 'cpu'],
+               dtype=['auto', 'float32', 'bfloat16'])
+METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream='CLIP', find='SENTENCE')
+JOBS = ('ask', 'stream', 'find', 'bench', 'compare')
+TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
+APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
+         ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows')]
+
+
+def model_flags() -> dict:
+    """The options of the model, from ModVideoConfig and the classes of its parts: name -> type, help."""
+    flags = {f.name: get_args(f.type) for f in fields(ModVideoConfig) if get_args(f.type)}
+    for part, classes in PARTS.items():
+        for name, cls in classes.items():
+            for key, option in options_of(cls).items():
+                kind, text = get_args(option.annotation)
+                default = 'has to be given' if option.default is option.empty else option.default
+                text = f': {text} [{default}]'
+                _, before = flags.get(key, (kind, ''))
+                more = before.replace(text, f', {name}{text}')                 # several classes have it
+                flags[key] = kind, more if text in before else f'{before}; {part} {name}{text}'.lstrip('; ')
+    return flags
+
+
+def parse(argv) -> Settings:
+    """Command line -> Settings. With --resume, the run's own settings are the defaults."""
+    parser = argparse.ArgumentParser('train_tiny.py', description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f'train_tiny: {message} (--help lists the flags)\n')
+    jobs = parser.add_mutually_exclusive_group()
+    group = parser.add_argument_group('the model, where preset and recipe do not say what you want')
+    own = {f.name: f.default for f in fields(Settings) if get_args(f.type)}
+    flags = {f.name: get_args(f.type) for f in fields(Settings) if f.name in own}
+    for name, (kind, text) in {**flags, **model_flags()}.items():
+        default, choices = own.get(name, argparse.SUPPRESS), [*CHOICES[name]] if name in CHOICES else None
+        how = dict(type=kind, choices=choices, metavar=METAVARS.get(name))
+        if kind is bool:
+            how = dict(action='store_true')
+        if kind is list:
+            how = dict(nargs=2, metavar=METAVARS[name])
+        text += f' [{default}]' if name in own and default else ''
+        place = jobs if name in JOBS else parser if name in own else group
+        place.add_argument(dashed(name), default=default, help=text.replace('%', '%%'), **how)
+    said = vars(parser.parse_args(argv))
+    if said['resume']:
+        saved = read_json(Path(said['resume']) / 'config.json', 'settings', 'model')['settings']
+        parser.set_defaults(**{name: saved[name] for name in own if name in saved})
+        said = {**saved.get('model', {}), **vars(parser.parse_args(argv))}
+    s = Settings(**{name: said.pop(name) for name in own}, model=said)
+    check(s)
+    return s
+
+
+def dashed(name: str) -> str:
+    """The flag of a setting."""
+    return '--' + name.replace('_', '-')
+
+
+def parse_grid(text: str):
+    """'4x3' -> columns, rows."""
+    sides = text.lower().split('x')
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f'--grid wants COLUMNSxROWS, such as 4x4, got {text!r}')
+    return [int(side) for side in sides]
+
+
+def check(s: Settings):
+    """ValueError: values out of range, and flags that would do nothing."""
+    given = {f.name for f in fields(s) if getattr(s, f.name) not in (f.default, [])}
+    parse_grid(s.grid)
+    for name, value in {**vars(s), **s.model}.items():
+        least = int(name in (*PRESETS['tiny'], 'patch_size'))
+        if type(value) in (int, float) and not least <= value < 2 ** 31:       # NaN, too
+            raise ValueError(f'{dashed(name)} must be finite, at least {least}, below 2**31, got {value}')
+    if not 0 < s.theta < 1 or s.lr == 0:
+        raise ValueError(f'--theta must be between 0 and 1, --lr above 0, got {s.theta} and {s.lr}')
+    if s.question and not s.question[0].isdecimal():
+        raise ValueError(f'--question wants the number of a frame first, got {s.question[0]!r}')
+    if RECIPES[s.recipe].blind and s.batch == 1:
+        raise ValueError('--recipe blind shows another clip of the batch; wanted --batch 2 or more')
+    for name in [name for name in TOGETHER if name in given and not given & {*TOGETHER[name]}]:
+        raise ValueError(f'{dashed(name)} goes with {" or ".join(map(dashed, TOGETHER[name]))}')
+    for name, other, why in [rule for rule in APART if {*rule[:2]} <= given]:
+        raise ValueError(f'{dashed(name)} {why}; leave {dashed(other)} away')
+    if s.init_from and not RECIPES[s.recipe].begins and not s.resume:
+        raise ValueError(f'--recipe {s.recipe} begins from scratch; leave --init-from away, or name a row '
+                         'that begins with another, such as mod-all')
+
+
+def machine_name(device: str) -> str:
+    """The device, in words."""
+    name = {'cuda': torch.cuda.get_device_name, 'mps': lambda: 'Apple GPU',
+            'cpu': lambda: f'{torch.get_num_threads()} threads'}[device]()
+    return f'{device} ({name})'
+
+
+def set_up(s: Settings):
+    """Fill in device, dtype, preset, steps, batch, and say so."""
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if s.device == 'auto':
+        s.device = next(d for d in available if available[d])
+    if not available[s.device]:
+        raise ValueError(f'--device {s.device}: this machine has none, or this torch was built without it')
+    cuda, recipe = s.device == 'cuda', RECIPES[s.recipe]
+    if s.dtype == 'auto':
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        s.dtype = 'bfloat16' if native else 'float32'
+    if s.preset == 'auto':
+        s.preset = 'gpu' if cuda else 'cpu'
+    if not s.compare:
+        batch, steps = RUNS[s.preset][recipe.task.kind]
+        s.batch = s.batch or batch
+        s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * steps))
+    if s.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_cudnn_sdp(False)            # its backward is not deterministic
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()                   # of this run alone
+    print(f'{machine_name(s.device)}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, recipe '
+          f'{s.recipe}, seed {s.seed}')
+
+
+def kind_of(run: Path) -> str:
+    """The task that a run's model was trained for."""
+    try:
+        recipe = read_json(run / 'config.json', 'settings', 'model')['settings']['recipe']
+        return RECIPES[recipe].task.kind
+    except (ValueError, KeyError, TypeError, OSError):
+        return 'something else'
+
+
+def open_model(s: Settings, flag: str, kind: str, clip: str = ''):
+    """The run of --out, or the newest of this kind under out/ -> run, model, a clip as the model sees it."""
+    found = [path.parent for path in Path('out').glob('**/ckpt.pt') if kind_of(path.parent) == kind]
+    if not found and not s.out:
+        row = {'questions': '', 'streams': ' --recipe stream', 'retrieval': ' --recipe retrieval'}[kind]
+        raise ValueError(f'{flag} found no model for it under out/; train one first: python train_tiny.py'
+                         + row)
+    run = Path(s.out) if s.out else max(found, key=lambda run: (run / 'ckpt.pt').stat().st_mtime)
+    model, _ = load_checkpoint(run / 'ckpt.pt')
+    if kind_of(run) != kind:
+        raise ValueError(f'{flag}: the model of {run} was trained for {kind_of(run)}')
+    if not clip:
+        return run, model.eval(), None
+    c, frames = model.config, read_clip(clip, parse_grid(s.grid))
+    print(f'{run}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}, seen as {c.frames} of '
+          f'{c.frame_size}x{c.frame_size}')
+    return run, model.eval(), resample(frames, c.frames, c.frame_size).float() / 255     # (T, 3, size, size)
+
+
+@torch.no_grad()
+def run_ask(s: Settings):
+    """Answer one question about one clip: answer, probability, runners-up, what was looked at."""
+    run, model, video = open_model(s, '--ask', 'questions', s.ask[0])
+    vocab, question = model.config.vocab, s.ask[1].rstrip('?')
+    ids = torch.tensor(encode_question(question, vocab))                       # (L,)
+    answer = model.generate(video[None], ids[None, None], max_new_tokens=16)[0, 0]
+    answer = answer[:max(1, int((answer != PAD).sum()))]
+    whole, asked = torch.cat([ids, answer])[None, None], torch.tensor([[len(ids)]])
+    chances = F.softmax(model(video[None], whole, asked=asked)[0][0, 0, len(ids) - 1:], -1)  # (answer + 1, V)
+    chance, said = chances[:-1].gather(1, answer[:, None]).prod().item(), in_words(answer, vocab)
+    title, best = f'{question}? {said}   {chance:.1%}', chances[0].topk(min(4, len(vocab))).indices.tolist()
+    others = [f'{vocab[i]} {chances[0, i].item():.1%}' for i in best if i != answer[0]]
+    print(f'{title}\ninstead of {said.split()[0]}: ' + ', '.join(others[:3]))
+    path = run / f'ask-{Path(s.ask[0]).stem}'
+    draw_clip(model, video, ids[None], path, title)
+    print(f'what was looked at: {path}.png, {path}.gif')
+
+
+def run_stream(s: Settings):
+    """Let a model narrate a clip while it plays."""
+    run, model, video = open_model(s, '--stream', 'streams', s.stream)
+    asked = {int(s.question[0]): s.question[1].rstrip('?')} if s.question else {}
+    for frame, question in asked.items():
+        encode_question(question, model.config.vocab)                          # unknown words are named now
+        if not 1 <= frame <= len(video):
+            raise ValueError(f'--question: the frames are 1 to {len(video)}, got {frame}')
+    path = run / f'stream-{Path(s.stream).stem}.png'
+    narrate(model, video, path, s.theta, asked)
+    print(f'frames with the words below: {path}')
+
+
+def run_find(s: Settings):
+    """Rank clips of a folder, or 64 held-out ones of the synthetic world, by a sentence."""
+    run, model, _ = open_model(s, '--find', 'retrieval')
+    c = model.config
+    merge_lora(model)
+    if s.data == 'shapes':
+        batch = ShapeWorld(frames=c.frames, size=c.frame_size, seed=s.seed).captions('test', 0, 64)
+        video, names = batch.video, [in_words(ids, c.vocab) for ids in batch.text]
+    else:
+        rows = read_rows(Path(s.data))
+        grids = [row.get('grid', parse_grid(s.grid)) for row in rows]
+        clips = [read_clip(Path(s.data) / row['file'], grid) for row, grid in zip(rows, grids)]
+        video = torch.stack([resample(clip, c.frames, c.frame_size) for clip in clips]).float() / 255
+        names = [row['file'] for row in rows]
+    rank_clips(model, video, names, s.find, run / 'find.png')
+    print(f'the best of {len(names)} clips: {run / "find.png"}')
 
 
 def main(argv=None, began: float = None) -> int:
     """Returns the exit status: 0, or 2 after one sentence about what was wrong."""
     began = began or time.time()
+    for stream in (sys.stdout, sys.stderr):                    # a console may lack letters of an answer
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')
+    status = 2
     try:
+        torch.set_float32_matmul_precision('high')
         s = parse(argv)
-        if s.ask:
-            run_ask(s)
-        elif s.stream:
-            run_stream(s)
-        elif s.find:
-            run_find(s)
-        elif s.study:
-            run_study(s)
-        elif s.compare:
-            run_compare(s)
-        elif s.bench:
-            run_bench(s)
-        elif s.recipe == 'tempme':
-            run_tempme(s)
-        else:
-            run_training(s, began)
+        jobs = dict(ask=run_ask, stream=run_stream, find=run_find, bench=run_bench, compare=run_compare)
+        job = next((jobs[name] for name in JOBS if getattr(s, name)), None)
+        job(s) if job else run_recipe(s, began)
+        return 0
     except torch.cuda.OutOfMemoryError:
-        print('train_tiny: the GPU is out of memory; try a smaller --batch or --preset', file=sys.stderr)
-        return 2
+        message = 'the GPU is out of memory; try a smaller --batch or --preset'
+    except FileNotFoundError as error:
+        message = f'{error.filename} does not exist'
     except (ValueError, OSError) as error:
-        print(f'train_tiny: {error}', file=sys.stderr)
-        return 2
+        message = error
     except KeyboardInterrupt:
-        print('\ntrain_tiny: stopped; --resume RUN goes on from its last checkpoint', file=sys.stderr)
-        return 130
-    return 0
+        status, message = 130, 'stopped; --resume RUN goes on from its last checkpoint'
+    print(f'train_tiny: {message}', file=sys.stderr)
+    return status
 
 
 if __name__ == '__main__':

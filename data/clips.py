@@ -1,70 +1,101 @@
 # SPDX-License-Identifier: MIT-0
 """Real clips: read one clip of any size and length, or a folder of them with their questions.
 
-A clip is an animated GIF or WebP, a folder of images (frames in the order of their names), or a sheet: one
-still image that holds its frames in a grid, row by row. Frames count as evenly spaced in time, whatever durations
-the file gives. A folder of clips has a `clips.jsonl`, one object a line:
+A clip is an animated GIF, WebP or PNG, a folder of images, or a sheet. The images of a folder follow in the
+order of their names, digits as numbers. A sheet is one still image: its frames in a grid, row by row. Frames
+count as evenly spaced, whatever a file says. A folder of clips has a `clips.jsonl`, one object a line:
 
-    {"file": "0000.webp", "split": "train", "label": "left", "qa": [["which way does the car turn ?", "left"]]}
+    {"file": "0.webp", "split": "train", "label": "left", "qa": [["which way does the car turn ?", "left"]]}
 
-`file` is needed, and `qa` (or `caption`, which then answers `describe`). `split` is train, val or test; a test or
-val split that is missing is the last tenth of the training clips. `label` balances how often each kind of clip is
-drawn in training. `grid`: [columns, rows] of this sheet. Words are lower-cased, punctuation is dropped.
+`file` is needed, and `qa` or a `caption`, which answers `describe`. `split` is train, val or test. A missing
+test or val split is the last tenth of the training clips. `label` balances how often each kind of clip is
+drawn in training. `grid` is [columns, rows] of this sheet. Words are lower-cased, punctuation is dropped.
+Answers that would then be the same are refused.
 """
 import json
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 from torch.nn import functional as F
 
-from data.shapes import SPLITS, Batch, pack_text, seeded, table
+from data.shapes import SPLITS, Batch, check, pack_text, seeded, table
 
-IMAGES = {'.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp'}
+IMAGES = ['.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp']
+LIMIT = 2 ** 27            # pixels in all frames of a clip: 0.4 GB
+GRID_TAG = 0x010e          # the EXIF field in which save_clip notes the grid of a sheet
 
 
 def words(text: str) -> list:
-    """'Which way does it turn?' -> ['which', 'way', 'does', 'it', 'turn']."""
-    return re.findall(r"\w+(?:['-]\w+)*", text.lower())
+    """'Which way does it turn?' -> ['which', 'way', 'does', 'it', 'turn']. Accents and vowel signs stay."""
+    inside = lambda c: c in "_'-" or unicodedata.category(c)[0] in 'LMN'      # letters, marks, numbers
+    kept = ''.join(c if inside(c) else ' ' for c in text.lower()).split()
+    return [word.strip("'-") for word in kept if word.strip("'-")]
 
 
 def read_clip(path, grid=(4, 4)) -> torch.Tensor:
     """All frames of a clip: (n, 3, height, width) uint8. grid: columns and rows of a sheet."""
-    path, (columns, rows) = Path(path), grid
+    path = Path(path)
     if path.is_dir():
-        frames = [read_image(f)[0] for f in sorted(path.iterdir()) if f.suffix.lower() in IMAGES]
-        if not frames:
-            raise ValueError(f'{path}: the folder holds no image, wanted one for each frame')
+        files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != '.' and f.is_file()]
+        parts = lambda f: [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', f.name)]
+        frames = [read_image(f)[0][0] for f in sorted(files, key=parts)]
+        check(frames, f'{path}: the folder holds no image, wanted one ({", ".join(IMAGES)}) for each frame')
     else:
-        frames = read_image(path)
+        frames, noted = read_image(path)
+        columns, rows = noted or grid
         if len(frames) == 1 and path.suffix.lower() != '.gif':    # a sheet
             height, width, _ = frames[0].shape
-            if width % columns or height % rows:
-                raise ValueError(f'{path}: a sheet of {width}x{height} pixels does not divide into {columns}x{rows} '
-                                 'frames; say how it is laid out with --grid, or "grid" in clips.jsonl')
+            check(width % columns == height % rows == 0,
+                  f'{path}: a sheet of {width}x{height} pixels does not divide into {columns}x{rows} frames; '
+                  'say how it is laid out with --grid, or "grid" in clips.jsonl')
             frames = [cell for row in np.split(frames[0], rows) for cell in np.split(row, columns, axis=1)]
-    if len({f.shape for f in frames}) > 1:
-        raise ValueError(f'{path}: its frames differ in size, wanted one size')
+    check(len({f.shape for f in frames}) == 1, f'{path}: its frames differ in size, wanted one size')
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-def read_image(path: Path) -> list:
-    """The frames of one image file: a list of (height, width, 3) uint8 arrays."""
+def read_image(path: Path):
+    """Frames of one image file, a list of (height, width, 3) uint8, and the grid noted in it, or None."""
+    check(path.exists(), f'{path}: no such file or folder')
+    check(path.is_file(), f'{path}: neither a file nor a folder')
+    check(path.stat().st_size, f'{path}: the file is empty, wanted an image')
     try:
         with Image.open(path) as image:
-            return [np.asarray(frame.convert('RGB')) for frame in ImageSequence.Iterator(image)]
-    except FileNotFoundError:
-        raise ValueError(f'{path}: no such file or folder') from None
+            pixels = image.width * image.height * getattr(image, 'n_frames', 1)
+            check(pixels <= LIMIT, f'{pixels:,} pixels in all, wanted at most {LIMIT:,}; make it smaller')
+            noted = re.fullmatch(r'([1-9]\d{0,3})x([1-9]\d{0,3})', str(image.getexif().get(GRID_TAG, '')))
+            frames = [as_shown(frame) for frame in ImageSequence.Iterator(image)]
+            poster = len(frames) > 1 and getattr(image, 'default_image', False)       # of an animated PNG
+            return frames[poster:], noted and tuple(map(int, noted.groups()))
     except Exception as error:                                    # Pillow raises many kinds
-        reason = f'not a readable image ({error})' if path.stat().st_size else 'the file is empty, wanted an image'
-        raise ValueError(f'{path}: {reason}') from None
+        raise ValueError(f'{path}: not a readable image ({error})') from None
+
+
+def as_shown(frame: Image.Image) -> np.ndarray:
+    """A frame as a viewer shows it: (height, width, 3) uint8, upright, on black, 16 bits of grey as 8."""
+    frame = ImageOps.exif_transpose(frame)
+    if frame.mode[0] in 'IF':
+        frame = Image.fromarray((np.asarray(frame).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if frame.has_transparency_data:
+        frame = frame.convert('RGBA')
+        frame = Image.alpha_composite(Image.new('RGBA', frame.size, (0, 0, 0, 255)), frame)
+    return np.array(frame.convert('RGB'))
+
+
+def save_clip(video: torch.Tensor, path):
+    """Write (T, 3, height, width) in [0, 1] as a sheet in a row. Lossless: read_clip reads the very same."""
+    row = (video.cpu() * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)    # (height, T * width, 3)
+    exif = Image.Exif()
+    exif[GRID_TAG] = f'{len(video)}x1'
+    Image.fromarray(row.numpy()).save(path, lossless=True, exif=exif)
 
 
 def resample(clip: torch.Tensor, frames: int, size: int) -> torch.Tensor:
-    """(n, 3, height, width) -> (frames, 3, size, size) uint8: evenly spaced frames, the largest central square."""
+    """(n, 3, height, width) -> (frames, 3, size, size) uint8: evenly spaced, the largest central square."""
     side = min(clip.shape[2:])
     top, left = ((n - side) // 2 for n in clip.shape[2:])
     clip = clip[torch.arange(frames) * len(clip) // frames, :, top:top + side, left:left + side].float()
@@ -74,11 +105,10 @@ def resample(clip: torch.Tensor, frames: int, size: int) -> torch.Tensor:
 def read_rows(folder: Path) -> list:
     """The objects of clips.jsonl, checked. ValueError names the file and the line."""
     path, rows = folder / 'clips.jsonl', []
-    if not path.exists():
-        reason = 'the folder holds no clips.jsonl' if folder.is_dir() else 'no such folder'
-        raise ValueError(f'--data {folder}: {reason}')
+    check(folder.is_dir(), f'--data {folder}: no such folder')
+    check(path.exists(), f'--data {folder}: the folder holds no clips.jsonl')
     try:
-        lines = path.read_text(encoding='utf-8-sig').splitlines()          # some editors put a mark in front
+        lines = path.read_text(encoding='utf-8-sig').split('\n')           # some editors put a mark in front
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8 text ({error})') from None
     for number, line in enumerate(lines, 1):
@@ -87,34 +117,42 @@ def read_rows(folder: Path) -> list:
         where = f'{path}, line {number}'
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f'{where}: not JSON ({error})') from None
-        if not isinstance(row, dict) or not isinstance(row.get('file'), str):
-            raise ValueError(f'{where}: wanted an object with "file", got {line[:60]}')
-        if row.get('split', 'train') not in SPLITS:
-            raise ValueError(f'{where}: split must be train, val or test, got {row["split"]!r}')
+        check(isinstance(row, dict) and isinstance(row.get('file'), str),
+              f'{where}: wanted an object with "file", got {line[:60]}')
+        check('\0' not in row['file'] and str(row.get('split', 'train')) in SPLITS,
+              f'{where}: split must be train, val or test, got {row.get("split", row["file"])!r}')
         grid = row.get('grid', [4, 4])
-        if not isinstance(grid, list) or [type(n) for n in grid] != [int, int] or min(grid) < 1:
-            raise ValueError(f'{where}: grid must be [columns, rows], got {grid!r}')
+        check(isinstance(grid, list) and [type(n) for n in grid] == [int, int] and min(grid) > 0,
+              f'{where}: grid must be [columns, rows], got {grid!r}')
         qa = row.setdefault('qa', [['describe', row.get('caption')]])
         pairs = isinstance(qa, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in qa)
-        if not qa or not pairs or not all(isinstance(s, str) and words(s) for pair in qa for s in pair):
-            raise ValueError(f'{where}: wanted "qa": [[question, answer], ...] or "caption"')
-        if not isinstance(row.get('label'), (str, int, float, type(None))):
-            raise ValueError(f'{where}: label must be a word or a number, got {row["label"]!r}')
+        check(qa and pairs and all(isinstance(s, str) and words(s) for pair in qa for s in pair),
+              f'{where}: wanted "qa": [[question, answer], ...] or "caption"')
+        check(isinstance(row.get('label'), (str, int, float, type(None))),
+              f'{where}: label must be a word or a number, got {row.get("label")!r}')
         rows.append(row)
-    if not rows:
-        raise ValueError(f'{path}: no clip is listed')
+    check(rows, f'{path}: no clip is listed')
     return rows
 
 
+def check_answers(folder: Path, answers: list):
+    """ValueError: answers that differ in more than case and punctuation are the same words to the model."""
+    seen = {}
+    for answer in answers:
+        plain = re.sub(r'[.,;:!?]+(?=\s|$)', ' ', answer.lower()).split()
+        other, words_of = seen.setdefault(tuple(words(answer)), (answer, plain))
+        check(words_of == plain, f'{folder}: the answers {other!r} and {answer!r} are the same words to the '
+                                 'model; write one of them otherwise, as in "minus 1"')
+
+
 class ClipFolder:
-    """A folder of clips with the interface of ShapeWorld: vocab, kinds, batch(split, step, batch_size, device)."""
+    """A folder of clips, used as ShapeWorld is: vocab, kinds, batch(split, step, batch_size, device)."""
 
     def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4), augment=True):
         folder, self.seed, self.augment = Path(folder), seed, augment
-        rows = read_rows(folder)
-        clips, changed = [], 0
+        rows, clips, changed = read_rows(folder), [], 0
         for row in rows:
             clip = read_clip(folder / row['file'], row.get('grid', grid))
             changed += clip.shape != (frames, 3, size, size)
@@ -123,26 +161,23 @@ class ClipFolder:
             print(f'{folder}: {changed} of {len(rows)} clips resampled to {frames} frames of {size}x{size}')
         self.video = torch.stack(clips)                           # (n, T, 3, size, size) uint8
         self.split = torch.tensor([SPLITS.index(row.get('split', 'train')) for row in rows])  # (n,)
-        for i, name in enumerate(SPLITS):                         # what is missing is cut off the training clips
+        for i, name in enumerate(SPLITS):
             train = self.members('train')
-            if not len(self.members(name)) and len(train) > 1:
+            if not len(self.members(name)):                       # then it is cut off the training clips
+                check(len(train) > 1,
+                      f'{folder}: no clip for the {name} split, it holds {len(rows)} clips in all')
                 self.split[train[-max(1, len(train) // 10):]] = i
-            if not len(self.members(name)):
-                raise ValueError(f'{folder}: no clip for the {name} split, it holds {len(rows)} clips in all')
-
-        labels, train = [row.get('label') for row in rows], self.members('train').tolist()
-        count = Counter(labels[i] for i in train)
-        self.weight = torch.tensor([1 / max(1, count[label]) for label in labels])  # (n,) labels share alike
-
-        asked, told = zip(*((words(q), words(a)) for row in rows for q, a in row['qa']))
-        self.vocab = ['<pad>', '<eos>', *sorted({word for text in asked + told for word in text})]
+        count = Counter(rows[i].get('label') for i in self.members('train'))      # all labels weigh alike
+        self.weight = torch.tensor([1 / max(1, count[row.get('label')]) for row in rows])     # (n,)
+        check_answers(folder, [answer for row in rows for _, answer in row['qa']])
+        asked, told = zip(*((words(q), [*words(a), '<eos>']) for row in rows for q, a in row['qa']))
+        self.vocab = ['<pad>', '<eos>', *sorted(set().union(*asked, *told) - {'<eos>'})]
         ids = {word: i for i, word in enumerate(self.vocab)}
-        answers = table([text + ['<eos>'] for text in told], ids)
-        self.text, self.targets = pack_text(table(asked, ids), answers)   # (questions of all clips, L)
+        self.text, self.targets = pack_text(table(asked, ids), table(told, ids))  # (all rows of qa, L)
         names = [' '.join(text) for text in asked]
         self.kinds = list(dict.fromkeys(names)) if len(set(names)) <= 12 else ['question']
         self.kind = torch.tensor([self.kinds.index(n) if n in self.kinds else 0 for n in names])
-        self.count = torch.tensor([len(row['qa']) for row in rows])       # (n,) questions of each clip
+        self.count = torch.tensor([len(row['qa']) for row in rows])       # (n,) questions about each clip
         self.first = self.count.cumsum(0) - self.count            # (n,) its first row of text
         self.most = int(self.count.max())                         # questions of one clip
         self.questions = min(questions, self.most)                # Q
@@ -152,11 +187,12 @@ class ClipFolder:
         return (self.split == SPLITS.index(split)).nonzero()[:, 0]
 
     def batch(self, split: str, step: int, batch_size: int, device='cpu') -> Batch:
-        """Training: seeded random clips, augmented. val and test: in order, each once; empty behind the end."""
-        generator, pick, order = seeded(self.seed, split, step), self.members(split), torch.arange(self.questions)
+        """Training: seeded random clips, augmented. val and test: in order, each once, then none."""
+        generator, pick = seeded(self.seed, split, step), self.members(split)
+        order = torch.arange(self.questions)                      # (Q,)
         if split == 'train':
             pick = pick[torch.multinomial(self.weight[pick], batch_size, True, generator=generator)]
-            order = torch.rand(batch_size, self.most, generator=generator).argsort(-1)[:, :self.questions]  # (B, Q)
+            order = torch.rand(batch_size, self.most, generator=generator).argsort(-1)[:, :self.questions]
         else:
             pick = pick[step * batch_size:(step + 1) * batch_size]        # (B,)
         row = self.first[pick, None] + order % self.count[pick, None]     # (B, Q) a short list is asked again
@@ -168,9 +204,9 @@ class ClipFolder:
 
 def shift_and_colour(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Move each clip by up to 8 % and change its brightness, contrast and tint, all frames alike."""
-    def rand(*shape): return torch.rand(len(video), *shape, generator=generator)
+    rand = lambda *shape: torch.rand(len(video), *shape, generator=generator)
     shift = 0.16 * (2 * rand(2, 1) - 1)                           # (B, 2, 1) half the frame is 1
-    gain, offset = 0.8 + 0.4 * rand(1, 3, 1, 1), 0.2 * rand(1, 1, 1, 1) - 0.1  # (B, 1, 3, 1, 1), (B, 1, 1, 1, 1)
+    gain, offset = 0.8 + 0.4 * rand(1, 3, 1, 1), 0.2 * rand(1, 1, 1, 1) - 0.1     # (B, 1, 3 or 1, 1, 1)
     theta = torch.cat([torch.eye(2).expand(len(video), 2, 2), shift], -1)  # (B, 2, 3)
     flat = video.flatten(1, 2)                                    # (B, T * 3, size, size)
     grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (B, size, size, 2)

@@ -4,8 +4,8 @@
     python data/donkeycar.py mycar/data data/drive --test-from 0.8
     python train_tiny.py --data data/drive
 
-Every clip is 16 frames, 0.1 s apart, on one sheet, together with its mirror image. Its label is what the driver did:
-left, right, straight, right-then-left or left-then-right, from the mean steering of its two halves.
+A clip is 16 frames, 0.1 s apart, on one sheet. Its mirror image is a clip too. Its label is what the driver
+did: left, right, straight, right-then-left or left-then-right, from the mean steering of its two halves.
 """
 import argparse
 import json
@@ -20,16 +20,21 @@ FRAMES, STRIDE, SIZE, STEP_MS = 16, 8, 64, 100
 
 def read_tub(tub: Path) -> list:
     """The records of a tub in order of time: [(milliseconds, image path, steering in [-1, 1])]."""
-    records = []
+    records, images, manifest = [], tub / 'images', tub / 'manifest.json'
+    last = manifest.read_text().strip().rsplit('\n', 1)[-1] if manifest.exists() else '{}'
+    try:
+        deleted = set(json.loads(last).get('deleted_indexes', ()))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f'{manifest}: its last line is not what a recording ends with ({error!r})') from None
     for catalog in sorted(tub.glob('catalog_*.catalog')):
         for number, line in enumerate(catalog.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
-                record = row['_timestamp_ms'], tub / 'images' / row['cam/image_array'], float(row['user/angle'])
-            except (ValueError, KeyError, TypeError) as error:
+                record = row['_timestamp_ms'], images / row['cam/image_array'], float(row['user/angle'])
+                if row.get('_index') not in deleted and record[1].exists():       # deleted ones stay listed
+                    records.append(record)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f'{catalog}, line {number}: not a record ({error!r})') from None
-            if record[1].exists():                                # deleted frames stay in the catalog
-                records.append(record)
     return sorted(records)
 
 
@@ -37,10 +42,9 @@ def cut_clips(records: list) -> list:
     """Lists of FRAMES records that are STEP_MS apart (no gap above twice that), one every STRIDE records."""
     run, clips = [], []
     for record in records:
-        gap = record[0] - run[-1][0] if run else STEP_MS
-        if gap > 2 * STEP_MS:
+        if run and record[0] - run[-1][0] > 2 * STEP_MS:
             run = []
-        if gap >= 0.9 * STEP_MS:                                  # thin a faster recording out
+        if not run or record[0] - run[-1][0] >= 0.9 * STEP_MS:    # thin a faster recording out
             run.append(record)
             if len(run) >= FRAMES and (len(run) - FRAMES) % STRIDE == 0:
                 clips.append(run[-FRAMES:])
@@ -51,14 +55,15 @@ def describe(angles: list, threshold: float) -> dict:
     """Label, caption and questions of a clip whose halves have these mean angles."""
     turns = ['left' if angle < 0 else 'right' for angle in angles if abs(angle) >= threshold]
     turns = list(dict.fromkeys(turns)) or ['straight']
-    way, caption = ' then '.join(turns), 'the car turns ' + ' and then '.join(turns)
-    return {'label': way.replace(' ', '-'), 'caption': 'the car drives straight on' if way == 'straight' else caption,
-            'qa': [['which way does the car turn ?', way], ['which way does it turn first ?', turns[0]],
-                   ['which way does it turn last ?', turns[-1]]]}
+    way = ' then '.join(turns)
+    text = 'the car drives straight on' if way == 'straight' else 'the car turns ' + ' and then '.join(turns)
+    return {'label': way.replace(' ', '-'), 'caption': text, 'qa': [
+        ['which way does the car turn ?', way], ['which way does it turn first ?', turns[0]],
+        ['which way does it turn last ?', turns[-1]]]}
 
 
 def write_clips(clips: list, out: Path, args) -> list:
-    """Write each clip and its mirror image as a sheet, and clips.jsonl; returns what stands in it."""
+    """Write each clip and its mirror image as a sheet, and clips.jsonl. Return what stands in it."""
     rows, half, seen = [], FRAMES // 2, set()
     out.mkdir()
     for i, clip in enumerate(clips):
@@ -80,11 +85,11 @@ def write_clips(clips: list, out: Path, args) -> list:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('tub', type=Path, help='folder of the recording')
     parser.add_argument('out', type=Path, help='folder to make')
-    parser.add_argument('--threshold', type=float, default=0.15, help='steering below this is straight [0.15]')
-    parser.add_argument('--test-from', type=float, default=0.8, help='from this share on it is for test [0.8]')
+    parser.add_argument('--threshold', type=float, default=0.15, help='steering below it is straight [0.15]')
+    parser.add_argument('--test-from', type=float, default=0.8, help='share at which test clips begin [0.8]')
     args = parser.parse_args(argv)
     try:
         if args.out.exists():

@@ -91,7 +91,7 @@ class ModVideoConfig:
     dim: Annotated[int, 'channels of the decoder'] = 96
     n_head: Annotated[int, 'attention heads of the decoder'] = 3
     placement: Annotated[str, 'which layers route: (interleaved, all)[-deep], none, or such as 1,3'] = 'none'
-    keep_ratio: Annotated[float, 'share of the vision tokens that a routed layer processes'] = 0.2
+    keep_ratio: Annotated[float, 'share of the vision tokens that a routed layer takes, rounded up'] = 0.2
     routing: Annotated[str, 'who selects: a router for each frame (frame), or another way'] = 'frame'
     reducer: Annotated[str, 'what makes vision tokens fewer before the decoder'] = 'none'
     stage: Annotated[str, 'what makes vision tokens fewer inside the decoder'] = 'none'
@@ -104,6 +104,9 @@ class ModVideoConfig:
     def __post_init__(self):
         if list(self.vocab[:2]) != ['<pad>', '<eos>']:
             raise ValueError(f"the vocabulary starts with {list(self.vocab[:2])}, wanted ['<pad>', '<eos>']")
+        sizes = {name: value for name, value in vars(self).items() if type(value) is int and name != 'window'}
+        if min(sizes.values()) < 1:
+            raise ValueError(f'sizes must be at least 1, got {sizes}')
         if self.patch_size % 4 or self.frame_size % self.patch_size:
             raise ValueError('patch_size must be a multiple of 4 that divides frame_size, '
                              f'got patch_size {self.patch_size} and frame_size {self.frame_size}')
@@ -234,7 +237,8 @@ class Attention(nn.Module):
             q = q.take_along_dim(row[:, None, None, None], 2)                  # (B, H, 1, D)
         score = (q @ k.mT / math.sqrt(q.size(-1))).float()
         if mask is None and self.causal:
-            mask = torch.ones(score.shape[2:], dtype=torch.bool, device=x.device).tril()
+            mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
+            mask = mask if row is None else mask[row][:, None, None]           # (B, 1, 1, S)
         return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1)
 
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
@@ -243,7 +247,7 @@ class Attention(nn.Module):
         mask: (S, S) or (B, 1, S, S), bool: True where a row sees a column; or float: added to the scores.
         """
         q, k, v = self.project(x, position)
-        if cache is not None:                                                  # which, once filled, masks
+        if cache is not None:                                          # a filled cache makes the mask itself
             k, v, seen = cache.extend(k, v, position)
             mask = mask if seen is None else seen
         return self.mix(q, k, v, mask)
@@ -289,8 +293,8 @@ class Encoded(NamedTuple):
     """What an encoder makes of clips."""
     tokens: Tensor               # (B*T, P, C); of an encoder that merges (B, M, C)
     saliency: Tensor = None      # (B*T, P) attention that each patch receives, if it was wanted
-    position: Tensor = None      # (B, M) and a Reduction: of an encoder that merges
-    reduction: tuple = None
+    position: Tensor = None      # (B, M): of an encoder that merges
+    reduction: tuple = None      # a Reduction of the patches: of an encoder that merges
 
 
 def keep_scale(layers: nn.Sequential):
@@ -315,7 +319,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, video: Tensor, previous: Tensor = None) -> Tensor:
         """video (B, T, 3, height, width) -> (B*T, P, C). previous (B, 1, 3, ...): the frame before it."""
-        frames = video - 0.45                                                  # (B, T, 3, height, width)
+        frames = video - 0.45                            # (B, T, 3, height, width) less an ordinary mean
         if self.channels == 6:
             before = video[:, :1] if previous is None else previous            # None: nothing changed
             change = video - torch.cat([before, video[:, :-1]], 1)             # (B, T, 3, height, width)
@@ -356,10 +360,10 @@ ENCODERS['plain'] = VisionEncoder
 # x + r f(x) for the selected, r = w·x (Raposo et al., arXiv 2404.02258, equation 1). VideoLLM-MoD (Wu et al.,
 # arXiv 2408.16730) chooses vision tokens, frame by frame: it looks across one frame and never at a later one,
 # so training, prefill and streaming choose alike.
-# needs sections 1, 2; MoDBlock works around any block that returns its update
+# needs sections 1, 2; MoDBlock works around any block(x, position, mask, cache) that returns its update
 
 GATES = {'raposo': lambda r: r,                      # from the score r to the factor of a token's update
-         'zero': lambda r: 1 + 0.2 * r.tanh()}       # with w = 0 at first: a dense model stays as it was
+         'zero': lambda r: 1 + 0.2 * r.tanh()}       # one at first, as w = 0: for layers that are trained
 
 
 class Route(NamedTuple):
@@ -391,9 +395,11 @@ class MoDBlock(nn.Module):
         update = self.update(chosen, route, place, mask_of(mask, route.index), cache)      # (B, K, C)
         return x.flatten(0, 1).index_add(0, row.flatten(), update.to(x.dtype).flatten(0, 1)).view_as(x)
 
-    def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache) -> Tensor:
         """The gated update of the routed tokens x (B, K, C)."""
-        return route.gate[..., None] * self.block(x, position, mask, cache) if x.size(1) else x
+        if x.size(1) == 0:                                             # a frame that skips the layer
+            return x
+        return route.gate[..., None] * self.block(x, position, mask, cache)
 
 
 def mask_of(mask: Tensor, index: Tensor):
@@ -402,7 +408,7 @@ def mask_of(mask: Tensor, index: Tensor):
         return None
     B, S = len(index), mask.size(-1)
     if mask.size(-2) != S or mask.numel() not in (S * S, B * S * S):
-        raise ValueError(f'mask must be (S, S) or (B, 1, S, S), got {tuple(mask.shape)}; a cache makes it')
+        raise ValueError(f'mask must be (S, S) or (B, 1, S, S), got {tuple(mask.shape)}; caches make it')
     sample = torch.arange(B, device=index.device)[:, None, None]
     return mask.reshape(-1, S, S).expand(B, S, S)[sample, index[..., None], index[:, None]][:, None]
 
@@ -424,15 +430,15 @@ class Router(nn.Module):
             return F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)
 
     def forward(self, x: Tensor, group: int, ratio: float, words: int = 0, forced: Tensor = None) -> Route:
-        """Select the best `capacity(ratio, n)` of each run of n vision tokens; words always go through.
+        """Select the best k = `capacity(ratio, n)` of each run of n vision tokens; words always go through.
 
-        x (B, S, C): `group` equal runs, then `words` of text. group = T: the best of each frame; group = 1:
-        the best of the clip (a later token can then push out an earlier one: offline use only). forced (N,)
-        bool: vision tokens that take part of their frame's k. Ties: the earlier token.
+        x (B, S, C): so many (group) runs, equally long, then `words` of text. group = T: the best of each
+        frame; group = 1: of the clip (a later token can then push out an earlier one: offline use only).
+        forced (N,) bool: tokens that are selected, and count in their run's k. Ties: the earlier token.
         """
         logits, N = self.score(x), x.size(1) - words                           # (B, S)
         index = select_tokens(logits.detach()[:, :N], group, capacity(ratio, N // group), forced)
-        gate = GATES[self.gate](logits.gather(1, index))                       # (B, K)
+        gate = GATES[self.gate](logits.gather(1, index))                       # (B, group * k)
         text = torch.arange(N, N + words, device=x.device).expand(len(x), -1)  # (B, words)
         return Route(torch.cat([index, text], 1), F.pad(gate, (0, words), value=1.0), logits)
 
@@ -496,7 +502,7 @@ class FrameRouting(nn.Module):
         return 0.0
 
 
-ROUTINGS['frame'] = FrameRouting
+ROUTINGS['frame'] = FrameRouting      # section 7 puts one in its place that takes fewer tokens, too
 
 # ---- 5. The model ------------------------------------------------------------------------------------------
 # Vision tokens stand first, in time order; the questions of a clip follow, all starting at position N; they
@@ -508,7 +514,7 @@ ROUTINGS['frame'] = FrameRouting
 class Reduced(NamedTuple):
     """What a reducer hands the decoder."""
     tokens: Tensor             # (B, M, C)
-    position: Tensor           # (B, M) int64, ascending: t*P + p; NEVER at padding. (M,): whole frames alone
+    position: Tensor           # (B, M) or (M,) int64, ascending: t*P + p; NEVER at padding
     reduction: tuple = None    # a Reduction of all N tokens; None: those at `position` stayed, no other
     loss: Tensor = 0.0         # added to the model's
     info: dict = {}            # what else a reader would look at
@@ -600,11 +606,12 @@ class ModVideo(nn.Module):
         else:
             saliency = encoded.saliency.view(B, T, -1) if self.reducer.wants_saliency else None
             reduced = self.reducer(x.view(B, T, -1, x.size(-1)), saliency)
+        tokens, place = reduced.tokens.to(x.dtype), reduced.position
+        if self.stage is not None or place.size(-1) != T * self.config.patches:
+            place = place.expand(tokens.shape[:2])                             # (B, M) some tokens are gone
         if self.stage is not None:
-            place = reduced.position.expand(reduced.tokens.shape[:2])          # (B, M)
-            tokens, place = (a.repeat_interleave(again, 0) for a in (reduced.tokens, place))
-            reduced = reduced._replace(tokens=tokens, position=place)          # (B*Q, M, C), (B*Q, M)
-        return reduced._replace(tokens=reduced.tokens.to(x.dtype))
+            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place))       # (B*Q, M, ...)
+        return reduced._replace(tokens=tokens, position=place)
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, asked: Tensor = None,
                 after: Tensor = None, decisions: Tensor = None):
@@ -621,7 +628,7 @@ class ModVideo(nn.Module):
             raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(text.shape)}')
         c, shape, T, L = self.config, text.shape, video.size(1), text.size(2)
         asked = (text != PAD).sum(-1) if asked is None else asked              # (B, Q)
-        if self.by_question:            # every question becomes a clip of its own: B * Q rows of one question
+        if self.by_question:            # every question becomes a clip: from here on B is B * Q, and Q is 1
             text, asked = text.reshape(-1, 1, L), asked.reshape(-1, 1)
         known = torch.arange(L, device=text.device) < asked.reshape(-1, 1)     # (B*Q, L) without the answer
         reduced = self.encode_video(video, question=text.flatten(0, 1).where(known, PAD))
@@ -630,12 +637,11 @@ class ModVideo(nn.Module):
         arrange = self.place_stream if c.streaming else self.place_questions
         position, mask = arrange(place, text, T, after)                        # of S = M + Q*L tokens
         x, aux = self.decode(x, position, M, mask, last=M - 1 + asked[:, 0])
-        x, aux['position'], aux['reduced'] = self.norm(x), position, reduced
-        x, spoken = x[:, :M], x[:, -text[0].numel():]                          # a stage may leave less than M
-        scores, wanted, weight = self.head(spoken).float(), targets, 1.0       # (B, Q*L, V)
+        aux.update(position=position, reduced=reduced)
+        scores, wanted, weight = self.next_word(x[:, -text[0].numel():]), targets, 1.0         # (B, Q*L, V)
         logits = scores.view(*shape, -1)
         if c.streaming:
-            aux['decisions'] = self.head(x[:, c.patches - 1::c.patches]).float()      # (B, T, V)
+            aux['decisions'] = self.next_word(x[:, c.patches - 1:M:c.patches]) # (B, T, V)
         if targets is None:
             return logits, None, aux
         if c.streaming:
@@ -702,6 +708,10 @@ class ModVideo(nn.Module):
         aux['routing_loss'] = self.routing.loss([*aux['routes'].values()])
         return x, aux
 
+    def next_word(self, x: Tensor) -> Tensor:
+        """States (..., C) -> logits of the word that follows each, (..., V) float32."""
+        return self.head(self.norm(x)).float()
+
     def read_words(self, words: Tensor, position: Tensor, caches: list, vision: Reduced = None):
         """Read words (B, L) int64, padded with 0 at the end, from `position` (B, 1) on, into the caches.
 
@@ -725,7 +735,7 @@ class ModVideo(nn.Module):
         """
         said = [ended[:, :0].long()]
         while len(said) <= most and not bool(ended.all()):                     # waits for the device
-            word = self.head(self.norm(state)).argmax(-1).masked_fill(ended, PAD)  # (B, 1)
+            word = self.next_word(state).argmax(-1).masked_fill(ended, PAD)    # (B, 1)
             said.append(word)
             ended = (word == EOS) | (word == PAD)
             state, position = self.read_words(word, position, caches)
@@ -778,7 +788,7 @@ class ModVideo(nn.Module):
             vision = self.encode_video(frame[:, None], previous)
             x, _ = self.decode(vision.tokens, position + vision.position, P, caches=caches)
             previous, position = frame[:, None], position + P
-            logits = self.head(self.norm(x[:, -1])).float()                    # (B, V)
+            logits = self.next_word(x[:, -1])                                  # (B, V)
             silence = logits.softmax(-1)[:, EOS]
             logits[:, [PAD, EOS]] = -math.inf
             word = torch.where(silence < theta, logits.argmax(-1), PAD)[:, None]   # (B, 1)
@@ -1081,7 +1091,7 @@ class RaggedRouter(Router):
 class RaggedBlock(MoDBlock):
     """A MoDBlock that takes the routes of a RaggedRouter: padding is seen by none and changes nothing."""
 
-    def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache) -> Tensor:
         if route.mask is not None:
             eye = torch.eye(x.size(1), dtype=torch.bool, device=x.device)
             mask = torch.ones_like(eye).tril() if mask is None else mask

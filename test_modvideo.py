@@ -213,6 +213,22 @@ def test_the_contract_of_every_way(way, tmp_path):
         assert all(p.grad.any() for p in part.parameters())
 
 
+def test_some_patches_of_each_frame_are_routed_frame_by_frame(monkeypatch):
+    """Catches positions that are alike in all clips taken for whole frames, so that frames compete."""
+    kept = torch.cat([torch.arange(16 * t + t % 2, 16 * t + 16 - 6 * (t == 3), 2) for t in range(4)])
+
+    class Checkers(mv.Reducer):
+        def forward(self, x, saliency=None, words=None, known=None):
+            return mv.Reduced(x.flatten(1, 2)[:, kept], kept)
+
+    monkeypatch.setitem(mv.REDUCERS, 'checkers', Checkers)
+    model, (video, text) = make(reducer='checkers'), sample()
+    for route in model(video, text)[2]['routes'].values():
+        frames = kept[route.index[0][route.index[0] < len(kept)]] // 16
+        assert frames.bincount().tolist() == [mv.capacity(0.2, n) for n in (kept // 16).bincount().tolist()]
+    assert torch.equal(model.generate(video, text, 1)[..., 0], model(video, text)[0][:, :, -1].argmax(-1))
+
+
 def chosen(part, name):
     """The arguments that choose one part of a model, with the options that it needs."""
     options = OPTIONS.get(name, {}) if part == 'reducer' else {}
@@ -668,7 +684,7 @@ def test_baselines_keep_to_the_budget():
     looked = model.encoder(video, None, True).saliency.view(2, -1)
     assert torch.equal(model.encode_video(video).position, looked.topk(20).indices.sort(1).values)
     position = make('none', reducer='uniform', budget=33).encode_video(video).position
-    assert (position // 16).tolist() == [1] * 16 + [3] * 16
+    assert (position // 16).tolist() == [[1] * 16 + [3] * 16] * 2
 
 
 def cases_of(file, prefix):

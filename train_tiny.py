@@ -1309,9 +1309,12 @@ APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 't
 def model_flags() -> dict:
     """The options of the model, from ModVideoConfig and the classes of its parts: name -> type, help."""
     flags = {f.name: get_args(f.type) for f in fields(ModVideoConfig) if get_args(f.type)}
+    taken = {f.name for cls in (Settings, ModVideoConfig) for f in fields(cls)}
     for part, classes in PARTS.items():
         for name, cls in classes.items():
             for key, option in options_of(cls).items():
+                if key in taken:
+                    raise ValueError(f'{part} {name}: its option {key} has the name of another flag')
                 kind, text = get_args(option.annotation)
                 default = 'has to be given' if option.default is option.empty else option.default
                 text = f': {text} [{default}]'

@@ -2390,13 +2390,16 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     (tmp_path / 'cut' / row / 'result.json').unlink()                          # cut while it evaluates
     again, _ = train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
     assert len(calls) == 6 and again['accuracy'] == whole['accuracy']
-    for name, file in (('dead', 'config.json'), ('mine', 'notes.txt')):        # dead: before a checkpoint
+    begun = (tmp_path / 'whole' / row / 'config.json').read_text()             # dead: before a checkpoint
+    folders = {'dead': ('config.json', begun), 'mine': ('notes.txt', '{}'), 'his': ('config.json', '{}')}
+    for name, (file, text) in folders.items():
         (tmp_path / name / row).mkdir(parents=True)
-        (tmp_path / name / row / file).write_text('{}')
+        (tmp_path / name / row / file).write_text(text)
     assert train_tiny.run_row(s, 'dense', 0, tmp_path / 'dead')[0]['accuracy'] == whole['accuracy']
-    with pytest.raises(ValueError, match='exists; name another folder'):
-        train_tiny.run_row(s, 'dense', 0, tmp_path / 'mine')
-    assert (tmp_path / 'mine' / row / 'notes.txt').read_text() == '{}'
+    for name, words in (('mine', 'name another folder'), ('his', 'not what a run wrote')):
+        with pytest.raises(ValueError, match=words):
+            train_tiny.run_row(s, 'dense', 0, tmp_path / name)
+        assert (tmp_path / name / row / folders[name][0]).read_text() == '{}'
 
 
 EDGES = {     # row: key: as good as the paper, and not; next to what its base has

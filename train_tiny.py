@@ -795,7 +795,9 @@ def finish(s) -> dict:
     if not (path / 'result.json').exists():
         if (path / 'ckpt.pt').exists():
             s = replace(s, resume=s.out, out='', init_from='')
-        elif path.is_dir() and {p.name.replace('.part', '') for p in path.iterdir()} <= Run.BEGUN:
+        elif (path / 'config.json').exists() and {
+                p.name.replace('.part', '') for p in path.iterdir()} <= Run.BEGUN:
+            read_json(path / 'config.json', 'settings', 'model')               # a stranger's is not touched
             shutil.rmtree(path)                                # what died before its first checkpoint
         run_recipe(replace(s))
     return read_json(path / 'result.json')

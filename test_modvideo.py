@@ -1703,6 +1703,15 @@ def write_sheet(path, frames):
     Image.fromarray(sheet.reshape(4 * frames.shape[1], -1, 3)).save(path)
 
 
+@pytest.mark.parametrize('T', [1, 7, 8, 600])
+def test_a_saved_clip_keeps_frames_in_which_nothing_happens(tmp_path, T):
+    """Catches equal neighbours stored as one, after which every later frame is seen too early."""
+    frames = torch.from_numpy(noise_frames(8, 12)).permute(0, 3, 1, 2)[:1].repeat(T, 1, 1, 1)
+    frames[T // 2:] = 255 - frames[T // 2:]
+    clips.save_clip(frames / 255, tmp_path / 'clip.webp')
+    assert torch.equal(clips.read_clip(tmp_path / 'clip.webp'), frames)
+
+
 def test_every_format_of_a_clip_gives_the_same_frames(tmp_path):
     """Catches frames out of order, a sheet read by columns, one picture of many, a clip without credit."""
     frames, tones = noise_frames(), 12 * torch.arange(16)

@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.clips import ClipFolder, read_clip, read_rows, resample, words
+from data.clips import ClipFolder, read_clip, read_rows, resample, save_clip, words
 from data.shapes import PROMPT, Batch, ShapeWorld
 from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCache, ModVideoConfig,
                       choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens,
@@ -905,13 +905,6 @@ def narrate(model, video, path: Path, theta: float, asked: dict):
         text = '\n'.join(row for line in [f'{t}', *lines] for row in textwrap.wrap(line, width // 7))
         ImageDraw.Draw(strip).text(((t - 1) * width + 2, sheet.height + 2), text, fill='black')
     strip.save(path)
-
-
-def save_clip(video, path: Path):
-    """Write (T, 3, height, width) in [0, 1] as an animated WebP, without loss."""
-    pixels = (video.permute(0, 2, 3, 1).cpu() * 255).round().byte().numpy()
-    first, *others = map(Image.fromarray, pixels)
-    first.save(path, save_all=True, append_images=others, duration=200, lossless=True)
 
 
 @torch.no_grad()

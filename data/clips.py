@@ -8,9 +8,8 @@ count as evenly spaced, whatever a file says. A folder of clips has a `clips.jso
     {"file": "0.webp", "split": "train", "label": "left", "qa": [["which way does the car turn ?", "left"]]}
 
 `file` is needed, and `qa` or a `caption`, which answers `describe`. `split` is train, val or test. A missing
-test or val split is the last tenth of the training clips. `label` balances how often each kind of clip is
-drawn in training. `grid` is [columns, rows] of this sheet. Words are lower-cased, punctuation is dropped.
-Answers that would then be the same are refused.
+test or val split is the last tenth of the training clips. In training all values of `label` weigh alike.
+`grid` is [columns, rows] of this sheet. Words lose case and punctuation; answers then the same are refused.
 """
 import json
 import re
@@ -87,11 +86,12 @@ def as_shown(frame: Image.Image) -> np.ndarray:
 
 
 def save_clip(video: torch.Tensor, path):
-    """Write (T, 3, height, width) in [0, 1] as a sheet in a row. Lossless: read_clip reads the very same."""
-    row = (video.cpu() * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)    # (height, T * width, 3)
-    exif = Image.Exif()
-    exif[GRID_TAG] = f'{len(video)}x1'
-    Image.fromarray(row.numpy()).save(path, lossless=True, exif=exif)
+    """Write (T, 3, height, width) in [0, 1] as a WebP sheet. Lossless: read_clip reads the very same."""
+    T, exif = len(video), Image.Exif()
+    rows = max(n for n in range(1, T + 1) if T % n == 0 and n * n <= T)       # no side too long for WebP
+    pixels = (video.cpu() * 255).round().byte().unflatten(0, (rows, -1)).permute(0, 3, 1, 4, 2)
+    exif[GRID_TAG] = f'{T // rows}x{rows}'       # pixels: (rows, height, columns, width, 3)
+    Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).numpy()).save(path, lossless=True, exif=exif)
 
 
 def resample(clip: torch.Tensor, frames: int, size: int) -> torch.Tensor:

@@ -492,10 +492,12 @@ class FrameRouting(nn.Module):
         """The Route of layer i for x (B, S, C), its first N tokens vision; None: all tokens go through."""
         if N == 0:                                                             # words alone
             return None
-        last = torch.arange(N, device=x.device) % self.patches == self.patches - 1             # (N,)
-        # The last token of a frame of a stream decides about speech.
-        forced = last if self.streaming else None
+        forced = self.deciding(torch.arange(N, device=x.device))
         return self.routers[str(i)](x, N // self.patches, self.keep_ratio, x.size(1) - N, forced)
+
+    def deciding(self, index: Tensor):
+        """Which of index (N,) decide about speech, (N,) bool: the last of each frame; None: no stream."""
+        return index % self.patches == self.patches - 1 if self.streaming else None
 
     def loss(self, routes: list):
         """What the routes of all layers add to the model's loss."""
@@ -665,8 +667,7 @@ class ModVideo(nn.Module):
         owner = torch.arange(Q, device=device).repeat_interleave(L)            # (Q*L,) the question of a word
         owner = F.pad(owner, (M, 0), value=-1)                                 # (S,) -1 = vision
         same = (owner == -1) | (owner == owner[:, None])                       # (S, S)
-        mask = (position[..., None, :] <= position[..., :, None]) & same       # (S, S) or (B, S, S)
-        return position, mask if place.dim() == 1 else mask[:, None]
+        return position, visible(position.view(-1, M + Q * L)) & same          # (1 or B, 1, S, S)
 
     def place_stream(self, place: Tensor, text: Tensor, T: int, after: Tensor = None):
         """The same for a stream: text (B, 1, L) stands between frames, and a window forgets the earlier ones.
@@ -2108,8 +2109,7 @@ class UniformRouting(FrameRouting):
         position = position.expand(x.shape[:2])[:, :N]                         # (B, N)
         place = torch.arange(N, device=x.device) % self.patches                # (N,) in its frame
         score = self.score(i, position, place).float().expand(len(x), N)       # (B, N)
-        last = place == self.patches - 1 if self.streaming else None
-        index = select_tokens(score, N // self.patches, self.k, last)
+        index = select_tokens(score, N // self.patches, self.k, self.deciding(place))
         words = torch.arange(N, x.size(1), device=x.device).expand(len(x), -1)
         index = torch.cat([index, words], 1)                                   # (B, K + words)
         return Route(index, torch.ones(index.shape, device=x.device), F.pad(score, (0, words.size(1))))

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from data.clips import ClipFolder, read_clip, read_rows, resample, save_clip, words
 from data.shapes import PROMPT, Batch, ShapeWorld
 from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCache, ModVideoConfig,
-                      choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens,
+                      block_flops, choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens,
                       encoder_flops, init_from, layer_ranks, load_checkpoint, merge_lora, num_params,
                       options_of, pack, save_checkpoint, token_density)
 
@@ -173,6 +173,12 @@ class Questions:
         change = (batch.video[:, 1:] - batch.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
         return [a[int(change.median(1).values.argmax())] for a in batch[:3]]
 
+    def liveliest_question(self):
+        """That clip (T, 3, height, width), its first question as ids (L,) and words, the answer in words."""
+        video, text, targets = self.liveliest()
+        asked, told = split_question(text[0], targets[0])
+        return video, asked, in_words(asked, self.vocab), in_words(told, self.vocab)
+
     def wanted(self, batch):
         """Which words the logits should choose."""
         return batch.targets
@@ -221,10 +227,10 @@ class Questions:
     def cost(self, model, clips: int = 8) -> dict:
         """Vision tokens of each layer and GFLOPs of a clip, mean over some.
 
-        paper_share: of dense, by the formula of papers that merge: 12 n C² + 2 n² C for n vision tokens.
+        paper_share: of dense, as papers that merge count it, the blocks on vision tokens alone.
         """
         c, found = model.config, []
-        paper = lambda tokens: sum(12 * n * c.dim ** 2 + 2 * n * n * c.dim for n in tokens)
+        paper = lambda tokens: sum(block_flops(n, c.dim) for n in tokens)
         for step in range(clips if c.merges else 1):
             batch = self.draw('train', step, 1)
             aux = self.forward(model.eval(), batch)[2]
@@ -279,10 +285,8 @@ class Questions:
                 wrong.append(f'  {question}? {said}   <- wrong, it is: {truth}')
         # Five, a mistake among them if there is one.
         print('', *right[::max(1, len(right) // 5)][:5 - len(wrong[:1])], *wrong[:1], sep='\n')
-        video, text, targets = self.liveliest()
+        video, asked, question, answer = self.liveliest_question()
         save_clip(video, run / 'clip.webp')
-        asked, told = split_question(text[0], targets[0])
-        question, answer = in_words(asked, self.vocab), in_words(told, self.vocab)
         draw_clip(model, video, asked[None], run / 'tokens', f'{question}? {answer}')
         return shlex.join(['--ask', str(run / 'clip.webp'), question])
 
@@ -1176,11 +1180,10 @@ def run_compare(s):
         task = kind(s, data)
         for name, found in measure(s, task, {name: functools.partial(load, name) for name in names}).items():
             rows[name] = {**found, **rows[name]}
-            if kind is Questions:
-                video, text, targets = task.liveliest()
-                asked, _ = split_question(text[0], targets[0])
-                title = f'{name}: {in_words(asked, task.vocab)}'
-                draw_clip(load(name).eval(), video, asked[None], folder / name, title)
+        if kind is Questions:
+            video, ids, question, _ = task.liveliest_question()
+            for name in names:
+                draw_clip(load(name).eval(), video, ids[None], folder / name, f'{name}: {question}')
     report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
                   seeds=list(seeds), rows=rows, claims=claims(rows))
     text = write_report(report)

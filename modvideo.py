@@ -853,7 +853,7 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment:
     if len(slot) < N or not route and len(slot) > N:
         raise ValueError(f'{len(slot)} tokens are not {T} frames of {rows} x {columns} patches; say grid=')
     slot = slot[:N, None].cpu()                                                # (N, 1) words stand after them
-    shared = slot.clamp(min=0).flatten().bincount()[slot.clamp(min=0)] > 1     # (N, 1) with another patch
+    shared = (slot + 1).flatten().bincount()[slot + 1] > 1                     # (N, 1) with another patch
     hue = 0.5 + 0.5 * torch.cos(2 * math.pi * (0.618 * slot - torch.arange(3) / 3))        # (N, 3) of a slot
     light = torch.where(slot < 0, 0.25, torch.where(shared, 0.5, 1.0)).expand(-1, 3)       # (N, 3)
     tint = torch.where(slot < 0, 0.08, torch.where(shared, 0.5 * hue, 0.0))                # (N, 3)

@@ -64,6 +64,8 @@ PRESETS = {
                  n_layer=3, dim=64, n_head=2),                                # tests and smoke runs
     'cpu': dict(frames=8, frame_size=32, encoder_layers=1, encoder_dim=96, encoder_heads=3,
                 n_layer=4, dim=96, n_head=3),                                 # 128 vision tokens
+    'wide': dict(frames=16, frame_size=64, encoder_layers=1, encoder_dim=96, encoder_heads=3,
+                 n_layer=4, dim=96, n_head=3),                                # 1,024 vision tokens
     'gpu': GPU,                                                               # 1,024 vision tokens
     'deep': dict(GPU, n_layer=16),
     'long': dict(GPU, frames=64, frame_size=128),                             # 16,384 vision tokens
@@ -1067,6 +1069,42 @@ def grid_cells(T: int, side: int, a: int, b: int) -> Tensor:
     return ((time[:, None, None] * b + place[:, None]) * b + place).flatten()
 
 
+class Gaps(Reducer):
+    """Every token; but in training most batches lose some, so that the model learns to read what is left.
+
+    Patches (PatchDropout, Liu et al., arXiv 2208.07220), whole frames, or detail: means over a coarse grid of
+    time and space stand for all. So do images and clips of every length in the training of large models.
+    """
+
+    def __init__(self, dim: int, *,
+                 gaps: Annotated[float, 'share of the training batches that lose tokens'] = 0.75,
+                 least: Annotated[float, 'share of the tokens that stays in training, at least'] = 0.15):
+        super().__init__(dim)
+        if not 0 <= gaps <= 1 or not 0 < least <= 1:
+            raise ValueError(f'gaps must be from 0 to 1, least above 0 and at most 1, got {gaps} and {least}')
+        self.gaps, self.least = gaps, least
+        self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds what is lost
+
+    def _apply(self, fn, *args, **more):
+        return self                                            # the counter stays on the host: nothing waits
+
+    def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
+        if not self.training:
+            return super().forward(x)
+        generator, (B, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
+        self.calls += 1
+        luck, share, kind = torch.rand(3, generator=generator).tolist()
+        share = self.least + (1 - self.least) * share if luck < self.gaps else 1.0
+        n = math.ceil(share * T * P)
+        if share < 1 and kind < 1 / 3:                                         # the same cells in all clips
+            cell = pool_grid(T, math.isqrt(P), n).to(x.device)                 # (N,)
+            return reduced_by(x, from_clusters(cell.expand(B, -1), int(cell.max()) + 1))
+        group = P if kind < 2 / 3 else 1                                       # whole frames, or patches
+        chance = torch.rand(T * P // group, generator=generator).repeat_interleave(group)
+        position = chance.argsort(stable=True)[:max(1, n // group) * group].sort().values.to(x.device)
+        return Reduced(x.flatten(1, 2)[:, position], position)
+
+
 class RaggedRouter(Router):
     """A Router for vision tokens that stand anywhere, in frames of unequal numbers."""
 
@@ -1114,7 +1152,7 @@ class RaggedRouting(FrameRouting):
         return self.routers[str(i)](x, F.pad(frame, (0, x.size(1) - N), value=-1), self.keep_ratio)
 
 
-REDUCERS.update(uniform=Uniform, prune=Prune, pool=Pool)
+REDUCERS.update(gaps=Gaps, uniform=Uniform, prune=Prune, pool=Pool)
 ROUTINGS['frame'] = RaggedRouting        # in the place of FrameRouting, which it extends
 
 # ---- 8. ToMe -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT-0
 """Tests of everything: pytest -q test_modvideo.py. Docstrings name the bugs they catch."""
 import ast
+import copy
 import csv
 import dataclasses
 import functools
@@ -1889,12 +1890,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
         return real(self, split, step, *rest)
 
     monkeypatch.setattr(train_tiny.ShapeWorld, 'batch', press_ctrl_c)
-    with pytest.raises(SystemExit) as stop:
-        go('--steps 12 --out', run)
-    assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert train_tiny.main([*TINY, '--steps', '12', '--out', str(run)]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
     assert not (run / 'result.json').exists() and len(losses(run)) == 8
     monkeypatch.setattr(train_tiny.ShapeWorld, 'batch', real)
-    assert train_tiny.main(pasted(capsys.readouterr().out)) == 0
+    assert train_tiny.main(pasted(capsys.readouterr().err)) == 0
     assert same_weights(trained, run) and losses(trained) == losses(run)
     a, b = result_of(trained), result_of(run)
     assert all(a[k] == b[k] for k in ('accuracy', 'blind_accuracy', 'accuracy_by_type', 'steps', 'recipe'))
@@ -1937,10 +1937,32 @@ def test_the_training_loop_takes_any_model_and_dataset():
         logits = model['blocks'](batch[0])
         return F.cross_entropy(logits, batch[1]), (logits.argmax(1) == batch[1]).float().mean()
 
-    log = train_tiny.train(model, draw, loss, steps=60, lr=0.05, report=lambda row, _: seen.append(row) or {})
+    note = lambda row, *_: seen.append(row) or {}
+    log = train_tiny.train(model, draw, loss, steps=60, lr=0.05, report=note)
     assert seen == log and [row['step'] for row in log] == [*range(1, 61)]
     assert log[0]['loss'] > 1.2 and log[-1]['loss'] < 0.6 and loss(model, draw(10 ** 6))[1] > 0.75
     assert [row['lr'] for row in log] == [0.05 * train_tiny.schedule(step, 60) for step in range(60)]
+    def again(first=0, stop_at=None, **more):
+        """Train from the same weights, pressing Ctrl-C after a step."""
+        stop, held = [], {}
+
+        def pressed(step):
+            stop[:] = [True] * (step == stop_at)
+            return draw(step)
+
+        def keep(row, optimizers, recent):
+            held.update(state=copy.deepcopy([o.state_dict() for o in optimizers]), recent=[*recent])
+            return {}
+
+        return train_tiny.train(model, pressed, loss, 250, first=first, report=keep, stop=stop, **more), held
+
+    start = copy.deepcopy(model.state_dict())
+    whole, _ = again()
+    model.load_state_dict(start)
+    before, held = again(stop_at=102)                          # a row is two steps: this one is in the middle
+    after, _ = again(first=103, **held)
+    plain = lambda rows: [{**row, 'ms': 0} for row in rows]
+    assert plain(before + after) == plain(whole) and len(held['recent']) == 1
     rates = [train_tiny.schedule(step, 1000) for step in range(1000)]          # up, level, down to zero
     assert rates[0] == 0.02 and rates[49] == 1 == rates[500] and rates[750] == 0.5 and 0 < rates[-1] < 0.01
 
@@ -1996,7 +2018,7 @@ def test_bench_prints_ratios(capsys):
     """Catches a bench that does not compare, rows of another task in it, and columns of nothing."""
     go('--bench --rows mod-all,holitom,stream')
     cells = table_rows(capsys.readouterr().out)
-    assert {row for _, row in cells} == {'dense', 'mod-all', 'holitom'} and all(cells.values())
+    assert {row for _, row in cells} == {'dense', 'gaps', 'mod-all', 'holitom'} and all(cells.values())
     for column in ('step_ms', 'memory_mb', 'first_ms', 'tokens_per_s', 'decoder_gflops'):
         assert '(1.00)' in cells[column, 'dense']
         assert re.search(r'\d \(\d+\.\d\d\)', cells[column, 'holitom']), column
@@ -2108,7 +2130,7 @@ def test_stream_recipe_and_its_pictures(streaming, trained, capsys, refused):
 def test_every_row_of_the_table_builds_and_costs_what_it_says():
     """Catches a reducer without a row, options that its parts do not have, merging that leaves everything, a
     density in tokens of layer 0, placements of unequal cost."""
-    merges = lambda changes: changes.get('reducer', 'vq') != 'vq' or 'encoder' in changes
+    merges = lambda changes: changes.get('reducer', 'vq') not in ('vq', 'gaps') or 'encoder' in changes
     assert {*mv.REDUCERS} - {'none'} <= {*train_tiny.RECIPES}
     for name, recipe in train_tiny.RECIPES.items():
         task, model = begun(f'--recipe {name}')
@@ -2116,7 +2138,7 @@ def test_every_row_of_the_table_builds_and_costs_what_it_says():
         N = 64 if task.kind != 'retrieval' else 17 if task.single else 4 * 17
         assert (tokens[-1] < N) == merges(recipe.changes) and max(tokens) <= N, (name, tokens)
         assert len({*tokens}) > 1 or recipe.changes.get('placement', 'none') == 'none', (name, tokens)
-        assert not recipe.begins or not train_tiny.RECIPES[recipe.begins].begins, name
+        assert recipe.begins in [*train_tiny.RECIPES][:[*train_tiny.RECIPES].index(name)] + [''], name
         assert recipe.share > 0 or model.reducer.untrained, name
     for depth in (4, 5):
         studied = [begun(f'--recipe gamma-{row} --n-layer {depth}')
@@ -2150,11 +2172,14 @@ def test_gamma_recipe_converts_a_dense_run(tmp_path, capsys, refused):
 
 def test_a_row_first_trains_what_it_begins_with(tmp_path, capsys, refused):
     """Catches weights not taken, a base trained twice, a flag refused after the minutes of the base."""
-    run, base = tmp_path / 'run', tmp_path / 'run-dense'
+    run, base, dense = (tmp_path / name for name in ('run', 'run-gaps', 'run-gaps-dense'))
     flags = '--recipe holitom --retain-ratio 0.5 --frames 6 --out'
     go(flags, run)
-    assert 'begins with dense, which is trained first' in capsys.readouterr().out
-    assert same_weights(run, base) and result_of(run)['steps'] == 0 and result_of(base)['steps'] == 5
+    said = capsys.readouterr().out
+    assert all(f'begins with {name}, which is trained first' in said for name in ('gaps', 'dense'))
+    a, b, c = map(weights_of, (run, base, dense))
+    assert all(torch.equal(a[name], b[name]) for name in a) and any((c[name] != a[name]).any() for name in a)
+    assert [result_of(path)['steps'] for path in (run, base, dense)] == [0, 2, 5]
     assert result_of(base)['vision_by_layer'] == [96] * 3 and max(result_of(run)['vision_by_layer']) < 60
     before = (base / 'ckpt.pt').stat().st_mtime_ns
     shutil.rmtree(run)                                         # cut behind what it begins with
@@ -2367,7 +2392,8 @@ def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, refuse
     rows = json.loads((folder / 'results.json').read_text())['rows']
     cells = table_rows((folder / 'results.md').read_text())
     row, share = rows['holitom-inner'], rows['holitom-inner']['step_ms'] / rows['dense']['step_ms']
-    assert [*rows] == ['dense', 'mod-all', 'holitom-inner', 'stream'] and ('fluency', 'stream') in cells
+    assert [*rows] == ['dense', 'gaps', 'mod-all', 'holitom-inner', 'stream']
+    assert ('fluency', 'stream') in cells
     assert cells['accuracy', 'holitom-inner'] == f'{100 * row["accuracy"]:.1f} %'
     assert cells['moment %', 'holitom-inner'] == f'{100 * row["by_type"]["moment"]:.4g}'
     assert cells['step_ms', 'holitom-inner'] == f'{row["step_ms"]:.3g} ({share:.2f})'
@@ -2391,7 +2417,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     whole, command = train_tiny.run_row(s, 'dense', 0, tmp_path / 'whole')
     assert command.startswith('python train_tiny.py --recipe dense --preset tiny --seed 0')
     monkeypatch.setattr(train_tiny.Questions, 'loss', stop_at_4)
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
     halves, _ = train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
     assert len(calls) == 6 and halves['accuracy'] == whole['accuracy']
@@ -2426,7 +2452,7 @@ def test_claims_compare_with_the_papers():
     base = dict(step_ms=100, memory_mb=100, first_ms=100, tokens_per_s=10, accuracy=.9)
     found = dict(tokens=1000, gflops=1, r_sum=400, encode_ms=1.8, step_ms=157, memory_mb=100)
     rows = dict({name: {key: good for key, (good, _) in keys.items()} for name, keys in EDGES.items()},
-                dense=base, uniform=dict(moment=.8), lora=found, full=found)
+                dense=base, gaps=base, uniform=dict(moment=.8), lora=found, full=found)
     made = train_tiny.claims(rows)
     assert len(made) == len(train_tiny.CLAIMS) == sum(map(len, EDGES.values()))
     assert all(line[-1] for line in made), made

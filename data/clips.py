@@ -150,9 +150,11 @@ def check_answers(folder: Path, answers: list):
 class ClipFolder:
     """A folder of clips, used as ShapeWorld is: vocab, kinds, batch(split, step, batch_size, device)."""
 
-    def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4), augment=True):
+    def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4), augment=True, vocab=None):
+        """vocab: of a model that is measured. Then only the test clips are read, if any are named so."""
         folder, self.seed, self.augment = Path(folder), seed, augment
         rows, clips, changed = read_rows(folder), [], 0
+        rows = [row for row in rows if vocab and row.get('split') == 'test'] or rows
         for row in rows:
             clip = read_clip(folder / row['file'], row.get('grid', grid))
             changed += clip.shape != (frames, 3, size, size)
@@ -163,7 +165,7 @@ class ClipFolder:
         self.split = torch.tensor([SPLITS.index(row.get('split', 'train')) for row in rows])  # (n,)
         for i, name in enumerate(SPLITS):
             train = self.members('train')
-            if not len(self.members(name)):                       # then it is cut off the training clips
+            if not len(self.members(name)) and (name == 'test' or not vocab):     # cut off the training clips
                 check(len(train) > 1,
                       f'{folder}: no clip for the {name} split, it holds {len(rows)} clips in all')
                 self.split[train[-max(1, len(train) // 10):]] = i
@@ -171,7 +173,10 @@ class ClipFolder:
         self.weight = torch.tensor([1 / max(1, count[row.get('label')]) for row in rows])     # (n,)
         check_answers(folder, [answer for row in rows for _, answer in row['qa']])
         asked, told = zip(*((words(q), [*words(a), '<eos>']) for row in rows for q, a in row['qa']))
-        self.vocab = ['<pad>', '<eos>', *sorted(set().union(*asked, *told) - {'<eos>'})]
+        used = sorted(set().union(*asked, *told) - {'<eos>'})
+        self.vocab = vocab or ['<pad>', '<eos>', *used]
+        unknown = [word for word in used if word not in self.vocab]
+        check(not unknown, f'{folder}: the model never saw the words {", ".join(unknown[:9])}')
         ids = {word: i for i, word in enumerate(self.vocab)}
         self.text, self.targets = pack_text(table(asked, ids), table(told, ids))  # (all rows of qa, L)
         names = [' '.join(text) for text in asked]

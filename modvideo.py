@@ -1077,8 +1077,8 @@ class Gaps(Reducer):
     """
 
     def __init__(self, dim: int, *,
-                 gaps: Annotated[float, 'share of the training batches that lose tokens'] = 0.75,
-                 least: Annotated[float, 'share of the tokens that stays in training, at least'] = 0.15):
+                 gaps: Annotated[float, 'share of the training batches that lose tokens'] = 0.9,
+                 least: Annotated[float, 'share of the tokens that stays in training, at least'] = 0.05):
         super().__init__(dim)
         if not 0 <= gaps <= 1 or not 0 < least <= 1:
             raise ValueError(f'gaps must be from 0 to 1, least above 0 and at most 1, got {gaps} and {least}')

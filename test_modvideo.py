@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -661,6 +662,29 @@ def test_reduction_sums_in_float32_and_is_differentiable():
     x = torch.randn(1, 6, 2, requires_grad=True)
     mv.reduce_tokens(x, mv.from_clusters(torch.tensor([[0, 0, 1, -1, 0, 1]]), 2)).sum().backward()
     close(x.grad[0, :, 0], torch.tensor([1 / 3, 1 / 3, 1 / 2, 0, 1 / 3, 1 / 2]), 1e-6)
+
+
+def test_gaps_take_tokens_away_in_training_alone():
+    """Catches gaps in an answer, one kind of them alone, too few left, what a resumed run sees anew."""
+    x, (reducer, copied) = torch.randn(2, 6, 16, 8), (mv.Gaps(8, gaps=0.8, least=0.2) for _ in range(2))
+    assert reducer.eval()(x).tokens.size(1) == 96 and reducer.calls == 0
+    reducer.train()
+    made = [reducer(x) for _ in range(200)]
+    sizes = [one.tokens.size(1) for one in made]
+    whole = sum(n == 96 for n in sizes)
+    assert 20 < whole < 60 and min(sizes) >= 0.2 * 96 / 2.3 and sum(sizes) / 200 < 75, (whole, min(sizes))
+    few = [one for one in made if one.tokens.size(1) < 96]
+    dropped = [one for one in few if one.reduction is None]
+    whole_frames = lambda one: (one.position.bincount(minlength=96).view(6, 16).diff() == 0).all()
+    frames = [one for one in dropped if whole_frames(one)]
+    assert all(n > 30 for n in (len(few) - len(dropped), len(frames), len(dropped) - len(frames)))
+    for one in dropped:
+        assert torch.equal(one.tokens, x.flatten(1, 2)[:, one.position]) and (one.position.diff() > 0).all()
+    copied.load_state_dict(reducer.state_dict())
+    assert copied.calls == 200 and torch.equal(copied.train()(x).tokens, reducer(x).tokens)
+    assert not torch.equal(made[0].tokens[:, :1], made[1].tokens[:, :1])
+    with pytest.raises(ValueError, match='least above 0'):
+        mv.Gaps(8, least=0.0)
 
 
 def test_baselines_keep_to_the_budget():
@@ -1333,6 +1357,8 @@ def test_pictures_show_what_was_processed(words):
     picture = mv.draw_tokens(video, mv.from_clusters(assign, 2), 1, 2, torch.tensor([0, 1]), (4, 4))
     assert value(picture, 0, 2) == value(picture, 1, 2) != value(picture, 0, 6) == (204, 204, 204)
     assert picture.getpixel((33, 20)) == (0, 0, 0)
+    picture = mv.draw_tokens(video, mv.pack(torch.arange(32)[None] % 3 == 0), 0, 2, None, (4, 4))
+    assert value(picture, 0, 0) == value(picture, 0, 3) == (204, 204, 204), 'dropped ones are no slot 0'
 
 
 MADE_WRONG = {                                   # what of an error message: a model that must not be made
@@ -1915,6 +1941,49 @@ def test_the_seed_decides_everything_and_folders_are_not_shared(tmp_path, monkey
     assert train_tiny.main(pasted(printed)) == 0 and (runs[2] / 'ask-clip.png').exists()
 
 
+def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch, refused):
+    """Catches two processes in one folder, a full disk that costs a good file, a dead run in the way."""
+    run = tmp_path / 'run'
+    other = train_tiny.Run(train_tiny.parse(['--out', str(run)]))
+    late = train_tiny.Run(train_tiny.parse(['--out', str(run)]))               # nothing is there yet
+    other.claim()
+    with pytest.raises(ValueError, match='another process trains in'):
+        late.claim()
+    refused('another process trains in', '--steps 1 --out', run)
+    other.lock.close()                                                         # as if it was killed
+    (run / 'config.json').write_text('{"settings": {}, "model": {}}')
+    (run / 'log.csv.1.part.csv').write_text('cut')
+    go('--steps 1 --out', run)
+    assert not (run / 'lock').exists() and result_of(run)['steps'] == 1
+    before = {path: path.read_bytes() for path in run.iterdir()}
+
+    def full(*args, **more):
+        Path(args[1] if isinstance(args[0], Image.Image) else args[0]).write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_text', full)
+    monkeypatch.setattr(Image.Image, 'save', full)
+    log = [dict.fromkeys(train_tiny.Run.COLUMNS, 1)]
+    for write in (lambda: train_tiny.write_json(run / 'result.json', {}),
+                  lambda: train_tiny.draw_curve(log, run / 'curve.png')):
+        with pytest.raises(OSError, match='No space'):
+            write()
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    """Catches a traceback, another status than 130, a command that cannot be pasted."""
+    script = [sys.executable, ROOT / 'train_tiny.py', '--out', 'my run']
+    code = ('import os, signal, sys\nclass Stop:\n    def find_spec(self, name, *_):\n'
+            '        if name == "torch":\n            os.kill(os.getpid(), signal.SIGINT)\n'
+            'sys.meta_path.insert(0, Stop())\n')
+    (tmp_path / 'sitecustomize.py').write_text(code)
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path,
+                          env=dict(os.environ, PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 130 and 'Traceback' not in done.stderr, done.stderr
+    assert pasted(done.stderr.replace(str(ROOT) + '/', '')) == ['--out', 'my run']
+
+
 def test_learning_happens():
     """Catches targets that do not match the logits, a frozen model, a learning rate at zero."""
     task, model = begun('--placement all')
@@ -2335,6 +2404,8 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, refused):
     refused('another configuration', '--keep-ratio 0.5 --steps 14 --resume', trained)
     refused('budget is no option of', '--budget 4 --steps 14 --resume', trained)
     refused('already has 12 steps', '--steps 5 --resume', trained)
+    for flags in (['--resume', ''], ['--ask', '', ''], ['--find', ' '], ['--init-from='], ['--out', '']):
+        refused('an empty argument after', '', *flags)
     refused('already has 12 steps', '--resume', trained)
     refused('does not exist', '--resume', tmp_path / 'no')
     refused('is not what a run wrote', '--resume', broken)
@@ -2352,7 +2423,7 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, refused):
     assert before == {path.name: path.read_bytes() for path in trained.iterdir()}, 'a refusal changes nothing'
 
 
-def test_clip_folders_train(tmp_path):
+def test_clip_folders_train(tmp_path, refused):
     """Catches recipes and datasets that only the default path was tried on."""
     folder, rows, run, merged = (tmp_path / 'clips', [], tmp_path / 'r', tmp_path / 'm')
     folder.mkdir()
@@ -2369,6 +2440,15 @@ def test_clip_folders_train(tmp_path):
     assert result['vision_tokens'] == 8 * 16                   # twice the preset's frames, not all 16
     go('--steps 1 --recipe holitom-trained --data', folder, '--init-from', run, '--out', merged)
     go('--steps 2 --resume', merged)
+    before, rows = (run / 'ckpt.pt').read_bytes(), [dict(json.loads(row), split='test') for row in rows[:6]]
+    (folder / 'clips.jsonl').write_text('\n'.join(map(json.dumps, rows)))      # nothing to train on
+    go(f'--eval {run} --data', folder)
+    found = json.loads((run / 'eval-clips.json').read_text())
+    assert found['questions'] == 6 and found['blind_accuracy'] >= 0 and found['decoder_tokens'] == 128
+    assert (run / 'ckpt.pt').read_bytes() == before
+    (folder / 'clips.jsonl').write_text(json.dumps(dict(rows[0], qa=[['Which car ?', 'a tram']])))
+    refused('the model never saw the words a, car, tram', f'--eval {run} --data', folder)
+    refused('it has other words; name clips with --data', f'--eval {run}')
 
 
 def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, refused):

@@ -585,13 +585,11 @@ RUNS = {'tiny': dict(questions=(8, 100), streams=(8, 100), retrieval=(16, 20), a
 def load_data(s, vocab: list = None):
     """The dataset that --data names, at the preset's frame size; how many frames a clip has.
 
-    vocab: the words of a model that is measured on its test clips. ValueError: there are others.
+    vocab: the words of a model that is measured on the test clips of a folder. ValueError: others there.
     """
     preset, folder, grid = {**PRESETS[s.preset], **s.model}, Path(s.data), parse_grid(s.grid)
     shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['asked'], seed=s.seed)
     if s.data == 'shapes':
-        if vocab and vocab[-1] not in ShapeWorld.caption_vocab:
-            raise ValueError(f'{s.eval} knows no words of the synthetic world; name clips with --data')
         return ShapeWorld(frames=preset['frames'], **shape), preset['frames']
     frames = s.model.get('frames', 0)
     if not frames:                                           # real motion is fast: keep every frame
@@ -864,7 +862,8 @@ def fill(run: Run, task, frames: int, began: float):
     step_ms = statistics.median(row['ms'] for row in run.log) if run.log else 0.0
     result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__, dtype=s.dtype,
                   preset=s.preset, data=s.data, placement=model.config.placement, steps=s.steps,
-                  step_ms=round(step_ms, 2), **scores_of(task, model), parameters=num_params(model), learns=learns,
+                  step_ms=round(step_ms, 2), **scores_of(task, model),
+                  parameters=num_params(model), learns=learns,
                   vision_tokens=frames * model.config.patches,
                   peak_memory_mb=round(peak_memory_mb(s.device), 1))
     task.print_table(result)
@@ -1611,6 +1610,8 @@ def run_eval(s: Settings):
     s.model['frames'] = model.config.frames
     data, _ = load_data(s, model.config.vocab)
     task = RECIPES[s.recipe].task(s, data)
+    if list(task.vocab) != list(model.config.vocab):
+        raise ValueError(f'{run} was trained on {saved["data"]}, it has other words; name clips with --data')
     result = dict(run=str(run), data=s.data, torch=torch.__version__, **scores_of(task, model))
     task.print_table(result)
     path = run / f'eval-{Path(s.data).name}.json'

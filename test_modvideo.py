@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -1969,6 +1970,37 @@ def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch, refuse
         with pytest.raises(OSError, match='No space'):
             write()
     assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+TOGETHER = """
+import sys, train_tiny
+train_tiny.EVAL_CLIPS = 8
+flags = '--preset tiny --device cpu --batch 5 --steps'.split()
+for i, recipe in enumerate(['mod', 'vqtoken']):
+    more = ['--init-from', f'{sys.argv[1]}0'] if recipe == 'vqtoken' else []
+    assert train_tiny.main([*flags, '6', '--recipe', recipe, '--out', f'{sys.argv[1]}{i}', *more]) == 0
+assert train_tiny.main([*flags, '9', '--resume', sys.argv[1] + '0']) == 0
+"""
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """Catches a gradient of one half, parts of unequal size weighted alike, two writers, a resume apart."""
+    with socket.create_server(('localhost', 0)) as free:
+        env = dict(os.environ, PYTHONPATH=str(ROOT), MASTER_ADDR='localhost', OMP_NUM_THREADS='1',
+                   MASTER_PORT=f'{free.getsockname()[1]}')
+    start = lambda name, **more: subprocess.Popen(
+        [sys.executable, '-c', TOGETHER, name], text=True, cwd=tmp_path, env=env | more,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    running = [start('two', RANK=f'{rank}', WORLD_SIZE='2') for rank in range(2)] + [start('one')]
+    said = [process.communicate()[0] for process in running]
+    assert not any(process.returncode for process in running), said
+    assert ', 2 processes, float32' in said[0] and not said[1] and 'processes' not in said[2]
+    assert len([*tmp_path.iterdir()]) == 2 * 2
+    for i in range(2):
+        one, two = (weights_of(tmp_path / f'{name}{i}') for name in ('one', 'two'))
+        for name in one:
+            close(one[name], two[name], 1e-6)
+        assert losses(tmp_path / f'one{i}') == pytest.approx(losses(tmp_path / f'two{i}'), abs=2e-4)
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):

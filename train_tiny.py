@@ -12,6 +12,7 @@
     python train_tiny.py --resume out/RUN                  go on with an interrupted run
     python train_tiny.py --bench                           time and memory of rows, untrained
     python train_tiny.py --compare                         train, measure and tabulate all rows
+    torchrun --nproc-per-node=2 train_tiny.py              one model, trained by two processes
 
 A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.webp and pictures.
 """
@@ -26,6 +27,7 @@ import shlex
 import signal
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -48,6 +50,7 @@ if __name__ == '__main__':
 
 import torch
 from PIL import Image, ImageDraw
+from torch import distributed
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -62,6 +65,7 @@ EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final acc
 FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
 ROUNDS = 7            # of a measurement, after two to warm up
 WORDS = 32            # of an answer whose speed is measured
+RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1)))   # of torchrun
 
 # ---- 1. The training loop ----------------------------------------------------------------------------------
 # It knows nothing of this project's data or tasks: any model, batches from a function of the step, any loss.
@@ -70,7 +74,8 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
           report=None, autocast=nullcontext, stop=(), name: str = 'train') -> list:
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
-    draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors. report(row, optimizers,
+    draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; of several processes, what
+    this one adds to them, see own_part. report(row, optimizers,
     recent) -> more to show in the bar; it gets each row of the log. stop: a list that ends training once
     something is in it, after a last report with row None. state and recent: what the optimizers, and the
     list of steps since the last row, then held. Reading numbers waits for the device, so rows are few.
@@ -88,6 +93,7 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
         with autocast():
             value, right = loss(model, draw(step))
         value.backward()
+        add_up([p.grad for p in model.parameters() if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -111,6 +117,15 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
     return log
 
 
+def add_up(tensors: list):
+    """Sum each tensor over the processes of torchrun, all in one message."""
+    if WORLD > 1:
+        flat = torch.cat([a.flatten() for a in tensors])
+        distributed.all_reduce(flat)
+        for a, total in zip(tensors, flat.split([a.numel() for a in tensors])):
+            a.copy_(total.view_as(a))
+
+
 def schedule(step: int, steps: int) -> float:
     """Learning-rate factor: up over 50 steps, level, then down to zero over the last half."""
     return min(1, (step + 1) / 50, (steps - step) / (0.5 * steps))
@@ -118,7 +133,9 @@ def schedule(step: int, steps: int) -> float:
 
 def finite_mean(recent: list, done: int, model) -> list:
     """Mean loss and accuracy of the last steps. ValueError names the first that is not finite."""
-    values = torch.stack(recent).cpu()                                         # (steps, 2)
+    values = torch.stack(recent)                                               # (steps, 2)
+    add_up([values])
+    values = values.cpu()
     good = values.isfinite().all(1)
     # Larger weights overflow in the next pass; of NaN no comparison is true.
     good[-1] &= torch.stack([(p.abs() < 1e18).all() for p in model.parameters()]).all().cpu()
@@ -203,9 +220,18 @@ class Questions:
         return model(batch.video, batch.text, targets, asked_words(batch.targets))
 
     def loss(self, model, batch):
-        """-> loss, share of what is right: 0-dim tensors."""
-        logits, loss, _ = self.forward(model, batch, batch.targets)
-        return loss, is_right(logits, self.wanted(batch)).float().mean()
+        """-> loss, share of what is right: 0-dim tensors; of processes, what this one adds to the sum."""
+        own, share = self.own_part(batch) if WORLD > 1 else (batch, 1)
+        logits, loss, _ = self.forward(model, own, own.targets)
+        right = is_right(logits, self.wanted(own)).float().mean()
+        return loss * share, right * len(own.text) / len(batch.text)
+
+    def own_part(self, batch):
+        """This process's clips of a batch, and their share of the words that are to be learned."""
+        own = batch._replace(**{name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items()
+                                if a is not None})
+        words_of = lambda batch: (self.wanted(batch) != IGNORE).sum()
+        return own, words_of(own) / words_of(batch)
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int) -> dict:
@@ -717,6 +743,8 @@ class Run:
         name = f'out/{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
         free = (Path(name + (f'-{i}' if i > 1 else '')) for i in itertools.count(1))
         self.path = Path(s.resume or s.out or next(path for path in free if not path.exists()))
+        if RANK:                                               # the first process writes
+            self.path = Path(tempfile.mkdtemp(), 'run')
         self.check_free()
 
     def check_free(self):
@@ -748,7 +776,7 @@ class Run:
         """The model, new or as an interrupted run left it."""
         s, dense, begins = self.s, None, RECIPES[self.s.recipe].begins
         if s.resume:
-            saved, extra = load_checkpoint(self.path / 'ckpt.pt')
+            saved, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'))
             config = configure(s, task.vocab, frames)
             if config.placement.startswith(('rank', 'random')):                # was decided when it began
                 config.placement = saved.config.placement
@@ -1511,14 +1539,29 @@ def set_up(s: Settings):
         batch, steps = RUNS[s.preset][recipe.task.kind]
         s.batch = s.batch or batch
         s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * steps))
+    if WORLD > 1:
+        join_processes(s)
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_cudnn_sdp(False)            # its backward is not deterministic
     if cuda:
         torch.cuda.reset_peak_memory_stats()                   # of this run alone
-    print(f'{machine_name(s.device)}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, recipe '
-          f'{s.recipe}, seed {s.seed}')
+    together = f', {WORLD} processes' if WORLD > 1 else ''
+    print(f'{machine_name(s.device)}{together}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, '
+          f'recipe {s.recipe}, seed {s.seed}')
+
+
+def join_processes(s: Settings):
+    """Under torchrun: meet the others. Only the first process speaks. ValueError: a job for one alone."""
+    if s.bench or s.compare or s.eval or RECIPES[s.recipe].task.kind == 'retrieval':
+        raise ValueError(f'--recipe {s.recipe} with these flags needs one process; run it without torchrun')
+    if s.device == 'cuda':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    if not distributed.is_initialized():
+        distributed.init_process_group('nccl' if s.device == 'cuda' else 'gloo')
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
 
 
 def kind_of(run: Path) -> str:

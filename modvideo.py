@@ -365,7 +365,8 @@ ENCODERS['plain'] = VisionEncoder
 # needs sections 1, 2; MoDBlock works around any block(x, position, mask, cache) that returns its update
 
 GATES = {'raposo': lambda r: r,                      # from the score r to the factor of a token's update
-         'zero': lambda r: 1 + 0.2 * r.tanh()}       # one at first, as w = 0: for layers that are trained
+         # One at first, as w = 0: for layers that are trained already (p-MoD, Zhang et al., arXiv 2412.04449).
+         'zero': lambda r: 1 + 0.2 * r.tanh()}
 
 
 class Route(NamedTuple):
@@ -541,6 +542,11 @@ class Reducer(nn.Module):
     def flops(self, T: int, P: int, M: int, words: int) -> int:
         """FLOPs for a clip whose T * P tokens became M, with so many words if it reads the question."""
         return 0
+
+    @staticmethod
+    def leaving(share: float, T: int, P: int) -> dict:
+        """The options that leave this share of T * P tokens; none: it has no such option."""
+        return {}
 
     def picture(self, reduced: Reduced):
         """What to draw: a Reduction of all patches; None: those at the positions stayed."""
@@ -1018,6 +1024,10 @@ class Budgeted(Reducer):
         super().__init__(dim)
         self.dim, self.budget = dim, budget
 
+    @staticmethod
+    def leaving(share: float, T: int, P: int) -> dict:
+        return dict(budget=max(1, round(share * T * P)))
+
     def most(self, x: Tensor) -> int:
         """The most tokens of a clip of x (B, T, P, C). ValueError: a negative budget."""
         N = x.size(1) * x.size(2)
@@ -1028,6 +1038,10 @@ class Budgeted(Reducer):
 
 class Uniform(Budgeted):
     """Whole frames, the middles of n equal parts of the clip. ValueError: the budget holds no frame."""
+
+    @staticmethod
+    def leaving(share: float, T: int, P: int) -> dict:
+        return dict(budget=P * max(1, round(share * T)))
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         T, P = x.shape[1:3]
@@ -1369,6 +1383,10 @@ class HoliTom(Reducer):
             raise ValueError('retain_ratio must be above 0 and at most 1, tau from -1 to 1, '
                              f'got {retain_ratio} and {tau}')
         self.retain_ratio, self.tau = retain_ratio, tau
+
+    @staticmethod
+    def leaving(share: float, T: int, P: int) -> dict:
+        return dict(retain_ratio=share)
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         return reduced_by(x, holitom(x, saliency, self.retain_ratio, self.tau))

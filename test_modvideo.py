@@ -1814,7 +1814,7 @@ def test_donkeycar_import(tmp_path, capsys):
 
 TINY = '--preset tiny --batch 4 --device cpu'.split()
 COCKATOO, ROCKET = (ROOT / f'data/natural/{name}.webp' for name in ('cockatoo', 'rocket_cut'))
-FEW = dict(EVAL_CLIPS=8, ROUNDS=1, WORDS=4, FIND_CLIPS=32, RUNS={
+FEW = dict(EVAL_CLIPS=8, CURVE_CLIPS=4, SHARES=(0.5, 0.25), ROUNDS=1, WORDS=4, FIND_CLIPS=32, RUNS={
     'tiny': dict(questions=(4, 5), streams=(4, 5), retrieval=(8, 4), asked=4)})
 
 
@@ -2501,7 +2501,11 @@ def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, refuse
     before = {path: path.stat().st_mtime_ns for path in folder.glob('seed*/*/ckpt.pt')}
     go(f'{flags} --rows holitom-inner,stream --seeds 1')                       # adds rows
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    rows = json.loads((folder / 'results.json').read_text())['rows']
+    report = json.loads((folder / 'results.json').read_text())
+    rows, curves = report['rows'], report['curves']
+    assert {*curves} == {'dense', 'gaps'}
+    assert {*curves['gaps']} == {'uniform', 'prune', 'pool', 'tome', 'holitom'}
+    assert all(line[0][0] > line[1][0] > 0 for found in curves.values() for line in found.values())
     cells = table_rows((folder / 'results.md').read_text())
     row, share = rows['holitom-inner'], rows['holitom-inner']['step_ms'] / rows['dense']['step_ms']
     assert [*rows] == ['dense', 'gaps', 'mod-all', 'holitom-inner', 'stream']
@@ -2550,7 +2554,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 EDGES = {     # row: key: as good as the paper, and not; next to what its base has
-    'mod-all-deep': dict(step_ms=(58, 59), memory_mb=(70, 71), accuracy=(.8951, .8949)),
+    'mod-interleaved': dict(step_ms=(58, 59), memory_mb=(70, 71), accuracy=(.8951, .8949)),
     'gamma': dict(step_ms=(69, 70), first_ms=(65, 66), accuracy=(.8851, .8849), converted=(.875, .87)),
     'holitom-inner': dict(paper_share=(.069, .07), accuracy=(.892, .8915), first_ms=(43, 44),
                           tokens_per_s=(13.3, 13.1)),

@@ -63,6 +63,8 @@ from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCa
 
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
+SHARES = 0.5, 0.25, 0.15, 0.1, 0.05      # of the vision tokens, for which methods without training are drawn
+CURVE_CLIPS = 128     # held-out clips of each such point
 ROUNDS = 7            # of a measurement, after two to warm up
 WORDS = 32            # of an answer whose speed is measured
 RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1)))   # of torchrun
@@ -1203,9 +1205,9 @@ def run_bench(s):
 # What a paper says of its method: paper, row here, the row it is compared with, what, the paper's figure, how
 # it is measured (see MEASURES), on which key of the rows' results, and the bound of what reaches it.
 CLAIMS = [
-    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'training time', '-42 %', 'change', 'step_ms', -0.42),
-    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'training memory', '-30 %', 'change', 'memory_mb', -0.30),
-    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'accuracy, within 0.5 points', '0', 'points', 'accuracy', -0.5),
+    ('VideoLLM-MoD', 'mod-interleaved', 'dense', 'training time', '-42 %', 'change', 'step_ms', -0.42),
+    ('VideoLLM-MoD', 'mod-interleaved', 'dense', 'training memory', '-30 %', 'change', 'memory_mb', -0.30),
+    ('VideoLLM-MoD', 'mod-interleaved', 'dense', 'accuracy, within 0.5', '0', 'points', 'accuracy', -0.5),
     ('gamma-MoD', 'gamma', 'dense', 'training time', '-31.0 %', 'change', 'step_ms', -0.31),
     ('gamma-MoD', 'gamma', 'dense', 'throughput (first token)', '1.532 times', 'faster', 'first_ms', 1.532),
     ('gamma-MoD', 'gamma', 'dense', 'accuracy', '-1.5 %', 'points', 'accuracy', -1.5),
@@ -1287,7 +1289,7 @@ def run_compare(s):
     set_up(s)
     told.preset, told.device = s.preset, s.device
     folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{Path(s.data).name}')
-    (data, frames), asked, rows = load_data(s), rows_of(s), {}
+    (data, frames), asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
             untrained(replace(s, recipe=name, model=model_of(s, name)), data, frames)
@@ -1305,17 +1307,33 @@ def run_compare(s):
         for name, found in measure(s, task, {name: functools.partial(load, name) for name in names}).items():
             rows[name] = {**found, **rows[name]}
         if kind is Questions:
+            bases = {'dense', 'gaps'} & {*names}
+            curves = {base: untrained_curves(s, task, load(base)) for base in sorted(bases)}
             video, ids, question, _ = task.liveliest_question()
             for name in names:
                 draw_clip(load(name).eval(), video, ids[None], folder / name, f'{name}: {question}')
     report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
-                  seeds=list(seeds), rows=rows, claims=claims(rows))
+                  seeds=list(seeds), rows=rows, curves=curves, claims=claims(rows))
     text = write_report(report)
     if len(rows) > 1 and 'dense' in rows:
-        draw_pareto({name: row for name, row in rows.items() if 'first_ms' in row}, folder / 'results.png')
+        draw_results({name: row for name, row in rows.items() if 'first_ms' in row}, curves,
+                     folder / 'results.png')
     write_text(folder / 'results.md', text)
     write_json(folder / 'results.json', report)
     print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, one clip as every method sees it')
+
+
+@torch.no_grad()
+def untrained_curves(s, task, model) -> dict:
+    """What methods that need no training make of a model: reducer -> [[decoder GFLOPs, accuracy], ...]."""
+    curves, T, P = {}, model.config.frames, model.config.patches
+    for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving(1.0, T, P)]:
+        for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
+            row = replace(s, recipe=name, model={**s.model, **REDUCERS[name].leaving(share, T, P)})
+            method = build(row, configure(row, task.vocab, T), model).eval()
+            accuracy = task.evaluate(method, 'test', CURVE_CLIPS)['accuracy']
+            curves.setdefault(name, []).append((task.cost(method)['decoder_gflops'], accuracy))
+    return curves
 
 
 def begin_with(folder: Path, asked: dict):
@@ -1351,29 +1369,40 @@ def write_report(report: dict) -> str:
     return '\n'.join([head, *out, ''])
 
 
-def draw_pareto(rows: dict, path: Path):
-    """Accuracy (logarithm of the error) over time to the first token, and the front that nothing beats."""
-    points = {name: (row['first_ms'] / rows['dense']['first_ms'], row['accuracy'])
-              for name, row in rows.items() if not RECIPES[name].blind}
+def draw_results(rows: dict, curves: dict, path: Path):
+    """Accuracy (logarithm of the error) over decoder FLOPs: rows are points, lines what is not trained.
+
+    The front that nothing beats is red. Lines are thick where the model has seen gaps, thin where not.
+    """
+    full = rows['dense']['decoder_gflops']
+    points = {name: (row['decoder_gflops'] / full, row['accuracy']) for name, row in rows.items()
+              if not RECIPES[name].blind}
+    lines = {(base, name): [(x / full, y) for x, y in line] for base, found in curves.items()
+             for name, line in found.items()}
+    every = [*points.values(), *itertools.chain(*lines.values())]
     rise = lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
-    left, right = (math.log(f(x for x, _ in points.values())) for f in (min, max))
-    low, high = (f(rise(y) for _, y in points.values()) for f in (min, max))
-    left, right, low, high = left - 0.05, right + 0.5, low - 0.2, high + 0.1           # room for labels
+    left, right = (math.log(f(x for x, _ in every)) for f in (min, max))
+    low, high = (f(rise(y) for _, y in every) for f in (min, max))
+    left, right, low, high = left - 0.05, right + 0.3 * (right - left) + 0.1, low - 0.1, high + 0.1
     marks = [0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995]
     up = {(rise(y) - low) / (high - low): f'{y:.1%}' for y in marks if low < rise(y) < high}
     image, draw, place = chart(
-        (720, 420), {i / 5: f'{math.exp(left + (right - left) * i / 5):.2f}' for i in range(5)}, up,
-        'time to the first token as a share of dense (log); red: nothing is faster and better')
+        (720, 480), {i / 5: f'{math.exp(left + (right - left) * i / 5):.2f}' for i in range(5)}, up,
+        'decoder FLOPs as a share of dense (log); red: nothing is cheaper and better; lines: not trained')
     at = lambda x, y: place((math.log(x) - left) / (right - left), (rise(y) - low) / (high - low))
+    names = dict.fromkeys(name for _, name in lines)
+    colour = dict(zip(names, ['#20a040', '#c07000', '#8040c0', '#008090', '#a03070', '#707000']))
+    for (base, name), line in lines.items():
+        draw.line([at(*p) for p in line], fill=colour.get(name, '#444444'), width=2 if base == 'gaps' else 1)
+        draw.text(at(*line[-1]), name, fill=colour.get(name, '#444444'))
     front = [p for p in sorted(points.values())
              if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points.values())]
     draw.line([at(*p) for p in front], fill='#d03020', width=2)
-    label_y = 0
-    ranked = sorted(points.items(), key=lambda item: item[1][1])
+    label_y, ranked = 0, sorted(points.items(), key=lambda item: item[1][1])
     for after, (name, point) in reversed([*enumerate(ranked)]):
         x, y = at(*point)
         # Beside its point, below the one before it, with room for those that are left.
-        label_y = min(max(label_y + 12, y - 6), 370 - 12 * after)
+        label_y = min(max(label_y + 12, y - 6), 430 - 12 * after)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='#d03020' if point in front else '#2060d0')
         draw.line([(x, y), (590, label_y + 6)], fill='#cccccc')
         draw.text((592, label_y), name, fill='black')

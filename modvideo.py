@@ -365,7 +365,7 @@ ENCODERS['plain'] = VisionEncoder
 # needs sections 1, 2; MoDBlock works around any block(x, position, mask, cache) that returns its update
 
 GATES = {'raposo': lambda r: r,                      # from the score r to the factor of a token's update
-         # One at first, as w = 0: for layers that are trained already (p-MoD, Zhang et al., arXiv 2412.04449).
+         # One at first, as w = 0: for layers that are trained (p-MoD, Zhang et al., arXiv 2412.04449).
          'zero': lambda r: 1 + 0.2 * r.tanh()}
 
 

@@ -1139,7 +1139,7 @@ def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor 
         sources, targets = ((pairing[protected:] == side).nonzero()[:, 0].to(device) + protected
                             for side in (True, False))
     real, M = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask, None
-    if len(targets) == 0 or len(sources) == 0:                                 # nobody to merge with
+    if not len(targets) or not len(sources) or isinstance(r, int) and r <= 0:  # nothing to merge
         return pack(real)
     u = unit(metric.detach())
     score = u[:, sources] @ u[:, targets].mT                                   # (B, A, D)
@@ -1213,25 +1213,23 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
 
     x (B, N, C), num_clusters int or (B,), mask (B, N): who takes part -> centers (B, K), ascending, N at
     padding; assign (B, N): the nearest centre's place in the list, -1 outside the mask. density =
-    exp(-mean squared distance to the k nearest, itself included, at most K). Ties: the earlier token.
+    exp(-mean squared distance to the k nearest that take part, itself included). Ties: the earlier token.
     """
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
-    count = torch.minimum(torch.as_tensor(num_clusters, device=x.device), mask.sum(1))[:, None]    # (B, 1)
-    both = mask[:, :, None] & mask[:, None, :]                                 # (B, N, N)
+    count, both = mask.sum(1, keepdim=True), mask[:, :, None] & mask[:, None, :]       # (B, 1), (B, N, N)
     exact_at_zero = torch.cdist(x.float(), x.float(), compute_mode='donot_use_mm_for_euclid_dist')
     far = (exact_at_zero / math.sqrt(C)).masked_fill(~both, math.inf)          # (B, N, N)
     near = far.square().topk(min(k, N), largest=False).values                  # (B, N, k)
-    k = count.clamp(1, near.size(-1))                                          # (B, 1)
-    counted = torch.arange(near.size(-1), device=x.device) < k[..., None]      # (B, 1, k)
-    density = (-near.masked_fill(~counted, 0).sum(-1) / k).exp()               # (B, N)
+    density = (-near.where(near < math.inf, 0).sum(-1) / count.clamp(1, near.size(-1))).exp()  # (B, N)
     gap = far.where(density[:, None] > density[..., None], math.inf).amin(-1)  # (B, N) to a denser one
     widest = far.where(both, 0).amax((1, 2))[:, None]                          # (B, 1)
     score = density * torch.where(gap.isinf(), widest, gap)                    # (B, N)
-    centers = pack(best_of(score, count, mask)).position                       # (B, K)
+    wanted = torch.as_tensor(num_clusters, device=x.device).view(-1, 1)        # (B or 1, 1)
+    centers = pack(best_of(score, wanted, mask)).position                      # (B, K)
     reach = F.pad(far, (0, 1), value=math.inf).take_along_dim(centers[:, None], 2)     # (B, N, K)
     assign = reach.argmin(-1) if centers.size(1) else torch.full((B, N), -1, device=x.device)
-    return centers, torch.where(mask & (count > 0), assign, -1)
+    return centers, torch.where(mask & (wanted > 0), assign, -1)
 
 
 def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
@@ -1694,98 +1692,94 @@ def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
 
 
 class FrameSelector(Budgeted):
-    """B-VLLM: a clip and a question -> at most `budget` tokens of the frames that matter.
+    """B-VLLM: a clip and a question -> `budget` tokens of the frames that matter, neither more nor fewer.
 
-    Unlike the paper's, the queries start evenly spread over frames and patches: alike at first, they would be
-    one after de-duplication. And each takes means of tokens, which a trained decoder can read at once.
+    Two departures from the paper. Queries lean towards places evenly spread over frames and patches, as alike
+    at first they would be one after de-duplication; the question outweighs that. And each frame is asked for
+    as many tokens as the budget leaves it, means of patches, where the paper merges what is too many.
     """
     by_question, untrained, in_place = True, False, False
 
     def __init__(self, dim: int, n_head: int = 4, num_tokens: int = 16, temperature: float = 0.5, *,
-                 budget: Annotated[int, 'the most vision tokens of a clip, 0 = a quarter'] = 0,
+                 budget: Annotated[int, 'vision tokens of a clip, 0 = a quarter'] = 0,
                  select_frames: Annotated[int, 'queries that look for frames'] = 8,
                  hard: Annotated[bool, 'a query takes one frame whole in place of a mixture'] = False):
-        """num_tokens: sampled from each frame before the budget merges them."""
+        """num_tokens: learned queries for tokens; a frame that gives fewer or more takes each nearest one."""
         super().__init__(dim, budget=budget)
-        if select_frames < 1 or 0 < budget < select_frames:
-            raise ValueError(f'a budget of {budget} tokens is too small for {select_frames} frames')
-        self.temperature, self.hard = temperature, hard
-        self.frame_queries = nn.Parameter(torch.randn(select_frames, dim))     # (K, C)
-        self.token_queries = nn.Parameter(torch.randn(num_tokens, dim))        # (n, C)
-        self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(2))
-        self.keys = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(2))
-        self.focus = nn.Parameter(torch.tensor([2.0, 2.0]))   # how strongly queries keep to their place
+        if select_frames < 1:
+            raise ValueError(f'select_frames must be at least 1, got {select_frames}')
+        self.temperature, self.hard, self.K = temperature, hard, select_frames
+        self.queries = nn.Parameter(torch.randn(select_frames + num_tokens, dim))      # (K + n, C)
+        self.blocks = nn.ModuleList([Block(dim, n_head, causal=False)])
+        self.wish = nn.Linear(dim, dim, bias=False)
+        self.lean = nn.Parameter(torch.tensor([3.0, 3.0]))             # towards places of their own, in logits
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
-    def ask(self, i: int, queries: Tensor, words: Tensor, known: Tensor, x: Tensor) -> Tensor:
-        """What queries (K, C), having read words (B, L, C), want of each x (B, S, C): logits (B, K, S)."""
-        (B, S, _), K, device = x.shape, len(queries), x.device
-        both = torch.cat([queries.expand(B, -1, -1).to(x.dtype), words, x], 1)     # (B, K + L + S, C)
-        seen = F.pad(known, (K, S), value=True)                                # (B, K + L + S)
-        places = [torch.arange(n, device=device) for n in (words.size(1), S)]
-        position = F.pad(torch.cat(places), (K, 0))                            # (K + L + S,) queries at 0
-        both = both + self.blocks[i](both, position, seen[:, None, None])
-        with torch.autocast(device.type, enabled=False):
-            wish = F.linear(both[:, :K].float(), self.keys[i].weight.float())  # (B, K, C)
-            logits = wish @ unit(x - x.mean(1, keepdim=True)).mT               # (B, K, S)
-        own, place = ((torch.arange(n, device=device) + 0.5) / n for n in (K, S))      # in (0, 1)
-        return logits - self.focus[i] * (K * (own[:, None] - place)).square()
+    def ask(self, words: Tensor, known: Tensor) -> Tensor:
+        """What the queries want, having read words (B, L, C): (B, K + n, C) float32."""
+        (B, L, _), n = words.shape, len(self.queries)
+        both = torch.cat([self.queries.expand(B, -1, -1).to(words.dtype), words], 1)   # (B, K + n + L, C)
+        position = F.pad(torch.arange(L, device=words.device), (n, 0))                 # queries at 0
+        both = both + self.blocks[0](both, position, F.pad(known, (n, 0), value=True)[:, None, None])
+        return exact(F.linear)(both[:, :n].float(), self.wish.weight.float())
+
+    def near(self, own: Tensor, width, S: int) -> Tensor:
+        """own (..., 1) in (0, 1): 1 at the place of its own among S, less further off, 0 far away: (..., S)."""
+        place = (torch.arange(S, device=own.device) + 0.5) / S
+        return (-((own - place) * width).square()).exp()
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
-        """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> at most `budget` tokens, info 'selector'.
+        """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> M tokens, info 'selector' (B, K, T).
 
-        selector (B, K, T): what each query takes of each frame. A token stands at its strongest frame * P +
-        its number among that frame's. Training adds Gumbel noise, seeded by the number of calls.
+        selector: what each query takes of each frame. A token stands in the strongest frame of its mixture.
+        Training adds Gumbel noise, seeded by the number of calls.
         """
-        B, T, P, C = x.shape
-        logits = self.ask(0, self.frame_queries, words, known, x.mean(2))      # (B, K, T)
+        (B, T, P, C), K, device = x.shape, self.K, x.device
+        wish, frames = self.ask(words, known), x.mean(2)                       # (B, K + n, C), (B, T, C)
+        own = (torch.arange(K, device=device)[:, None] + 0.5) / K
+        alike = exact(torch.matmul)(wish[:, :K], unit(frames - frames.mean(1, keepdim=True)).mT)
+        logits = alike + self.lean[0] * self.near(own, K, T)                   # (B, K, T)
         if self.training:
-            index = torch.arange(logits.numel(), device=x.device).view_as(logits)
+            index = torch.arange(logits.numel(), device=device).view_as(logits)
             chance = ((hashed(index + self.calls * index.numel()) >> 9) + 0.5) / 2 ** 23  # in (0, 1)
             logits, self.calls = logits - (-chance.log()).log().to(logits.dtype), self.calls + 1
         selector = (logits / self.temperature).softmax(-1)                     # (B, K, T)
         if self.hard:                                                # straight-through: one frame each
             one = F.one_hot(selector.argmax(-1), T).to(selector.dtype)
             selector = one + selector - selector.detach()
-        shares, frame = self.distinct(selector)                                # (B, k, T), (B, k)
-        mixed = (shares.to(x.dtype) @ x.flatten(2)).view(-1, P, C)             # (B * k, P, C)
-        k, real = frame.size(1), frame < T                                     # (B, k)
-        words, known = (a.repeat_interleave(k, 0) for a in (words, known))     # (B * k, L, C), (B * k, L)
-        wish = self.ask(1, self.token_queries, words, known, mixed) / self.temperature
-        tokens = wish.softmax(-1).to(x.dtype) @ mixed                          # (B * k, n, C)
-        tokens, mask = self.to_budget(tokens, real, self.most(x))              # (B * k, m, C), (B * k, m)
-        m = tokens.size(1)
-        place = frame.clamp(max=T - 1)[..., None] * P + torch.arange(m, device=x.device).clamp(max=P - 1)
-        slots = pack(mask.view(B, k * m))
-        position = look_up(place.flatten(1), slots.position, NEVER)            # (B, M)
-        tokens = reduce_tokens(tokens.reshape(B, k * m, C), slots)             # (B, M, C)
+        shares, frame = self.distinct(selector)                                # (B, K, T), (B, K)
+        mixed = (shares.to(x.dtype) @ x.flatten(2)).unflatten(2, (P, C))       # (B, K, P, C)
+        tokens, position = self.sample(mixed, frame, wish[:, K:], self.most(x), T)
         return Reduced(tokens, position, info=dict(selector=selector, patches=P))
 
     def distinct(self, selector: Tensor):
-        """(B, K, T) -> the k of them that differ (B, k, T), by their strongest frame (B, k); T at padding."""
+        """(B, K, T) -> those that differ (B, K, T), by their strongest frame (B, K); T at padding."""
         kept = merge_duplicates(selector.detach())
-        k = int(kept.mask.sum(1).max())                      # waits for the device: how many differ
-        shares = reduce_tokens(selector, kept)[:, :k]
-        frame = shares.argmax(-1).masked_fill(~kept.mask[:, :k], selector.size(2))
-        frame, order = frame.sort(dim=1, stable=True)
+        shares = reduce_tokens(selector, kept)
+        frame, order = shares.argmax(-1).where(kept.mask, selector.size(2)).sort(dim=1, stable=True)
         return shares.take_along_dim(order[..., None], 1), frame
 
-    def to_budget(self, tokens: Tensor, real: Tensor, budget: int):
-        """Merge each frame's (B * k, n, C) to budget // frames, by ToMe; real (B, k): frames that exist."""
-        share = budget // real.sum(1).clamp(min=1)                             # (B,) tokens a frame
-        quota = (share[:, None] * real).flatten()                              # (B * k,)
-        mask = real.view(-1, 1).expand(tokens.shape[:2])                       # (B * k, n)
-        size = mask.float()
-        for _ in range(tokens.size(1).bit_length()):                           # each at most halves
-            step = bipartite_soft_matching(tokens, mask.sum(1) - quota, size=size, mask=mask)
-            tokens, size, mask = reduce_tokens(tokens, step), slot_sizes(step, size), step.mask
-        return tokens, mask
+    def sample(self, mixed: Tensor, frame: Tensor, wish: Tensor, M: int, T: int):
+        """M tokens of mixed (B, K, P, C), of which frame (B, K) < T are real, as many of each -> and places."""
+        (B, K, P, C), slot = mixed.shape, torch.arange(M, device=mixed.device)
+        k = (frame < T).sum(1, keepdim=True)                                   # (B, 1) frames that differ
+        home = slot * k // M                                                   # (B, M) the frame of a token,
+        begin, end = (((home + i) * M + k - 1) // k for i in (0, 1))            # its tokens,
+        number, n = slot - begin, end - begin                                  # its number among them
+        wish = wish.take_along_dim((number * wish.size(1) // n)[..., None], 1)         # (B, M, C)
+        near = self.near(((number + 0.5) / n)[..., None], n.clamp(max=P)[..., None], P)        # (B, M, P)
+        u = unit(mixed - mixed.mean(2, keepdim=True)).flatten(1, 2)            # (B, K * P, C)
+        logits = exact(torch.matmul)(wish, u.mT).unflatten(2, (K, P)) + self.lean[1] * near[:, :, None]
+        there = torch.arange(K, device=mixed.device) == home[..., None]        # (B, M, K)
+        logits = (logits / self.temperature).masked_fill(~there[..., None], -math.inf).flatten(2)
+        tokens = logits.softmax(-1).to(mixed.dtype) @ mixed.flatten(1, 2)      # (B, M, C)
+        position, order = (frame.gather(1, home) * P + number * P // n).sort(dim=1, stable=True)
+        return tokens.take_along_dim(order[..., None], 1), position
 
     def flops(self, T: int, P: int, M: int, words: int) -> int:
         """All queries' frames, though some turn out to be duplicates."""
-        (K, C), n = self.frame_queries.shape, len(self.token_queries)
-        blocks = block_flops(K + words + T, C) + K * block_flops(n + words + P, C)
-        return blocks + 2 * K * C * (C + T + T * P)
+        (Q, C), K = self.queries.shape, self.K
+        return block_flops(Q + words, C) + 2 * C * (Q * C + K * T + K * T * P + 2 * M * K * P)
 
     def picture(self, reduced: Reduced) -> Reduction:
         """The strongest frame of each mixture, whole."""

@@ -710,8 +710,25 @@ def test_segments_and_clusters_equal_holitoms_code():
     assert len(cases_of('holitom', 'dp/')) > 20
 
 
-def test_holitom_equals_its_authors_code():
+def test_one_cluster_is_not_an_outlier():
+    """Catches k cut to the number of clusters: then every density is one, and what stands alone is taken."""
+    x = torch.cat([torch.randn(1, 1, 8) + 40, torch.randn(1, 30, 8)], 1)
+    for count, k in itertools.product((1, 2), (5, 7, 99)):
+        centers = mv.dpc_knn(x, count, k)[0][0]
+        densest = torch.cdist(x[0], x[0]).square().topk(min(k, 31), largest=False).values.sum(1).argmin()
+        assert densest in centers and (count == 2 or 0 not in centers)
+
+
+def released_dpc_knn(x, count, k, mask, dpc_knn=mv.dpc_knn):
+    """The rule of HoliTom's code, not of its paper: no more neighbours than clusters."""
+    rows = [dpc_knn(x[i:i + 1], n, min(k, max(n, 1)), mask[i:i + 1]) for i, n in enumerate(count.tolist())]
+    centers = [F.pad(c, (0, int(count.max()) - c.size(1)), value=x.size(1)) for c, _ in rows]
+    return torch.cat(centers), torch.cat([assign for _, assign in rows])
+
+
+def test_holitom_equals_its_authors_code(monkeypatch):
     """Catches ratios rounded elsewhere, beta on the wrong side, salient tokens by another order."""
+    monkeypatch.setattr(mv, 'dpc_knn', released_dpc_knn)
     cases = cases_of('holitom', 'outer/')
     assert len(cases) >= 8
     for name, g in cases.items():
@@ -833,6 +850,7 @@ def test_bipartite_matching_of_ragged_and_zero_tokens():
     assert mv.reduce_tokens(zero, step).isfinite().all() and (step.assign[0] == step.assign[0, 3]).sum() < 4
     alone = mv.bipartite_soft_matching(torch.randn(2, 1, 4), 1, mask=torch.tensor([[True], [False]]))
     assert alone.assign.tolist() == [[0], [-1]]                     # nobody to merge with; padding is dropped
+    assert torch.equal(mv.bipartite_soft_matching(zero, 0).assign[0], torch.arange(8))      # left in order
 
 
 @pytest.mark.parametrize('changes', [
@@ -1048,15 +1066,24 @@ def test_merging_of_duplicates_equals_bvllms_code_but_keeps_chains():
     close(torch.stack([chain['x'][rows].mean(0) for rows in ([0, 1], [3])]), chain['y'])
 
 
-@pytest.mark.parametrize('budget', [4, 7, 20, 64])
-def test_the_budget_is_kept_and_used(budget):
-    """Catches more tokens than the budget, a whole token a frame left over, padding that is counted."""
-    selector = mv.FrameSelector(32, 2, budget=budget, select_frames=4).eval()
-    x, words = torch.randn(6, 5, 16, 32) * 3, torch.randn(6, 3, 32)
-    tokens, position, *_, info = selector(x, None, words, torch.ones(6, 3, dtype=torch.bool))
-    frames, count = mv.merge_duplicates(info['selector']).mask.sum(1), (position < mv.NEVER).sum(1)
-    assert torch.equal(count, frames * (budget // frames).clamp(max=16)) and tokens.size(1) == count.max()
-    close(info['selector'].sum(-1), torch.ones(6, 4))
+@pytest.mark.parametrize('budget', [1, 3, 7, 33, 64, 80, 99])
+def test_the_budget_is_met_whatever_is_left(budget):
+    """Catches fewer tokens than the budget, above all of one frame, and a frame that is asked for too many."""
+    selector = mv.FrameSelector(32, 2, budget=budget, select_frames=5).eval()
+    x, words, known = torch.randn(6, 5, 16, 32) * 3, torch.randn(6, 3, 32), torch.ones(6, 3).bool()
+    x[:3] = x[:3, :1]                                              # frames alike, and queries, too:
+    selector.lean.data[0] = 0.0                                    # one mixture is left
+    tokens, position, *_, info = selector(x, None, words, known)
+    assert tokens.shape == (6, min(budget, 80), 32) and tokens.isfinite().all() and (position < 80).all()
+    assert (position.diff(dim=1) >= 0).all() and (position[:3] < 16).all()
+    assert mv.merge_duplicates(info['selector']).mask.sum(1)[:3].tolist() == [1] * 3
+    selector.lean.data[0] = 99.0                                   # every query keeps to its own frame
+    share = (selector(x, None, words, known).position // 16)[..., None] == torch.arange(5)
+    assert (share.sum(1).amax(1) - share.sum(1).amin(1) <= 1).all()
+    nn.init.zeros_(selector.wish.weight)                           # and to its own patch
+    selector.lean.data[1], y = 99.0, torch.randn(2, 5, 16, 32)
+    if budget >= 80:
+        close(selector(y, None, words[:2], known[:2]).tokens, y.flatten(1, 2))
 
 
 @pytest.mark.parametrize('changes', [

@@ -1675,8 +1675,8 @@ REDUCERS.update(vqtoken=VQToken, vq=LearnedCodes)
 # ---- 11. B-VLLM --------------------------------------------------------------------------------------------
 # Of many frames a question needs few (Lu et al., arXiv 2412.09919): learned queries read the question and the
 # mean of each frame, mix the frames that matter, drop mixtures that repeat each other, and sample tokens from
-# each, never more than a budget. It looks at the whole clip: for offline use only.
-# needs sections 1, 2, 4, 5, 7, 8
+# each, as many as a budget says. It looks at the whole clip: for offline use only.
+# needs sections 1, 2, 4, 5, 7
 
 @exact
 def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
@@ -1712,7 +1712,7 @@ class FrameSelector(Budgeted):
         self.queries = nn.Parameter(torch.randn(select_frames + num_tokens, dim))      # (K + n, C)
         self.blocks = nn.ModuleList([Block(dim, n_head, causal=False)])
         self.wish = nn.Linear(dim, dim, bias=False)
-        self.lean = nn.Parameter(torch.tensor([3.0, 3.0]))             # towards places of their own, in logits
+        self.lean = nn.Parameter(torch.tensor([3.0, 3.0]))               # towards places of their own
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
     def ask(self, words: Tensor, known: Tensor) -> Tensor:
@@ -1724,7 +1724,7 @@ class FrameSelector(Budgeted):
         return exact(F.linear)(both[:, :n].float(), self.wish.weight.float())
 
     def near(self, own: Tensor, width, S: int) -> Tensor:
-        """own (..., 1) in (0, 1): 1 at the place of its own among S, less further off, 0 far away: (..., S)."""
+        """own (..., 1) in (0, 1) -> (..., S): 1 at this place among S, less beside it, 0 far from it."""
         place = (torch.arange(S, device=own.device) + 0.5) / S
         return (-((own - place) * width).square()).exp()
 
@@ -1760,7 +1760,7 @@ class FrameSelector(Budgeted):
         return shares.take_along_dim(order[..., None], 1), frame
 
     def sample(self, mixed: Tensor, frame: Tensor, wish: Tensor, M: int, T: int):
-        """M tokens of mixed (B, K, P, C), of which frame (B, K) < T are real, as many of each -> and places."""
+        """M tokens, as many of each of mixed (B, K, P, C) whose frame (B, K) is below T, and their places."""
         (B, K, P, C), slot = mixed.shape, torch.arange(M, device=mixed.device)
         k = (frame < T).sum(1, keepdim=True)                                   # (B, 1) frames that differ
         home = slot * k // M                                                   # (B, M) the frame of a token,
@@ -1798,8 +1798,7 @@ REDUCERS['bvllm'] = FrameSelector
 
 class MergeStep(NamedTuple):
     """What a layer merges."""
-    factor: int     # so many neighbouring clips become one before attention
-    cross: int      # tokens that then merge across them, before attention
+    joins: tuple    # before attention, in turn: (M, r), M neighbouring clips become one, then r tokens merge
     inner: int      # tokens that merge after attention
 
 
@@ -1808,26 +1807,32 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04,
     """A MergeStep for each layer, for any number of frames (TempMe, section 3; its shares are defaults).
 
     The prime factors of `frames` are dealt to at most three layers, the last but one and those before it:
-    12 -> 2, 2, 3. Earlier layers merge `image` of a frame's patches; these `cross` of all tokens across clips
-    and `intra` of the rest inside; the last `intra`. At most half of the patches merge at once.
+    12 -> 2, 2, 3. Earlier layers merge `image` of a frame's patches; these `cross` of all tokens at each join
+    and `intra` of the rest inside; the last `intra`. At most half of the patches merge at once. ValueError: a
+    single layer, as frames are seen one by one before they are joined.
     """
+    if n_layer < 2 and frames > 1:
+        raise ValueError(f'merging frames wants 2 layers, the first for each frame alone, got {n_layer}')
     primes, rest = [], frames
     while rest > 1:
         primes.append(next(p for p in range(2, rest + 1) if rest % p == 0))
         rest //= primes[-1]
-    parts = [1] * max(1, min(3, n_layer // 3))
+    parts = [[] for _ in range(max(1, min(3, n_layer // 3)))]
     for prime in reversed(primes):
-        parts[parts.index(min(parts))] *= prime
-    factors = sorted(part for part in parts if part > 1)
-    first = max(0, n_layer - 1 - len(factors)) if factors else n_layer
+        min(parts, key=math.prod).append(prime)
+    parts = sorted(filter(None, parts), key=math.prod)
+    first = max(1, n_layer - 1 - len(parts)) if parts else n_layer
     n, c, steps = patches + 1, 1, []                        # tokens of a clip, summaries among them
     share = lambda n, ratio: int(n * ratio + 1e-9)
-    for i, M in enumerate(([1] * first + factors + [1])[:n_layer]):
-        n, c = n * M, c * M
-        across = min((n - c) // 2, share(n, cross)) if M > 1 else 0
-        inside = min((n - across - c) // 2, share(patches, image) if i < first else share(n - across, intra))
-        steps.append(MergeStep(M, across, inside))
-        n -= across + inside
+    for i, factors in enumerate(([[]] * first + parts + [[]])[:n_layer]):
+        joins = []
+        for M in factors:
+            n, c = n * M, c * M
+            joins.append((M, min((n - c) // 2, share(n, cross))))
+            n -= joins[-1][1]
+        inside = min((n - c) // 2, share(patches, image) if i < first else share(n, intra))
+        steps.append(MergeStep(tuple(joins), inside))
+        n -= inside
     return steps
 
 
@@ -1841,27 +1846,25 @@ def image_block(block, x: Tensor, size, r: int, protected: int = 1):
     return x + block.mlp(block.norm2(x)), size, step
 
 
-def join_clips(x: Tensor, M: int, c: int) -> Tensor:
+def gather_clips(x: Tensor, M: int, c: int) -> Tensor:
     """M neighbours of x (B*F, n, ...), c summaries in front, become one: (B*F/M, M*n, ...), M*c in front."""
     x = x.unflatten(0, (-1, M))                                                # (B*F/M, M, n, ...)
     return torch.cat([x[:, :, :c].flatten(1, 2), x[:, :, c:].flatten(1, 2)], 1)
 
 
-def clip_block(block, x: Tensor, size, place: Tensor, step: MergeStep, c: int, pairing=None):
-    """A Block on clips x (B*F, n, C) with c summaries each, step.factor = M of which become one.
+def join_clips(x: Tensor, size, place: Tensor, M: int, r: int, c: int, pairing=None):
+    """M of the clips x (B*F, n, C), with c summaries each, become one, and r tokens merge -> as merge_tokens.
 
     place (F, C): a vector for every clip, so that order is seen. pairing: None = from even clips to odd ones,
-    as parity of place never pairs the same patch of two clips. -> x (B*F/M, n', C), size, two Reductions.
+    as parity of place never pairs the same patch of two clips.
     """
-    M, n = step.factor, x.size(1)
-    clip = join_clips(torch.arange(M)[:, None].expand(M, n), M, c)[0]      # (M*n,) of each token, on the host
+    n = x.size(1)
+    clip = gather_clips(torch.arange(M)[:, None].expand(M, n), M, c)[0]    # (M*n,) of each token, on the host
     pairing = clip % 2 == 0 if pairing is None else pairing
-    metric, size = join_clips(x, M, c), size if size is None else join_clips(size, M, c)
+    metric, size = gather_clips(x, M, c), size if size is None else gather_clips(size, M, c)
     place = place.view(-1, M, x.size(2))[:, clip.to(x.device)]                 # (F/M, M*n, C)
     x = (metric.view(-1, *place.shape) + place).view_as(metric)                # (B*F/M, M*n, C)
-    x, size, first = merge_tokens(x, size, metric, step.cross, M * c, pairing)
-    x, size, second = image_block(block, x, size, step.inner, M * c)
-    return x, size, first, second
+    return merge_tokens(x, size, metric, r, M * c, pairing)
 
 
 class TempMeEncoder(VisionEncoder):
@@ -1881,21 +1884,21 @@ class TempMeEncoder(VisionEncoder):
             raise ValueError(f'merge_image, merge_cross, merge_intra must be from 0 to below 1, got {shares}')
         self.frames = frames
         self.cls = nn.Parameter(0.2 * torch.randn(dim))                        # (C,)
-        alone = [MergeStep(1, 0, 0)] * n_layer
-        self.steps = merge_schedule(n_layer, frames, patches, *shares) if joins else alone
-        clips, self.clip_place = frames, nn.ParameterDict()                    # before they are joined
-        for i, step in enumerate(self.steps):
-            if step.factor > 1:
-                self.clip_place[str(i)] = nn.Parameter(place_std * torch.randn(clips, dim))
-                clips //= step.factor
+        self.steps = (merge_schedule(n_layer, frames, patches, *shares) if joins
+                      else [MergeStep((), 0)] * n_layer)
+        self.clip_place = nn.ParameterList()               # of the clips before each join
+        for M in [M for step in self.steps for M, _ in step.joins]:
+            self.clip_place.append(nn.Parameter(place_std * torch.randn(frames, dim)))
+            frames //= M
 
     def counts(self, T: int) -> list:
         """Of each layer: how many clips, tokens of each in attention, tokens of each in the MLP."""
-        rows, clips, after = [], T, len(self.place) + 1
+        rows, clips, n = [], T, len(self.place) + 1
         for step in self.steps:
-            clips, n = clips // step.factor, after * step.factor - step.cross
-            after = n - step.inner
-            rows.append((clips, n, after))
+            for M, r in step.joins:
+                clips, n = clips // M, n * M - r
+            rows.append((clips, n, n - step.inner))
+            n -= step.inner
         return rows
 
     def num_tokens(self, T: int) -> int:
@@ -1906,13 +1909,17 @@ class TempMeEncoder(VisionEncoder):
     def flops(self, T: int) -> int:
         """FLOPs of the blocks on T frames, the similarities that decide what merges included."""
         C, D, c, total = len(self.cls), len(self.cls) // self.blocks[0].attention.n_head, 1, 0
-        for step, (clips, n, after) in zip(self.steps, self.counts(T)):
-            joined, c = n + step.cross, c * step.factor                        # tokens before they merge
-            even = (joined - c) // step.factor * ((step.factor + 1) // 2)      # patches of even clips
-            first = (n + 1) // 2 - (c + 1) // 2                                # patches at even places
-            cross = 2 * even * (joined - c - even) * C if step.cross else 0
+        clips, n = T, len(self.place) + 1
+        for step in self.steps:
+            for M, r in step.joins:
+                clips, n, c = clips // M, n * M, c * M
+                even = (n - c) // M * ((M + 1) // 2)                           # patches of even clips
+                total += 2 * clips * even * (n - c - even) * C if r else 0
+                n -= r
+            first, after = (n + 1) // 2 - (c + 1) // 2, n - step.inner         # patches at even places
             inner = 2 * first * (n - c - first) * D if step.inner else 0
-            total += clips * (cross + inner + 8 * n * C * C + 4 * n * n * C + 16 * after * C * C)
+            total += clips * (inner + 8 * n * C * C + 4 * n * n * C + 16 * after * C * C)
+            n = after
         return total
 
     def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Encoded:
@@ -1939,19 +1946,17 @@ class TempMeEncoder(VisionEncoder):
             raise ValueError(f'this encoder merges clips of {self.frames} frames, got {T}')
         x = self.embed(video) + self.place                                     # (B*T, P, C)
         x, P = torch.cat([self.cls.to(x.dtype).expand(B * T, 1, -1), x], 1), x.size(1)
-        size, c = None, 1                                                      # c: summaries of a clip
+        size, c, places = None, 1, iter(self.clip_place)                       # c: summaries of a clip
         slot = torch.arange(1, P + 1, device=device).expand(B * T, P)          # of each patch in its clip
-        for i, (block, step) in enumerate(zip(self.blocks, self.steps)):
-            M, n = step.factor, x.size(1)
-            if M > 1:
-                x, size, *merged = clip_block(block, x, size, self.clip_place[str(i)], step, c)
-                earlier = torch.arange(len(slot), device=device)[:, None] % M  # (B*F, 1) clips before it
-                slot = (slot + (M - 1) * c + earlier * (n - c)).view(-1, M * slot.size(1))
-                c *= M
-            else:
-                x, size, *merged = image_block(block, x, size, step.inner, c)
-            for reduction in merged:
-                slot = slot if reduction is None else reduction.assign.gather(1, slot)
+        follow = lambda step: slot if step is None else step.assign.gather(1, slot)
+        for block, step in zip(self.blocks, self.steps):
+            for M, r in step.joins:
+                n, before = x.size(1), torch.arange(len(slot), device=device)[:, None] % M     # clips
+                x, size, merged = join_clips(x, size, next(places), M, r, c)
+                slot = (slot + (M - 1) * c + before * (n - c)).view(-1, M * slot.size(1))
+                slot, c = follow(merged), c * M
+            x, size, merged = image_block(block, x, size, step.inner, c)
+            slot = follow(merged)
         return self.norm(x), slot, T // c
 
 

@@ -1059,6 +1059,9 @@ def rows_of(s) -> list:
             raise ValueError(f'--rows: {name!r} is none of {", ".join(RECIPES)}')
     if s.data != 'shapes' and not s.rows:
         asked = [name for name in asked if RECIPES[name].task is Questions]
+    if {**PRESETS[s.preset], **s.model}['encoder_layers'] < 2 and not s.rows:        # too few to merge frames
+        asked = [name for name in asked if TEMPME.items() - RECIPES[name].changes.items()
+                 or RECIPES[name].task is Retrieval]
     begun = {RECIPES[name].begins for name in asked}
     return [name for name in RECIPES if name in asked or name in begun]
 

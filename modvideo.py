@@ -1050,8 +1050,15 @@ class Pool(Budgeted):
     """Means over a grid of time and space: its cells are the same in every clip."""
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
-        cell = pool_grid(x.size(1), math.isqrt(x.size(2)), self.most(x))       # (N,) on the host
+        cell = pool_grid(x.size(1), side_of(x.size(2)), self.most(x))       # (N,) on the host
         return reduced_by(x, from_clusters(cell.to(x.device).expand(len(x), -1), int(cell.max()) + 1))
+
+
+def side_of(P: int) -> int:
+    """Patches of a side of a frame of P. ValueError: they are no square, or a summary token is among them."""
+    if math.isqrt(P) ** 2 != P:
+        raise ValueError(f'wanted frames of a square grid of patches, such as 8 x 8, got {P} patches')
+    return math.isqrt(P)
 
 
 def pool_grid(T: int, side: int, budget: int) -> Tensor:
@@ -1218,8 +1225,12 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
     count, both = mask.sum(1, keepdim=True), mask[:, :, None] & mask[:, None, :]       # (B, 1), (B, N, N)
-    exact_at_zero = torch.cdist(x.float(), x.float(), compute_mode='donot_use_mm_for_euclid_dist')
-    far = (exact_at_zero / math.sqrt(C)).masked_fill(~both, math.inf)          # (B, N, N)
+    y = precise(x)
+    square = y.square().sum(-1)                                                # (B, N)
+    # |a - b|² by products of matrices, which are fast; what is left of it by rounding alone is zero.
+    least = 8 * C * torch.finfo(y.dtype).eps * square[:, None]                 # (B, 1, N)
+    far = torch.baddbmm(square[:, None], y, y.mT, alpha=-2) + square[..., None]        # (B, N, N)
+    far = (far.where(far > least, 0) / C).sqrt().float().masked_fill(~both, math.inf)
     near = far.square().topk(min(k, N), largest=False).values                  # (B, N, k)
     density = (-near.where(near < math.inf, 0).sum(-1) / count.clamp(1, near.size(-1))).exp()  # (B, N)
     gap = far.where(density[:, None] > density[..., None], math.inf).amin(-1)  # (B, N) to a denser one
@@ -1267,7 +1278,8 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     of what time leaves, the share that makes retain_ratio of all. beta, k: as in merge_static, dpc_knn.
     """
     (B, T, P, _), u = x.shape, unit(x)
-    if not (retain_ratio >= 0 and -1 <= tau <= 1 and x.isfinite().all() and saliency.isfinite().all()):
+    total = x.sum(dtype=torch.float) + saliency.sum(dtype=torch.float)         # finite if all are
+    if not (retain_ratio >= 0 and -1 <= tau <= 1 and total.isfinite()):
         raise ValueError('wanted retain_ratio of at least 0, tau from -1 to 1, and no token or saliency NaN '
                          f'or infinite; got retain_ratio {retain_ratio} and tau {tau}')
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
@@ -1540,7 +1552,7 @@ class VQToken(Reducer):
     def occupancy(self, index_map: Tensor, K: int) -> Tensor:
         """(B, T, P) -> (B, K, cells): how much of each cell of the grid a code fills, 0 to 1."""
         T, P, cells = *index_map.shape[1:], self.value[0].in_features
-        cell = grid_cells(T, math.isqrt(P), *self.grid).to(index_map.device)   # (N,)
+        cell = grid_cells(T, side_of(P), *self.grid).to(index_map.device)   # (N,)
         place = index_map.flatten(1) * cells + cell                            # (B, N)
         filled = slot_sums(torch.ones_like(place, dtype=torch.float), place, K * cells)
         return filled.unflatten(1, (K, cells)) / torch.bincount(cell, minlength=cells).clamp(min=1)
@@ -1610,12 +1622,16 @@ class VectorQuantizer(nn.Module):
         flat = x.reshape(-1, x.size(-1)).float()                               # (n, C)
         if not len(flat):
             raise ValueError(f'wanted at least one vector, got {tuple(x.shape)}')
-        if self.training and not self.calls:                                   # waits for the device
+        # Checkpointing computes this again while the gradient is computed, and wants what it had before.
+        again = self.training and torch._C._current_graph_task_id() >= 0
+        if self.training and not again and not self.calls:                     # waits for the device
             self.move(flat, kmeans(flat[None], len(self.codebook))[1][0], 0.0)
-        indices = nearest(flat.detach()[None], self.codebook[None], 'l2')[0]   # (n,)
-        code = self.codebook.index_select(0, indices)                          # (n, C)
+        codebook = self.before if again else self.codebook.clone()             # (K, C)
+        indices = nearest(flat.detach()[None], codebook[None], 'l2')[0]        # (n,)
+        code = codebook.index_select(0, indices)                               # (n, C)
         loss = self.commitment * F.mse_loss(flat, code)
-        if self.training:
+        if self.training and not again:
+            self.before = codebook
             self.move(flat, indices, self.decay)
             self.revive_dead(flat)
         quantized = (flat + (code - flat).detach()).to(x.dtype)              # straight-through: gradient of x
@@ -1709,9 +1725,10 @@ class FrameSelector(Budgeted):
         if select_frames < 1:
             raise ValueError(f'select_frames must be at least 1, got {select_frames}')
         self.temperature, self.hard, self.K = temperature, hard, select_frames
-        self.queries = nn.Parameter(torch.randn(select_frames + num_tokens, dim))      # (K + n, C)
+        # Small, so that what a query wants is mostly what it reads.
+        self.queries = nn.Parameter(0.1 * torch.randn(select_frames + num_tokens, dim))        # (K + n, C)
         self.blocks = nn.ModuleList([Block(dim, n_head, causal=False)])
-        self.wish = nn.Linear(dim, dim, bias=False)
+        self.norm, self.wish = nn.RMSNorm(dim), nn.Linear(dim, dim, bias=False)
         self.lean = nn.Parameter(torch.tensor([3.0, 3.0]))               # towards places of their own
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
@@ -1721,7 +1738,7 @@ class FrameSelector(Budgeted):
         both = torch.cat([self.queries.expand(B, -1, -1).to(words.dtype), words], 1)   # (B, K + n + L, C)
         position = F.pad(torch.arange(L, device=words.device), (n, 0))                 # queries at 0
         both = both + self.blocks[0](both, position, F.pad(known, (n, 0), value=True)[:, None, None])
-        return exact(F.linear)(both[:, :n].float(), self.wish.weight.float())
+        return exact(F.linear)(self.norm(both[:, :n]).float(), self.wish.weight.float())
 
     def near(self, own: Tensor, width, S: int) -> Tensor:
         """own (..., 1) in (0, 1) -> (..., S): 1 at this place among S, less beside it, 0 far from it."""

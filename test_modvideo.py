@@ -1024,6 +1024,20 @@ def test_codes_start_at_clusters_and_dead_ones_revive():
     assert copy.half().codebook.dtype == torch.float32                         # codes stay float32
 
 
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_checkpointing_changes_neither_codes_nor_gradients(reentrant):
+    """Catches a codebook that moves again when activations are computed again, or those of other codes."""
+    made, x = [], torch.randn(50, 4)
+    again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+    for run in (lambda f, x: f(x), again):
+        torch.manual_seed(0)
+        vq, inside = mv.VectorQuantizer(8, 4), x.clone().requires_grad_()
+        for _ in range(2):
+            run(lambda x: sum(part.square().sum() for part in vq(x.tanh())[::2]), inside).backward()
+        made.append((vq.codebook, vq.cluster_size, vq.calls, inside.grad))
+    assert all(map(torch.equal, *made)) and vq.calls == 2
+
+
 def test_vqtoken_alone_in_a_batch_and_at_its_edges():
     """Catches ids that change the tokens, padding that is attended to, K that depends on T."""
     x = torch.randn(3, 5, 16, 32)
@@ -1397,6 +1411,7 @@ def test_wrong_shapes_and_configurations_are_named():
         'another n_layer: 4, wanted 3': lambda: mv.init_from(make('all', n_layer=3), model),
         '7 tokens do not divide': lambda: mv.Router(4)(torch.randn(1, 7, 4), 2, 0.5),
         'num_dense must be 0 to 2, got 3': lambda: mv.choose_mod_layers(torch.ones(3), 3),
+        'square grid of patches, such as 8 x 8, got 12': lambda: mv.VQToken(4)(torch.randn(1, 2, 12, 4)),
         'NaN': lambda: mv.holitom(x * float('nan'), x[..., 0]),
         'retain_ratio': lambda: mv.holitom(x, x[..., 0], -0.1),
         "got 'l1'": lambda: mv.kmeans(x[0], 2, metric='l1'),

@@ -994,9 +994,14 @@ def mean_of(assign: Tensor, position: Tensor) -> Reduction:
     return Reduction(assign, weight, position, position < assign.size(1))
 
 
-def pack(keep: Tensor) -> Reduction:
-    """Keep some tokens, drop the others: keep (B, N) bool. M is the most that a sample keeps."""
-    N, M = keep.size(1), int(keep.sum(1).max())                    # waits for the device: M is data
+def most_of(*keeps) -> list:
+    """Of each (B, N) bool the most that a sample keeps. Waits for the device once: sizes are data."""
+    return torch.stack([keep.sum(1).max() for keep in keeps]).tolist()
+
+
+def pack(keep: Tensor, M: int = None) -> Reduction:
+    """Keep some tokens, drop the others: keep (B, N) bool. M: the most that a sample keeps, if known."""
+    N, M = keep.size(1), most_of(keep)[0] if M is None else M
     assign = torch.where(keep, keep.cumsum(1) - 1, -1)                         # (B, N)
     position = first_members(assign, M)                                        # (B, M)
     return Reduction(assign, keep.float(), position, position < N)
@@ -1215,12 +1220,13 @@ REDUCERS['tome'] = ToMe
 # needs sections 1, 2, 4, 5, 7
 
 @exact
-def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
+def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int = None):
     """Density-peak clustering: centres have the highest density * distance to the nearest denser token.
 
     x (B, N, C), num_clusters int or (B,), mask (B, N): who takes part -> centers (B, K), ascending, N at
     padding; assign (B, N): the nearest centre's place in the list, -1 outside the mask. density =
     exp(-mean squared distance to the k nearest that take part, itself included). Ties: the earlier token.
+    most: K, if it is known.
     """
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -1237,7 +1243,7 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None):
     widest = far.where(both, 0).amax((1, 2))[:, None]                          # (B, 1)
     score = density * torch.where(gap.isinf(), widest, gap)                    # (B, N)
     wanted = torch.as_tensor(num_clusters, device=x.device).view(-1, 1)        # (B or 1, 1)
-    centers = pack(best_of(score, wanted, mask)).position                      # (B, K)
+    centers = pack(best_of(score, wanted, mask), most).position                # (B, K)
     reach = F.pad(far, (0, 1), value=math.inf).take_along_dim(centers[:, None], 2)     # (B, N, K)
     assign = reach.argmin(-1) if centers.size(1) else torch.full((B, N), -1, device=x.device)
     return centers, torch.where(mask & (wanted > 0), assign, -1)
@@ -1278,46 +1284,50 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     of what time leaves, the share that makes retain_ratio of all. beta, k: as in merge_static, dpc_knn.
     """
     (B, T, P, _), u = x.shape, unit(x)
-    total = x.sum(dtype=torch.float) + saliency.sum(dtype=torch.float)         # finite if all are
-    if not (retain_ratio >= 0 and -1 <= tau <= 1 and total.isfinite()):
-        raise ValueError('wanted retain_ratio of at least 0, tau from -1 to 1, and no token or saliency NaN '
-                         f'or infinite; got retain_ratio {retain_ratio} and tau {tau}')
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
     segment, gain = temporal_segments(similarity, tau, max_len)                # (B, T), (B,)
+    total = x.sum(dtype=torch.float) + saliency.sum(dtype=torch.float)         # finite if all are
+    S, fine = torch.stack([segment.max() + 1, total.isfinite().long()]).tolist()       # waits for the device
+    if not (retain_ratio >= 0 and -1 <= tau <= 1 and fine):
+        raise ValueError('wanted retain_ratio of at least 0, tau from -1 to 1, and no token or saliency NaN '
+                         f'or infinite; got retain_ratio {retain_ratio} and tau {tau}')
     ratio = (retain_ratio * T * P / precise(T * P - gain)).clamp(max=1)[:, None]       # (B, 1)
     # 1. Which patches stand still all through their segment.
-    frames = F.one_hot(segment, int(segment.max()) + 1).float()               # (B, T, S) waits for the device
+    frames = F.one_hot(segment, S).float()                                     # (B, T, S)
     moved = (segment[:, 1:] == segment[:, :-1])[..., None] & (similarity <= tau)       # (B, T - 1, P)
     static = (frames[:, 1:].mT @ moved.float() == 0) & (frames.sum(1) > 1)[..., None]  # (B, S, P)
-    # 2. Merge them over time, and around density peaks in space.
-    slot, share = merge_static(x, frames, static, ratio, beta, k)              # (B, S, P) each
-    # 3. Of the others keep the most looked-at of each frame.
+    # 2. Of the others keep the most looked-at of each frame.
     own = segment[..., None].expand(B, T, P)                                   # the segment of each token
     still = static.gather(1, own)                                              # (B, T, P)
     quota = ((P - static.sum(-1)) * ratio).ceil().gather(1, segment)           # (B, T)
     kept = best_of(saliency, quota[..., None], ~still)                         # (B, T, P)
+    # 3. Merge what stands still over time, and around density peaks in space.
+    peaks = (static.sum(-1) * ratio).round().long()                            # (B, S)
+    counts = (peaks > 0).sum(), peaks.max(), (kept.sum((1, 2)) + peaks.sum(1)).max()
+    rows, K, M = torch.stack(counts).tolist()                                  # waits for the device
+    slot, share = merge_static(x, frames, static, peaks, rows, K, beta, k)     # (B, S, P) each
     # 4. One slot for each token: its group's, its own, or none.
     index = torch.arange(T * P, device=x.device).view(T, P).where(kept, -1)
     target = torch.where(still, slot.gather(1, own), index).flatten(1)         # (B, N) an index
     weight = torch.where(still, share.gather(1, own), kept.float()).flatten(1)
-    slots = pack(slot_sums(torch.ones_like(target), target, T * P) > 0)
+    slots = pack(slot_sums(torch.ones_like(target), target, T * P) > 0, M)
     return slots._replace(assign=look_up(slots.assign, target, -1), weight=weight * (target >= 0))
 
 
-def merge_static(x: Tensor, frames: Tensor, static: Tensor, ratio: Tensor, beta: float, k: int):
+def merge_static(x: Tensor, frames: Tensor, static: Tensor, peaks: Tensor, rows: int, K: int, beta: float,
+                 k: int):
     """Where static patches go: slot (B, S, P), an index t*P + p, -1 = nowhere, and each token's share of it.
 
-    Their means over time are clustered, `ratio` (B, 1) of them are the peaks. A slot stands in the segment's
-    first frame; its peak has weight beta, the others of the group share the rest (None: a plain mean).
+    Their means over time are clustered, around peaks (B, S), at most K, in `rows` segments. A slot stands in
+    the segment's first frame; its peak has weight beta, the others of its group share the rest (None: mean).
     """
     (B, T, P, C), S, device = x.shape, frames.size(2), x.device
     length = frames.sum(1)[..., None]                                       # (B, S, 1) frames of each segment
     mean = (frames.mT @ x.float().flatten(2) / length.clamp(min=1)).view(B * S, P, C)
-    peaks = (static.sum(-1) * ratio).round().long().flatten()                  # (B*S,)
-    center = torch.full((B * S, P), P, device=device)                          # the peak each patch goes to
-    row = peaks.nonzero()[:, 0]                                                # segments in which any stays
-    if len(row):
-        peak, group = dpc_knn(mean[row], peaks[row], k, static.view(B * S, P)[row])
+    center, peaks = torch.full((B * S, P), P, device=device), peaks.flatten()  # the peak each patch goes to
+    if rows:                                                                   # segments in which any stays
+        row = (peaks == 0).long().argsort(stable=True)[:rows]
+        peak, group = dpc_knn(mean[row], peaks[row], k, static.view(B * S, P)[row], K)
         center[row] = look_up(peak, group, P)
     members = look_up(slot_sums(torch.ones_like(mean[..., 0]), center, P), center, 1)    # (B*S, P) in a group
     share = 1 / members
@@ -1386,8 +1396,9 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     keep = (precise(vision.sum(1, keepdim=True)) * (1 - drop_ratio)).round()   # (B, 1) half to even
     kept = best_of(score, keep, vision)                                        # (B, S)
     goes = vision & ~kept
-    slots = pack(~goes if mask is None else ~goes & mask)
-    goer, host = pack(goes).position, F.pad(pack(kept).position, (0, 1), value=S)  # (B, G), (B, K) S = nobody
+    stays = ~goes if mask is None else ~goes & mask
+    slots, goer, host = (pack(*a) for a in zip((stays, goes, kept), most_of(stays, goes, kept)))
+    goer, host = goer.position, F.pad(host.position, (0, 1), value=S)          # (B, G), (B, K) S = nobody
     u = unit(h)
     hosts, nobody = look_up(u, host, 0).mT, (host == S)[:, None]               # (B, C, K), (B, 1, K)
     choice = [(look_up(u, part, 0) @ hosts).masked_fill(nobody, -math.inf).argmax(-1)
@@ -1718,7 +1729,7 @@ class FrameSelector(Budgeted):
 
     def __init__(self, dim: int, n_head: int = 4, num_tokens: int = 16, temperature: float = 0.5, *,
                  budget: Annotated[int, 'vision tokens of a clip, 0 = a quarter'] = 0,
-                 select_frames: Annotated[int, 'queries that look for frames'] = 8,
+                 select_frames: Annotated[int, 'queries that look for frames'] = 4,
                  hard: Annotated[bool, 'a query takes one frame whole in place of a mixture'] = False):
         """num_tokens: learned queries for tokens; a frame that gives fewer or more takes each nearest one."""
         super().__init__(dim, budget=budget)
@@ -1729,7 +1740,8 @@ class FrameSelector(Budgeted):
         self.queries = nn.Parameter(0.1 * torch.randn(select_frames + num_tokens, dim))        # (K + n, C)
         self.blocks = nn.ModuleList([Block(dim, n_head, causal=False)])
         self.norm, self.wish = nn.RMSNorm(dim), nn.Linear(dim, dim, bias=False)
-        self.lean = nn.Parameter(torch.tensor([3.0, 3.0]))               # towards places of their own
+        nn.init.normal_(self.wish.weight, std=0.1 / math.sqrt(dim))
+        self.lean = nn.Parameter(torch.tensor([3.0, 6.0]))               # towards places of their own
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
     def ask(self, words: Tensor, known: Tensor) -> Tensor:

@@ -720,7 +720,7 @@ def test_one_cluster_is_not_an_outlier():
         assert densest in centers and (count == 2 or 0 not in centers)
 
 
-def released_dpc_knn(x, count, k, mask, dpc_knn=mv.dpc_knn):
+def released_dpc_knn(x, count, k, mask, most, dpc_knn=mv.dpc_knn):
     """The rule of HoliTom's code, not of its paper: no more neighbours than clusters."""
     rows = [dpc_knn(x[i:i + 1], n, min(k, max(n, 1)), mask[i:i + 1]) for i, n in enumerate(count.tolist())]
     centers = [F.pad(c, (0, int(count.max()) - c.size(1)), value=x.size(1)) for c, _ in rows]

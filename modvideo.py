@@ -1073,9 +1073,9 @@ def pool_grid(T: int, side: int, budget: int) -> Tensor:
     return grid_cells(T, side, min(T, budget // b ** 2), b)
 
 
-def grid_cells(T: int, side: int, a: int, b: int) -> Tensor:
+def grid_cells(T: int, side: int, a: int, b: int, device=None) -> Tensor:
     """(T * side * side,) int64: which of a * b * b equal cells of time, height and width each patch is in."""
-    time, place = torch.arange(T) * a // T, torch.arange(side) * b // side
+    time, place = (torch.arange(n, device=device) * m // n for n, m in ((T, a), (side, b)))
     return ((time[:, None, None] * b + place[:, None]) * b + place).flatten()
 
 
@@ -1140,16 +1140,14 @@ def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor 
     """ToMe: merge the r sources that resemble a destination most, at most half: N tokens -> N - r.
 
     metric (B, N, C), r int or (B,), the first `protected` tokens never merge. pairing: 'parity', even places
-    are sources, odd ones destinations; or (N,) bool, True for sources. size (B, N): what tokens stand for
+    are sources, odd ones destinations; or the places of both (A,), (D,). size (B, N): what tokens stand for
     already. mask (B, N) bool: False is dropped. Slots: protected, sources that stay, destinations.
     """
     (B, N, _), device = metric.shape, metric.device
-    if isinstance(pairing, str):
+    if pairing == 'parity':
         place = torch.arange(N, device=device)[protected:]
-        sources, targets = place[protected % 2::2], place[1 - protected % 2::2]        # (A,), (D,) places
-    else:                                             # nothing waits for the device if pairing is on the host
-        sources, targets = ((pairing[protected:] == side).nonzero()[:, 0].to(device) + protected
-                            for side in (True, False))
+        pairing = place[protected % 2::2], place[1 - protected % 2::2]
+    sources, targets = pairing                                                 # (A,), (D,) places
     real, M = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask, None
     if not len(targets) or not len(sources) or isinstance(r, int) and r <= 0:  # nothing to merge
         return pack(real)
@@ -1563,10 +1561,11 @@ class VQToken(Reducer):
     def occupancy(self, index_map: Tensor, K: int) -> Tensor:
         """(B, T, P) -> (B, K, cells): how much of each cell of the grid a code fills, 0 to 1."""
         T, P, cells = *index_map.shape[1:], self.value[0].in_features
-        cell = grid_cells(T, side_of(P), *self.grid).to(index_map.device)   # (N,)
+        cell = grid_cells(T, side_of(P), *self.grid, index_map.device)[None]   # (1, N)
         place = index_map.flatten(1) * cells + cell                            # (B, N)
-        filled = slot_sums(torch.ones_like(place, dtype=torch.float), place, K * cells)
-        return filled.unflatten(1, (K, cells)) / torch.bincount(cell, minlength=cells).clamp(min=1)
+        one = torch.ones_like(place, dtype=torch.float)
+        filled = slot_sums(one, place, K * cells).unflatten(1, (K, cells))
+        return filled / slot_sums(one[:1], cell, cells).clamp(min=1)
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         """x (B, T, P, C) -> tokens (B, K, C), in order of their first patch; the map: reduction.assign."""
@@ -1610,10 +1609,11 @@ class VectorQuantizer(nn.Module):
     """Replace each vector by the nearest of num_codes codes, which follow the vectors as they change.
 
     codebook (K, C) = embed_avg / cluster_size, two moving averages. In training the first batch places the
-    codes (k-means), and a code that falls below `revive` vectors a batch starts anew at one of them.
+    codes (k-means), and a code that falls below `revive` vectors a batch starts anew at one of them. Slower
+    averages (0.99) lag behind an encoder that learns: of 32 codes half were left after 100 steps, 5 after 200.
     """
 
-    def __init__(self, num_codes: int, dim: int, decay: float = 0.99, commitment: float = 0.25,
+    def __init__(self, num_codes: int, dim: int, decay: float = 0.9, commitment: float = 0.25,
                  revive: float = 0.1, eps: float = 1e-5):
         super().__init__()
         if num_codes < 1:
@@ -1740,8 +1740,7 @@ class FrameSelector(Budgeted):
         self.queries = nn.Parameter(0.1 * torch.randn(select_frames + num_tokens, dim))        # (K + n, C)
         self.blocks = nn.ModuleList([Block(dim, n_head, causal=False)])
         self.norm, self.wish = nn.RMSNorm(dim), nn.Linear(dim, dim, bias=False)
-        nn.init.normal_(self.wish.weight, std=0.1 / math.sqrt(dim))
-        self.lean = nn.Parameter(torch.tensor([3.0, 6.0]))               # towards places of their own
+        self.sharpness = nn.Parameter(torch.tensor([3.0, 6.0]))                # of the choice of frames, patches
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
     def ask(self, words: Tensor, known: Tensor) -> Tensor:
@@ -1757,6 +1756,10 @@ class FrameSelector(Budgeted):
         place = (torch.arange(S, device=own.device) + 0.5) / S
         return (-((own - place) * width).square()).exp()
 
+    def alike(self, wish: Tensor, x: Tensor) -> Tensor:
+        """Of wish (..., K, C) and x (..., S, C), less its mean: 1.5 * cosine, more than `near` can be."""
+        return 1.5 * exact(torch.matmul)(unit(wish), unit(x - x.mean(-2, keepdim=True)).mT)
+
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> M tokens, info 'selector' (B, K, T).
 
@@ -1766,8 +1769,7 @@ class FrameSelector(Budgeted):
         (B, T, P, C), K, device = x.shape, self.K, x.device
         wish, frames = self.ask(words, known), x.mean(2)                       # (B, K + n, C), (B, T, C)
         own = (torch.arange(K, device=device)[:, None] + 0.5) / K
-        alike = exact(torch.matmul)(wish[:, :K], unit(frames - frames.mean(1, keepdim=True)).mT)
-        logits = alike + self.lean[0] * self.near(own, K, T)                   # (B, K, T)
+        logits = self.sharpness[0] * (self.alike(wish[:, :K], frames) + self.near(own, K, T))  # (B, K, T)
         if self.training:
             index = torch.arange(logits.numel(), device=device).view_as(logits)
             chance = ((hashed(index + self.calls * index.numel()) >> 9) + 0.5) / 2 ** 23  # in (0, 1)
@@ -1797,10 +1799,10 @@ class FrameSelector(Budgeted):
         number, n = slot - begin, end - begin                                  # its number among them
         wish = wish.take_along_dim((number * wish.size(1) // n)[..., None], 1)         # (B, M, C)
         near = self.near(((number + 0.5) / n)[..., None], n.clamp(max=P)[..., None], P)        # (B, M, P)
-        u = unit(mixed - mixed.mean(2, keepdim=True)).flatten(1, 2)            # (B, K * P, C)
-        logits = exact(torch.matmul)(wish, u.mT).unflatten(2, (K, P)) + self.lean[1] * near[:, :, None]
+        alike = self.alike(wish[:, None], mixed).transpose(1, 2)               # (B, M, K, P)
+        logits = self.sharpness[1] / self.temperature * (alike + near[:, :, None])
         there = torch.arange(K, device=mixed.device) == home[..., None]        # (B, M, K)
-        logits = (logits / self.temperature).masked_fill(~there[..., None], -math.inf).flatten(2)
+        logits = logits.masked_fill(~there[..., None], -math.inf).flatten(2)   # (B, M, K * P)
         tokens = logits.softmax(-1).to(mixed.dtype) @ mixed.flatten(1, 2)      # (B, M, C)
         position, order = (frame.gather(1, home) * P + number * P // n).sort(dim=1, stable=True)
         return tokens.take_along_dim(order[..., None], 1), position
@@ -1887,11 +1889,12 @@ def join_clips(x: Tensor, size, place: Tensor, M: int, r: int, c: int, pairing=N
     place (F, C): a vector for every clip, so that order is seen. pairing: None = from even clips to odd ones,
     as parity of place never pairs the same patch of two clips.
     """
-    n = x.size(1)
-    clip = gather_clips(torch.arange(M)[:, None].expand(M, n), M, c)[0]    # (M*n,) of each token, on the host
-    pairing = clip % 2 == 0 if pairing is None else pairing
+    n, device = x.size(1), x.device
+    clip = gather_clips(torch.arange(M, device=device)[:, None].expand(M, n), M, c)[0]         # (M*n,)
+    patch = torch.arange(M * c, M * n, device=device).view(M, n - c)           # places of each clip's
+    pairing = (patch[::2].flatten(), patch[1::2].flatten()) if pairing is None else pairing
     metric, size = gather_clips(x, M, c), size if size is None else gather_clips(size, M, c)
-    place = place.view(-1, M, x.size(2))[:, clip.to(x.device)]                 # (F/M, M*n, C)
+    place = place.view(-1, M, x.size(2))[:, clip]                              # (F/M, M*n, C)
     x = (metric.view(-1, *place.shape) + place).view_as(metric)                # (B*F/M, M*n, C)
     return merge_tokens(x, size, metric, r, M * c, pairing)
 
@@ -1956,9 +1959,9 @@ class TempMeEncoder(VisionEncoder):
         x, slot, clips = self.merge(video)                                     # (B * clips, n, C)
         (B, T), n, device = video.shape[:2], x.size(1), x.device
         slot = (slot + n * (torch.arange(len(slot), device=device) % clips)[:, None]).view(B, -1)   # (B, T*P)
-        front = torch.arange(clips * n, device=device) % n < T // clips        # (clips * n,) summaries
-        place = first_members(slot, clips * n)                                 # (B, clips * n)
-        place[:, front] = slot.size(1) // T * torch.arange(T, device=device)
+        row, c = torch.arange(clips * n, device=device), T // clips            # c: summaries of a clip
+        frame = slot.size(1) // T * (row // n * c + row % n)                   # of a summary, its first patch
+        place = frame.where(row % n < c, first_members(slot, clips * n))       # (B, clips * n)
         place, order = place.sort(dim=1, stable=True)                          # (B, M)
         tokens = x.reshape(B, clips * n, -1).take_along_dim(order[..., None], 1)
         return Encoded(tokens, None, place, mean_of(order.argsort(1).gather(1, slot), place))

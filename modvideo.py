@@ -1610,7 +1610,7 @@ class VectorQuantizer(nn.Module):
 
     codebook (K, C) = embed_avg / cluster_size, two moving averages. In training the first batch places the
     codes (k-means), and a code that falls below `revive` vectors a batch starts anew at one of them. Slower
-    averages (0.99) lag behind an encoder that learns: of 32 codes half were left after 100 steps, 5 after 200.
+    averages (0.99) lag behind an encoder that learns: after 100 steps half of 32 codes were left, then five.
     """
 
     def __init__(self, num_codes: int, dim: int, decay: float = 0.9, commitment: float = 0.25,
@@ -1740,7 +1740,7 @@ class FrameSelector(Budgeted):
         self.queries = nn.Parameter(0.1 * torch.randn(select_frames + num_tokens, dim))        # (K + n, C)
         self.blocks = nn.ModuleList([Block(dim, n_head, causal=False)])
         self.norm, self.wish = nn.RMSNorm(dim), nn.Linear(dim, dim, bias=False)
-        self.sharpness = nn.Parameter(torch.tensor([3.0, 6.0]))                # of the choice of frames, patches
+        self.sharpness = nn.Parameter(torch.tensor([3.0, 6.0]))        # of the choice of frames, of patches
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
     def ask(self, words: Tensor, known: Tensor) -> Tensor:

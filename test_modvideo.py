@@ -1091,7 +1091,7 @@ def test_the_budget_is_met_whatever_is_left(budget):
     assert tokens.shape == (6, min(budget, 80), 32) and tokens.isfinite().all() and (position < 80).all()
     assert (position.diff(dim=1) >= 0).all() and (position < 16).all()
     assert mv.merge_duplicates(info['selector']).mask.sum() == 6
-    nn.init.zeros_(selector.wish.weight)                           # nothing is wanted: each keeps to its place
+    nn.init.zeros_(selector.wish.weight)                           # nothing is wanted: all keep to their places
     selector.sharpness.data[:] = 999.0
     tokens, position, *_ = selector(x, None, words, known)
     share = ((position // 16)[..., None] == torch.arange(5)).sum(1)                        # (6, 5) by frame

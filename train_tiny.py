@@ -1184,6 +1184,10 @@ def rows_of(s) -> list:
             raise ValueError(f'--rows: {name!r} is none of {", ".join(RECIPES)}')
     if s.data != 'shapes' and not s.rows:
         asked = [name for name in asked if RECIPES[name].task is Questions]
+    shallow = {**PRESETS[s.preset], **s.model}['encoder_layers'] < 2           # has no layers to merge in
+    if shallow and not s.rows:
+        asked = [name for name in asked if not RECIPES[name].changes.get('encoder')
+                 or RECIPES[name].task is Retrieval]
     for name in asked:                                         # grows while it is walked
         asked += {RECIPES[name].begins} - {'', *asked}
     return [name for name in RECIPES if name in asked]

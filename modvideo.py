@@ -1804,7 +1804,8 @@ class FrameSelector(Budgeted):
         (B, L, _), n = words.shape, len(self.queries)
         both = torch.cat([self.queries.expand(B, -1, -1).to(words.dtype), words], 1)   # (B, K + n + L, C)
         position = F.pad(torch.arange(L, device=words.device), (n, 0))                 # queries at 0
-        both = both + self.blocks[0](both, position, F.pad(known, (n, 0), value=True)[:, None, None])
+        seen = F.pad(known, (n, 0), value=False)[:, None, None]                # words alone are read
+        both = both + self.blocks[0](both, position, seen)
         return exact(F.linear)(self.norm(both[:, :n]).float(), self.wish.weight.float())
 
     def near(self, own: Tensor, width, S: int) -> Tensor:
@@ -1873,6 +1874,10 @@ class FrameSelector(Budgeted):
         selector = reduced.info['selector']                                    # (B, K, T)
         taken = F.one_hot(selector.argmax(-1), selector.size(2)).amax(1) > 0   # (B, T)
         return pack(taken.repeat_interleave(reduced.info['patches'], 1))
+
+    def facts(self, reduced: Reduced) -> dict:
+        """How many mixtures of frames differ, on average."""
+        return dict(frames=merge_duplicates(reduced.info['selector']).mask.sum(1).float().mean().item())
 
 
 REDUCERS['bvllm'] = FrameSelector

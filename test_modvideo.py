@@ -1117,13 +1117,36 @@ def test_the_budget_is_met_whatever_is_left(budget):
     assert tokens.shape == (6, min(budget, 80), 32) and tokens.isfinite().all() and (position < 80).all()
     assert (position.diff(dim=1) >= 0).all() and (position < 16).all()
     assert mv.merge_duplicates(info['selector']).mask.sum() == 6
-    nn.init.zeros_(selector.wish.weight)                           # nothing wanted: all keep to their places
+    nn.init.zeros_(selector.wish.weight)                           # nothing is wanted: all keep their places
     selector.sharpness.data[:] = 999.0
     tokens, position, *_ = selector(x, None, words, known)
     share = ((position // 16)[..., None] == torch.arange(5)).sum(1)                        # (6, 5) by frame
     assert (share.amax(1) - share.amin(1) <= 1).all()
     if budget >= 80:
         close(tokens, x.flatten(1, 2))
+
+
+def test_frames_are_chosen_by_the_question():
+    """Catches queries that keep to their own place in time, or that want the same whatever is asked."""
+    shown, words, known = 2 * torch.randn(16, 16), torch.randn(16, 32), torch.ones(32, 1).bool()
+    selector = mv.FrameSelector(32, 2, budget=16)
+    optimizers = mv.configure_optimizer(selector, 0.03)
+    for _ in range(50):                                        # each frame shows one of 16 things, a number
+        what, asked = torch.rand(32, 16).argsort(1), torch.randint(16, (32,))
+        number = torch.randn(32, 16, 1, 16)
+        x = torch.cat([shown[what][:, :, None].expand(-1, -1, 4, -1), number.expand(-1, -1, 4, -1)], 3)
+        x = x + 0.3 * torch.randn(x.shape)
+        told = selector(x, None, words[asked][:, None], known).tokens[..., 16:].mean(1)
+        here = what == asked[:, None]                                          # (32, 16) the frame asked for
+        (told - number[here][:, 0]).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    look = lambda asked: selector.eval()(x, None, words[asked][:, None], known).info['selector']
+    weight, other = look(asked), look((asked + 1) % 16)                        # (32, K, 16)
+    assert weight.mean(1)[here].mean() > 0.5 > 0.2 > other.mean(1)[here].mean()
+    assert (weight.sum(1).argmax(1) != other.sum(1).argmax(1)).float().mean() > 0.8
+    assert mv.merge_duplicates(weight).mask.sum(1).float().mean() < 2.5        # of four queries
 
 
 @pytest.mark.parametrize('changes', [

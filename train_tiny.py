@@ -682,7 +682,7 @@ def shape_of(s) -> dict:
     return {name: value for name, value in s.model.items() if name in (*PRESETS[s.preset], 'patch_size')}
 
 
-def chosen_layers(s, task, dense, which: str, clips: int = 16) -> list:
+def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
     """Which layers of a dense model to convert; the last one stays dense.
 
     'rank': those whose attention has the lowest rank, all but an eighth. 'rank:2': two. 'random:2': any two.

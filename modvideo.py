@@ -1661,6 +1661,16 @@ def code_usage(indices: Tensor, num_codes: int):
     return (count > 0).float().mean(), torch.special.entr(p).sum().exp()
 
 
+def together(x: Tensor, how: str) -> Tensor:
+    """x over all processes, where several train one model: their 'sum', or what the 'first' has."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if how == 'sum':
+            torch.distributed.all_reduce(x)
+        else:
+            torch.distributed.broadcast(x, 0)
+    return x
+
+
 class VectorQuantizer(nn.Module):
     """Replace each vector by the nearest of num_codes codes, which follow the vectors as they change.
 
@@ -1692,7 +1702,8 @@ class VectorQuantizer(nn.Module):
         # Checkpointing computes this again while the gradient is computed, and wants what it had before.
         again = self.training and torch._C._current_graph_task_id() >= 0
         if self.training and not again and not self.calls:                     # waits for the device
-            self.move(flat, kmeans(flat[None], len(self.codebook))[1][0], 0.0)
+            centers = together(kmeans(flat[None], len(self.codebook))[0], 'first')
+            self.move(flat, nearest(flat.detach()[None], centers, 'l2')[0], 0.0)
         codebook = self.before if again else self.codebook.clone()             # (K, C)
         indices = nearest(flat.detach()[None], codebook[None], 'l2')[0]        # (n,)
         code = codebook.index_select(0, indices)                               # (n, C)
@@ -1709,7 +1720,8 @@ class VectorQuantizer(nn.Module):
         """Towards x (n, C), whose codes are indices (n,): averages first, then the division."""
         indices = indices.where(x.isfinite().all(1), -1)                     # NaN would spoil a code for ever
         K = len(self.codebook)
-        sums, count = cluster_sums(x.nan_to_num(0, 0, 0)[None], indices[None], K)      # (1, K, C), (1, K)
+        sums = cluster_sums(x.nan_to_num(0, 0, 0)[None], indices[None], K)
+        sums, count = (together(a, 'sum') for a in sums)                       # (1, K, C), (1, K)
         self.embed_avg.lerp_(sums[0], 1 - decay)
         self.cluster_size.lerp_(count[0], 1 - decay)
         total = self.cluster_size.sum()                  # Laplace smoothing leaves it as it is
@@ -1720,7 +1732,8 @@ class VectorQuantizer(nn.Module):
     def revive_dead(self, x: Tensor):
         """Codes that hardly occur become rows of x (n, C), chosen by the number of calls."""
         K = len(self.codebook)
-        row = x[hashed(torch.arange(K, device=x.device) + self.calls * K) % len(x)]        # (K, C)
+        row = x[hashed(torch.arange(K, device=x.device) + self.calls * K) % len(x)]
+        row = together(row, 'first')                                           # (K, C)
         dead = ((self.cluster_size < self.revive) & row.isfinite().all(1))[:, None]
         self.codebook.copy_(torch.where(dead, row, self.codebook))
         self.embed_avg.copy_(torch.where(dead, self.revive * row, self.embed_avg))

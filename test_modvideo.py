@@ -2041,18 +2041,24 @@ def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch, refuse
 
 
 TOGETHER = """
-import sys, train_tiny
+import sys, torch, modvideo, train_tiny
 train_tiny.EVAL_CLIPS = 8
 flags = '--preset tiny --device cpu --batch 5 --steps'.split()
 for i, recipe in enumerate(['mod', 'vqtoken']):
     more = ['--init-from', f'{sys.argv[1]}0'] if recipe == 'vqtoken' else []
     assert train_tiny.main([*flags, '6', '--recipe', recipe, '--out', f'{sys.argv[1]}{i}', *more]) == 0
 assert train_tiny.main([*flags, '9', '--resume', sys.argv[1] + '0']) == 0
+if train_tiny.WORLD > 1:
+    vq, books = modvideo.VectorQuantizer(8, 4).train(), [torch.empty(8, 4) for _ in range(2)]
+    for step in range(3):
+        vq(torch.randn(20 + train_tiny.RANK, 4, generator=torch.Generator().manual_seed(train_tiny.RANK)))
+    torch.distributed.all_gather(books, vq.codebook)
+    assert torch.equal(*books) and vq.cluster_size.sum() > 38
 """
 
 
 def test_two_processes_train_one_model(tmp_path):
-    """Catches a gradient of one half, parts of unequal size weighted alike, two writers, a resume apart."""
+    """Catches a gradient of one half, unequal parts weighted alike, two writers, two codebooks."""
     with socket.create_server(('localhost', 0)) as free:
         env = dict(os.environ, PYTHONPATH=str(ROOT), MASTER_ADDR='localhost', OMP_NUM_THREADS='1',
                    MASTER_PORT=f'{free.getsockname()[1]}')

@@ -8,12 +8,14 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -1727,12 +1729,138 @@ def test_every_format_of_a_clip_gives_the_same_frames(tmp_path):
         assert np.array_equal(clips.read_clip(tmp_path / name).permute(0, 2, 3, 1), frames), name
     gif = clips.read_clip(tmp_path / 'clip.gif')
     assert gif.shape == (16, 3, 8, 8) and (gif.float().mean((1, 2, 3)) - tones).abs().max() < 4
-    small = clips.resample(torch.from_numpy(noise_frames(10, 12)).permute(0, 3, 1, 2)[:, :, :, 2:10], 5, 4)
+    small = clips.read_clip(tmp_path / 'sheet.png', (2, 4), 5, 4)
     assert small.shape == (5, 3, 4, 4) and small.dtype == torch.uint8
     credits = (ROOT / 'data/natural/CREDITS.md').read_text()
     for row in clips.read_rows(ROOT / 'data/natural'):
         assert clips.read_clip(ROOT / 'data/natural' / row['file']).shape == (16, 3, 64, 64)
         assert row['file'] in credits
+
+
+def shown(image, path, **how):
+    """What is read of an image that is saved: (n, height, width, 3)."""
+    image.save(path, **how)
+    return clips.read_clip(path, (1, 1)).permute(0, 2, 3, 1).numpy()
+
+
+RGB = noise_frames(2, 4)[:, :3]
+row_of = lambda *values, dtype=np.uint8: Image.fromarray(np.array([values], dtype))
+GREY16 = row_of(0, 32768, 65535, dtype=np.uint16)
+PICTURES = {        # a picture, its transparency, what of its first row a viewer shows
+    'grey of 16 bits': (GREY16, None, [0, 128, 255]), 'one of them clear': (GREY16, 65535, [0, 128, 0]),
+    'grey and alpha': (Image.merge('LA', [row_of(200, 200, 200), row_of(255, 128, 0)]), None, [200, 100, 0]),
+    'palette': (row_of(0, 9, 90).convert('P'), 90, [0, 9, 0]),
+    'palette and alphas': (row_of(0, 1, 2).convert('P'), bytes([255, 0, 255]), [0, 0, 2]),
+    'one bit': (row_of(0, 255).convert('1'), None, [0, 255]),
+    'hidden colours': (Image.new('RGBA', (2, 1), (240, 30, 10, 0)), None, [0, 0])}
+
+
+@pytest.mark.parametrize('name', PICTURES)
+def test_a_picture_is_read_as_it_is_shown(tmp_path, name):
+    """Catches 16 bits that are clipped, colours below what is transparent, palettes taken for grey."""
+    image, clear, wanted = PICTURES[name]
+    how = {} if clear is None else dict(transparency=clear)
+    assert shown(image, tmp_path / '0.png', **how)[0, 0].tolist() == [[value] * 3 for value in wanted]
+
+
+@pytest.mark.parametrize('turn', range(1, 9))
+def test_orientation_tags_are_obeyed(tmp_path, turn):
+    """Catches pictures of phones that lie on their side, in a file, a folder, an animation."""
+    exif, wanted = Image.Exif(), RGB.transpose(0, 2, 1, 3) if turn > 4 else RGB
+    exif[0x112] = turn
+    wanted = wanted[:, :, ::-1] if turn in (2, 3, 6, 7) else wanted
+    wanted = wanted[:, ::-1] if turn in (3, 4, 7, 8) else wanted
+    first, second = map(Image.fromarray, RGB)
+    for name in ('still.png', 'still.webp'):
+        assert np.array_equal(shown(first, tmp_path / name, exif=exif, lossless=True), wanted[:1]), name
+    for name in ('film.png', 'film.webp'):
+        how = dict(exif=exif, lossless=True, save_all=True, append_images=[second])
+        assert np.array_equal(shown(first, tmp_path / name, **how), wanted), name
+
+
+def test_animations_are_shown_as_they_play(tmp_path):
+    """Catches a poster that plays or shines through, frames that stay though they were disposed of."""
+    clear = Image.new('RGBA', (3, 1), (9, 9, 9, 0))
+    red, blue = clear.copy(), clear.copy()
+    red.putpixel((0, 0), (255, 0, 0, 255))
+    blue.putpixel((1, 0), (0, 0, 255, 255))
+    alone = [[[[255, 0, 0], [0] * 3, [0] * 3]], [[[0] * 3, [0, 0, 255], [0] * 3]]]
+    both = [alone[0], [[[255, 0, 0], [0, 0, 255], [0] * 3]]]
+    film = dict(save_all=True, append_images=[blue])
+    assert shown(red, tmp_path / 'a.gif', disposal=2, **film).tolist() == alone
+    film = dict(save_all=True, append_images=[red, blue], default_image=True)
+    poster = Image.new('RGBA', (3, 1), (0, 255, 0, 255))
+    assert shown(poster, tmp_path / 'b.png', blend=1, **film).tolist() == both
+    assert shown(poster, tmp_path / 'c.png', blend=1, disposal=1, **film).tolist() == alone
+    photo, depth = Image.new('RGB', (3, 1)), Image.new('L', (6, 2))
+    assert shown(photo, tmp_path / 'd.jpg', format='MPO', save_all=True, append_images=[depth]).shape[0] == 1
+
+
+def test_frames_of_a_folder_play_in_the_order_of_their_names(tmp_path):
+    """Catches 10 before 2, capitals first, litter that counts as a frame, a pipe that is waited for."""
+    names = 'b.png b01.png b1.png B2.PNG b2a.png b2b9.png b2b10.png b010.png c.jpeg'.split()
+    for i, name in reversed([*enumerate(names)]):
+        Image.new('RGB', (8, 8), (20 * i,) * 3).save(tmp_path / name)
+    for litter in ('._b1.png', '.hidden.png', 'Thumbs.db', 'notes.txt'):
+        (tmp_path / litter).write_bytes(b'litter')
+    os.mkfifo(tmp_path / 'b3.png')
+    assert clips.read_clip(tmp_path)[:, 0, 0, 0].tolist() == [20 * i for i in range(len(names))]
+    for path in (tmp_path / 'b3.png', '/dev/zero'):
+        with pytest.raises(ValueError, match='neither a file nor a folder'):
+            clips.read_clip(path)
+
+
+def test_no_more_of_a_clip_is_held_than_is_needed(tmp_path, monkeypatch):
+    """Catches a few kilobytes that become gigabytes, long clips refused though few frames are used."""
+    monkeypatch.setattr(clips, 'LIMIT', 1000)
+    film = [Image.new('L', (30, 30), i) for i in range(9)]
+    for count, wide in ((8, 30), (9, 30), (1, 40)):
+        first, *rest = (image.resize((wide, 30)) for image in film[:count])
+        first.save(tmp_path / 'x.gif', save_all=True, append_images=rest)
+        if (count, wide) == (8, 30):
+            assert clips.read_clip(tmp_path / 'x.gif', frames=3, size=5)[:, 0, 2, 2].tolist() == [0, 2, 5]
+        else:
+            with pytest.raises(ValueError, match='make it smaller'):
+                clips.read_clip(tmp_path / 'x.gif', frames=3, size=5)
+
+
+def test_words_of_every_script_survive():
+    """Catches vowel signs and joiners that are dropped, one word in two spellings of its accents."""
+    for text in ('caf\xe9', '\u0928\u0938\u094d\u0924', '\u0645\u06cc\u200c\u062e', "don't", 'x_1', '\uff11'):
+        assert clips.words(f'<{text}>!') == [text]
+    assert clips.words('cafe\u0301 - \u200d CAF\u00c9') == ['caf\u00e9'] * 2
+
+
+@pytest.mark.parametrize('one,other,fine', [
+    ('-1', '1', 0), ('C', 'C++', 0), ('<5', '>5', 0), ('0.5', '0 5', 0), ('50%', '50', 0), ('a/b', 'a b', 0),
+    ('$1', '1', 0), ('a b', 'a, b.', 1), ('Left', 'left!', 1), ('\uff11', '1', 1), ('e\u0301', '\xe9', 1)])
+def test_texts_that_differ_stay_different(tmp_path, one, other, fine):
+    """Catches answers and questions that become the same words without a sentence about it."""
+    for qa in ([['q', one], ['q', other]], [[one, 'a'], [other, 'a']]):
+        row = json.dumps(dict(file='x', qa=qa))
+        (tmp_path / 'clips.jsonl').write_bytes(f'{row}\r\n'.encode())
+        for texts in zip(*clips.read_rows(tmp_path)[0]['qa']):
+            same = not fine and len({*texts}) > 1
+            with pytest.raises(ValueError, match='the same words') if same else nullcontext():
+                clips.check_texts(tmp_path, texts)
+
+
+def test_a_line_ends_with_a_line_feed_alone(tmp_path):
+    """Catches lines that are cut inside a text, which then are no JSON."""
+    text = 'a\u2028b\x85c\u2029'
+    lines = ['{"file":\r"y", "caption": "d"}\r', '', f'{{"file": "x", "caption": "{text}"}}']
+    (tmp_path / 'clips.jsonl').write_bytes('\n'.join(lines).encode())
+    y, x = clips.read_rows(tmp_path)
+    assert y['file'] == 'y' and x['qa'] == [['describe', text]]
+
+
+def test_augmented_clips_move_as_they_did():
+    """Catches frames that are augmented apart, so that a still clip moves; clips that are changed alike."""
+    video = torch.from_numpy(noise_frames(3, 16)).permute(0, 3, 1, 2)[:, None].repeat(1, 4, 1, 1, 1)
+    made, again = (clips.augmented(video, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(made, again) and made.shape == video.shape and 0 <= made.min() < made.max() <= 1
+    close(made, made[:, :1].expand_as(made), 1e-6)
+    assert (made[0] - made[1]).abs().max() > 0.1 and (made - video / 255).abs().mean() > 0.02
 
 
 def test_clip_folder_batches(tmp_path, capsys):
@@ -1742,7 +1870,7 @@ def test_clip_folder_batches(tmp_path, capsys):
     rows = [{'file': f'{i}.png', 'qa': [['Which way ?', ['left', 'right'][i % 2]]]} for i in range(20)]
     (tmp_path / 'clips.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     data = clips.ClipFolder(tmp_path, frames=4, size=16)
-    assert 'resampled to 4 frames of 16x16' in capsys.readouterr().out
+    assert '20 clips, resampled to 4 frames of 16x16' in capsys.readouterr().out
     train, val, test = (set(data.members(s).tolist()) for s in ('train', 'val', 'test'))
     assert test == {18, 19} and val == {17} and not train & {17, 18, 19} and data.kinds == ['which way']
     batch = data.batch('test', 0, 8)
@@ -2228,7 +2356,16 @@ def bad_folders(tmp_path):
             ('empty', '', None, 'no clip is listed'), ('notjson', good + '\n{oops', None, 'line 2: not JSON'),
             ('nofile', '{"qa": []}', None, 'line 1: wanted an object with "file"'),
             ('noqa', '{"file": "0.png"}', None, 'line 1: wanted "qa"'),
-            ('split', row + '"split": "tset"}', None, "got 'tset'"),
+            ('split', row + '"split": "tset"}', None, "got 'tset'"), ('list', '[1]', None, 'got [1]'),
+            ('deep', row + '"label": ' + '[' * 10 ** 5, None, 'not JSON'), ('nul', row[:9], None, 'not JSON'),
+            ('nested', row + '"grid": ' + '[' * 500 + ']' * 500 + '}', None, 'grid must be'),
+            ('bool', row + '"grid": [true, 4]}', None, 'grid must be'),
+            ('none', row[:9] + '""}', None, 'wanted'), ('nan', row + '"label": NaN}', None, 'got nan'),
+            ('latin', row + '"\udce9"', None, 'not UTF-8'),
+            ('huge', row + f'"grid": [{"9" * 400}, 1]}}', png(32, 32), 'does not divide'),
+            ('nulls', '{"file": "a\\u0000", "caption": "a"}', None, 'split must be'),
+            ('lone', '{"file": "\\ud800", "caption": "a"}', None, 'no such file'),
+            ('long', '{"file": "0.png", "caption": "' + 'a ' * 1001 + '"}', None, 'of 1 to 1000 words'),
             ('label', row + '"label": ["a"]}', None, "label must be"),
             ('layout', row + '"grid": "4x4"}', None, 'grid must be ['), ('zero', good, b'', 'file is empty'),
             ('gone', good, None, '0.png: no such file'), ('text', good, b'hello', 'not a readable image'),
@@ -2239,7 +2376,7 @@ def bad_folders(tmp_path):
         if lines is not None or image is not None:
             folder.mkdir()
         if lines is not None:
-            (folder / 'clips.jsonl').write_text(lines)
+            (folder / 'clips.jsonl').write_text(lines, errors='surrogateescape')
         if image is not None:
             (folder / '0.png').write_bytes(image)
         yield folder, words

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT-0
 """Tests of everything: pytest -q test_modvideo.py. Docstrings name the bugs they catch."""
 import ast
+import copy
 import csv
 import dataclasses
 import functools
@@ -9,13 +10,18 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+import traceback
+import typing
+import zlib
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -2573,6 +2579,148 @@ def test_claims_compare_with_the_papers():
         missed = [line[:3] for line in train_tiny.claims(worse) if not line[-1]]
         assert missed == [[paper, what, figure]], (claim, missed)
     assert train_tiny.claims(dict(dense=base)) == []
+
+
+# ---- mutated inputs ------------------------------------------------------------------------------
+# FUZZ=5000 python -m pytest -k fuzz tries so many inputs of each kind, FUZZ_SEED=1 others.
+
+ODD = [None, True, -1, 0, 2 ** 31, 10 ** 400, 1e308, -1e-9, math.nan, '', '.', '\0', '\ud800', '\x1b[1m',
+       'x' * 5000, [], {}, [[[]]], {'a': {}}, [1] * 3000, functools.reduce(lambda x, _: [x], range(400), 0)]
+WILD = {int: '0 1 2 3 7 -1 2147483647 9999999999 x', float: '0 1 0.5 -0.5 1e-30 1e30 nan inf 0.99 x',
+        str: 'x . / 0 1 2 0,1 1x1 2x8 rank:1 \xe9', list: '1 2 x /'}
+
+
+def damaged(data: bytes, rng) -> bytes:
+    """The same with bytes changed, repeated, cut out, moved. Of a PNG the checksums are made anew."""
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        at, n = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8, 40])
+        piece = rng.choice([b'', rng.randbytes(n), b'\xff' * n, b'\0' * n, data[at:at + n] * 2, data[:n]])
+        data = data[:at] + piece + data[at + rng.choice([0, n]):]
+    data, at = data[:rng.choice([len(data)] * 4 + [rng.randrange(len(data) + 1)])], 8
+    while data[:4] == b'\x89PNG' and at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at:at + 4], 'big')
+        data, at = data[:end] + zlib.crc32(data[at + 4:end]).to_bytes(4, 'big') + data[end + 4:], end + 4
+    return data
+
+
+def odd(value, rng):
+    """A copy with one part of it left out or something else."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return rng.choice(ODD)
+    value, key = copy.copy(value), rng.choice([*value] if isinstance(value, dict) else range(len(value)))
+    part = value.pop(key)
+    if isinstance(value, dict) and rng.random() < 0.9:
+        value[key] = odd(part, rng)
+    elif isinstance(value, list) and rng.random() < 0.9:
+        value.insert(key, odd(part, rng))
+    return value
+
+
+def damage(path, rng):
+    """Damage a file of bytes, JSON or a checkpoint in place."""
+    if rng.random() < 0.5:
+        path.write_bytes(damaged(path.read_bytes(), rng))
+    elif path.suffix == '.pt':
+        torch.save(odd(torch.load(path), rng), path)
+    else:
+        lines = path.read_text().split('\n') if path.suffix == '.jsonl' else [path.read_text()]
+        path.write_text('\n'.join(json.dumps(odd(json.loads(line), rng)) for line in lines))
+
+
+def script(*argv):
+    """The script ends with status 0, or with 2 after one sentence."""
+    said, argv = io.StringIO(), [*TINY, *map(str, argv)]
+    try:
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            status = train_tiny.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    except Exception as error:
+        raise AssertionError(shlex.join(argv)) from error
+    last = ['', *said.getvalue().strip().splitlines()][-1]
+    assert status == 0 or status == 2 and last.startswith('train_tiny: '), (shlex.join(argv), status, last)
+
+
+def fuzz_pictures(rng, path):
+    first, *rest = (Image.fromarray(f) for f in noise_frames(3, 12))
+    kind, file = rng.choice(['png', 'png', 'gif', 'webp', 'jpeg', 'bmp']), io.BytesIO()
+    films = rng.random() < 0.5 and kind not in ('jpeg', 'bmp')
+    film = dict(save_all=True, append_images=rest) if films else {}
+    still = rng.choice([first, first.convert('P'), first.convert('LA'), GREY16])
+    (still if kind == 'png' and not film else first).save(file, kind, **film)
+    path.write_bytes(damaged(file.getvalue(), rng))
+    with suppress(ValueError, OSError):
+        clips.read_clip(path, (1, 1), 4, 8)
+
+
+def fuzz_lines(rng, path):
+    path.mkdir()
+    rows = [dict(file=f'{i}.png', split=split, label='a', grid=[2, 2], qa=[['what', 'b'], ['-1', 'c d']])
+            for i, split in enumerate(shapes.SPLITS)]
+    for row in rows:
+        (path / row['file']).write_bytes(png(8, 8))
+    (path / 'clips.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    damage(path / 'clips.jsonl', rng)
+    with suppress(ValueError, OSError):
+        clips.ClipFolder(path, 4, 8).batch('train', 0, 2)
+
+
+def fuzz_files(rng, path):
+    job = rng.choice(['run', 'run', 'run', 'compare'])
+    shutil.copytree(f'kept/{job}', path)
+    damage(rng.choice([p for p in path.rglob('*') if p.suffix in ('.json', '.pt')]), rng)
+    if job == 'compare':
+        script(*'--compare --rows dense --seeds 1 --steps 2 --out'.split(), path)
+    else:
+        script('--out', path, '--ask', COCKATOO, 'what shape is red')
+        script('--steps', 13, '--resume', path)
+
+
+def fuzz_flags(rng, path):
+    own = {f.name: typing.get_args(f.type) for f in dataclasses.fields(train_tiny.Settings)}
+    flags, given = {**own, **train_tiny.model_flags()}, ['--steps', 1, '--out', path]
+    for name in rng.sample([name for name in flags if flags[name] and name not in UNTRIED], 2):
+        kind = flags[name][0]
+        values = [*train_tiny.CHOICES.get(name, ())] or WILD[kind].split() if kind is not bool else []
+        given += [train_tiny.dashed(name), *rng.choices(values, k={bool: 0, list: 2}.get(kind, 1))]
+    script(*given)
+
+
+UNTRIED = 'out compare bench batch preset deterministic compile'.split()       # all rows, or minutes
+FUZZED = {fuzz_pictures: 60, fuzz_lines: 100, fuzz_files: 3, fuzz_flags: 6}    # how many of each, by default
+
+
+class Hang(BaseException):
+    """Not to be taken for a fault of the input."""
+
+
+def stop(*_):
+    raise Hang
+
+
+@pytest.mark.parametrize('kind', FUZZED, ids=lambda kind: kind.__name__)
+def test_fuzz(kind, tmp_path, monkeypatch):
+    """Catches tracebacks, inputs that hang for 20 seconds or take 8 GB."""
+    monkeypatch.chdir(tmp_path)
+    if kind is fuzz_files:
+        go('--steps 12 --out kept/run')
+        go('--compare --rows dense --seeds 1 --steps 2 --out kept/compare')
+    held, faults = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize(), []
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (held + 8 * 2 ** 30, limits[1]))
+    for i in range(int(os.environ.get('FUZZ', FUZZED[kind]))):
+        signal.alarm(20)
+        try:
+            kind(random.Random(f'{os.environ.get("FUZZ_SEED")} {i}'), tmp_path / f'{i}')
+        except (Hang, Exception) as error:
+            where = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+            faults.append(f'{i}: {error} {error.__cause__!r:.300} {where.filename}:{where.lineno}')
+        finally:
+            signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    torch.use_deterministic_algorithms(False)
+    assert not faults, '\n'.join(faults)
 
 
 # ---- methods of your own -------------------------------------------------------------------------

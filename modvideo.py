@@ -2197,7 +2197,9 @@ def routing_loss(route: Route) -> Tensor:
     chosen = torch.ones_like(route.gate) if route.mask is None else route.mask.float()     # (B, K)
     selected = torch.zeros_like(route.logits).scatter_reduce(1, route.index, chosen, 'amax')   # (B, S)
     real = route.logits > -math.inf
-    return F.binary_cross_entropy_with_logits(route.logits[real], selected[real])
+    logits = route.logits.masked_fill(~real, 0)
+    each = F.binary_cross_entropy_with_logits(logits, selected, reduction='none')
+    return (each * real).sum() / real.sum()
 
 
 class UniformRouting(FrameRouting):

@@ -10,13 +10,20 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import resource
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import traceback
+import typing
+import zlib
+from collections import Counter
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +32,9 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import modvideo as mv
 import train_tiny
@@ -1823,12 +1833,138 @@ def test_every_format_of_a_clip_gives_the_same_frames(tmp_path):
         assert np.array_equal(clips.read_clip(tmp_path / name).permute(0, 2, 3, 1), frames), name
     gif = clips.read_clip(tmp_path / 'clip.gif')
     assert gif.shape == (16, 3, 8, 8) and (gif.float().mean((1, 2, 3)) - tones).abs().max() < 4
-    small = clips.resample(torch.from_numpy(noise_frames(10, 12)).permute(0, 3, 1, 2)[:, :, :, 2:10], 5, 4)
+    small = clips.read_clip(tmp_path / 'sheet.png', (2, 4), 5, 4)
     assert small.shape == (5, 3, 4, 4) and small.dtype == torch.uint8
     credits = (ROOT / 'data/natural/CREDITS.md').read_text()
     for row in clips.read_rows(ROOT / 'data/natural'):
         assert clips.read_clip(ROOT / 'data/natural' / row['file']).shape == (16, 3, 64, 64)
         assert row['file'] in credits
+
+
+def shown(image, path, **how):
+    """What is read of an image that is saved: (n, height, width, 3)."""
+    image.save(path, **how)
+    return clips.read_clip(path, (1, 1)).permute(0, 2, 3, 1).numpy()
+
+
+RGB = noise_frames(2, 4)[:, :3]
+row_of = lambda *values, dtype=np.uint8: Image.fromarray(np.array([values], dtype))
+GREY16 = row_of(0, 32768, 65535, dtype=np.uint16)
+PICTURES = {        # a picture, its transparency, what of its first row a viewer shows
+    'grey of 16 bits': (GREY16, None, [0, 128, 255]), 'one of them clear': (GREY16, 65535, [0, 128, 0]),
+    'grey and alpha': (Image.merge('LA', [row_of(200, 200, 200), row_of(255, 128, 0)]), None, [200, 100, 0]),
+    'palette': (row_of(0, 9, 90).convert('P'), 90, [0, 9, 0]),
+    'palette and alphas': (row_of(0, 1, 2).convert('P'), bytes([255, 0, 255]), [0, 0, 2]),
+    'one bit': (row_of(0, 255).convert('1'), None, [0, 255]),
+    'hidden colours': (Image.new('RGBA', (2, 1), (240, 30, 10, 0)), None, [0, 0])}
+
+
+@pytest.mark.parametrize('name', PICTURES)
+def test_a_picture_is_read_as_it_is_shown(tmp_path, name):
+    """Catches 16 bits that are clipped, colours below what is transparent, palettes taken for grey."""
+    image, clear, wanted = PICTURES[name]
+    how = {} if clear is None else dict(transparency=clear)
+    assert shown(image, tmp_path / '0.png', **how)[0, 0].tolist() == [[value] * 3 for value in wanted]
+
+
+@pytest.mark.parametrize('turn', range(1, 9))
+def test_orientation_tags_are_obeyed(tmp_path, turn):
+    """Catches pictures of phones that lie on their side, in a file, a folder, an animation."""
+    exif, wanted = Image.Exif(), RGB.transpose(0, 2, 1, 3) if turn > 4 else RGB
+    exif[0x112] = turn
+    wanted = wanted[:, :, ::-1] if turn in (2, 3, 6, 7) else wanted
+    wanted = wanted[:, ::-1] if turn in (3, 4, 7, 8) else wanted
+    first, second = map(Image.fromarray, RGB)
+    for name in ('still.png', 'still.webp'):
+        assert np.array_equal(shown(first, tmp_path / name, exif=exif, lossless=True), wanted[:1]), name
+    for name in ('film.png', 'film.webp'):
+        how = dict(exif=exif, lossless=True, save_all=True, append_images=[second])
+        assert np.array_equal(shown(first, tmp_path / name, **how), wanted), name
+
+
+def test_animations_are_shown_as_they_play(tmp_path):
+    """Catches a poster that plays or shines through, frames that stay though they were disposed of."""
+    clear = Image.new('RGBA', (3, 1), (9, 9, 9, 0))
+    red, blue = clear.copy(), clear.copy()
+    red.putpixel((0, 0), (255, 0, 0, 255))
+    blue.putpixel((1, 0), (0, 0, 255, 255))
+    alone = [[[[255, 0, 0], [0] * 3, [0] * 3]], [[[0] * 3, [0, 0, 255], [0] * 3]]]
+    both = [alone[0], [[[255, 0, 0], [0, 0, 255], [0] * 3]]]
+    film = dict(save_all=True, append_images=[blue])
+    assert shown(red, tmp_path / 'a.gif', disposal=2, **film).tolist() == alone
+    film = dict(save_all=True, append_images=[red, blue], default_image=True)
+    poster = Image.new('RGBA', (3, 1), (0, 255, 0, 255))
+    assert shown(poster, tmp_path / 'b.png', blend=1, **film).tolist() == both
+    assert shown(poster, tmp_path / 'c.png', blend=1, disposal=1, **film).tolist() == alone
+    photo, depth = Image.new('RGB', (3, 1)), Image.new('L', (6, 2))
+    assert shown(photo, tmp_path / 'd.jpg', format='MPO', save_all=True, append_images=[depth]).shape[0] == 1
+
+
+def test_frames_of_a_folder_play_in_the_order_of_their_names(tmp_path):
+    """Catches 10 before 2, capitals first, litter that counts as a frame, a pipe that is waited for."""
+    names = 'b.png b01.png b1.png B2.PNG b2a.png b2b9.png b2b10.png b010.png c.jpeg'.split()
+    for i, name in reversed([*enumerate(names)]):
+        Image.new('RGB', (8, 8), (20 * i,) * 3).save(tmp_path / name)
+    for litter in ('._b1.png', '.hidden.png', 'Thumbs.db', 'notes.txt'):
+        (tmp_path / litter).write_bytes(b'litter')
+    os.mkfifo(tmp_path / 'b3.png')
+    assert clips.read_clip(tmp_path)[:, 0, 0, 0].tolist() == [20 * i for i in range(len(names))]
+    for path in (tmp_path / 'b3.png', '/dev/zero'):
+        with pytest.raises(ValueError, match='neither a file nor a folder'):
+            clips.read_clip(path)
+
+
+def test_no_more_of_a_clip_is_held_than_is_needed(tmp_path, monkeypatch):
+    """Catches a few kilobytes that become gigabytes, long clips refused though few frames are used."""
+    monkeypatch.setattr(clips, 'LIMIT', 1000)
+    film = [Image.new('L', (30, 30), i) for i in range(9)]
+    for count, wide in ((8, 30), (9, 30), (1, 40)):
+        first, *rest = (image.resize((wide, 30)) for image in film[:count])
+        first.save(tmp_path / 'x.gif', save_all=True, append_images=rest)
+        if (count, wide) == (8, 30):
+            assert clips.read_clip(tmp_path / 'x.gif', frames=3, size=5)[:, 0, 2, 2].tolist() == [0, 2, 5]
+        else:
+            with pytest.raises(ValueError, match='make it smaller'):
+                clips.read_clip(tmp_path / 'x.gif', frames=3, size=5)
+
+
+def test_words_of_every_script_survive():
+    """Catches vowel signs and joiners that are dropped, one word in two spellings of its accents."""
+    for text in ('caf\xe9', '\u0928\u0938\u094d\u0924', '\u0645\u06cc\u200c\u062e', "don't", 'x_1', '\uff11'):
+        assert clips.words(f'<{text}>!') == [text]
+    assert clips.words('cafe\u0301 - \u200d CAF\u00c9') == ['caf\u00e9'] * 2
+
+
+@pytest.mark.parametrize('one,other,fine', [
+    ('-1', '1', 0), ('C', 'C++', 0), ('<5', '>5', 0), ('0.5', '0 5', 0), ('50%', '50', 0), ('a/b', 'a b', 0),
+    ('$1', '1', 0), ('a b', 'a, b.', 1), ('Left', 'left!', 1), ('\uff11', '1', 1), ('e\u0301', '\xe9', 1)])
+def test_texts_that_differ_stay_different(tmp_path, one, other, fine):
+    """Catches answers and questions that become the same words without a sentence about it."""
+    for qa in ([['q', one], ['q', other]], [[one, 'a'], [other, 'a']]):
+        row = json.dumps(dict(file='x', qa=qa))
+        (tmp_path / 'clips.jsonl').write_bytes(f'{row}\r\n'.encode())
+        for texts in zip(*clips.read_rows(tmp_path)[0]['qa']):
+            same = not fine and len({*texts}) > 1
+            with pytest.raises(ValueError, match='the same words') if same else nullcontext():
+                clips.check_texts(tmp_path, texts)
+
+
+def test_a_line_ends_with_a_line_feed_alone(tmp_path):
+    """Catches lines that are cut inside a text, which then are no JSON."""
+    text = 'a\u2028b\x85c\u2029'
+    lines = ['{"file":\r"y", "caption": "d"}\r', '', f'{{"file": "x", "caption": "{text}"}}']
+    (tmp_path / 'clips.jsonl').write_bytes('\n'.join(lines).encode())
+    y, x = clips.read_rows(tmp_path)
+    assert y['file'] == 'y' and x['qa'] == [['describe', text]]
+
+
+def test_augmented_clips_move_as_they_did():
+    """Catches frames that are augmented apart, so that a still clip moves; clips that are changed alike."""
+    video = torch.from_numpy(noise_frames(3, 16)).permute(0, 3, 1, 2)[:, None].repeat(1, 4, 1, 1, 1)
+    made, again = (clips.augmented(video, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(made, again) and made.shape == video.shape and 0 <= made.min() < made.max() <= 1
+    close(made, made[:, :1].expand_as(made), 1e-6)
+    assert (made[0] - made[1]).abs().max() > 0.1 and (made - video / 255).abs().mean() > 0.02
 
 
 def test_clip_folder_batches(tmp_path, capsys):
@@ -1838,7 +1974,7 @@ def test_clip_folder_batches(tmp_path, capsys):
     rows = [{'file': f'{i}.png', 'qa': [['Which way ?', ['left', 'right'][i % 2]]]} for i in range(20)]
     (tmp_path / 'clips.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     data = clips.ClipFolder(tmp_path, frames=4, size=16)
-    assert 'resampled to 4 frames of 16x16' in capsys.readouterr().out
+    assert '20 clips, resampled to 4 frames of 16x16' in capsys.readouterr().out
     train, val, test = (set(data.members(s).tolist()) for s in ('train', 'val', 'test'))
     assert test == {18, 19} and val == {17} and not train & {17, 18, 19} and data.kinds == ['which way']
     batch = data.batch('test', 0, 8)
@@ -2429,7 +2565,16 @@ def bad_folders(tmp_path):
             ('empty', '', None, 'no clip is listed'), ('notjson', good + '\n{oops', None, 'line 2: not JSON'),
             ('nofile', '{"qa": []}', None, 'line 1: wanted an object with "file"'),
             ('noqa', '{"file": "0.png"}', None, 'line 1: wanted "qa"'),
-            ('split', row + '"split": "tset"}', None, "got 'tset'"),
+            ('split', row + '"split": "tset"}', None, "got 'tset'"), ('list', '[1]', None, 'got [1]'),
+            ('deep', row + '"label": ' + '[' * 10 ** 5, None, 'not JSON'), ('nul', row[:9], None, 'not JSON'),
+            ('nested', row + '"grid": ' + '[' * 500 + ']' * 500 + '}', None, 'grid must be'),
+            ('bool', row + '"grid": [true, 4]}', None, 'grid must be'),
+            ('none', row[:9] + '""}', None, 'wanted'), ('nan', row + '"label": NaN}', None, 'got nan'),
+            ('latin', row + '"\udce9"', None, 'not UTF-8'),
+            ('huge', row + f'"grid": [{"9" * 400}, 1]}}', png(32, 32), 'does not divide'),
+            ('nulls', '{"file": "a\\u0000", "caption": "a"}', None, 'split must be'),
+            ('lone', '{"file": "\\ud800", "caption": "a"}', None, 'no such file'),
+            ('long', '{"file": "0.png", "caption": "' + 'a ' * 1001 + '"}', None, 'of 1 to 1000 words'),
             ('label', row + '"label": ["a"]}', None, "label must be"),
             ('layout', row + '"grid": "4x4"}', None, 'grid must be ['), ('zero', good, b'', 'file is empty'),
             ('gone', good, None, '0.png: no such file'), ('text', good, b'hello', 'not a readable image'),
@@ -2440,7 +2585,7 @@ def bad_folders(tmp_path):
         if lines is not None or image is not None:
             folder.mkdir()
         if lines is not None:
-            (folder / 'clips.jsonl').write_text(lines)
+            (folder / 'clips.jsonl').write_text(lines, errors='surrogateescape')
         if image is not None:
             (folder / '0.png').write_bytes(image)
         yield folder, words
@@ -2653,6 +2798,359 @@ def test_claims_compare_with_the_papers():
         missed = [line[:3] for line in train_tiny.claims(worse) if not line[-1]]
         assert missed == [[paper, what, figure]], (claim, missed)
     assert train_tiny.claims(dict(dense=base)) == []
+
+
+# ---- a pretended GPU -----------------------------------------------------------------------------
+# Tensors that hold the CPU's numbers and say that they are on cuda:0. What CUDA refuses is refused: two
+# devices in one operation, NumPy, a generator of the other device. Waits for the device are counted.
+
+ATEN, CUDA = torch.ops.aten, torch.device('cuda:0')
+overloads = lambda names: {functools.reduce(getattr, name.split('.'), ATEN) for name in names.split()}
+INDEXING = overloads('index.Tensor index_put.default index_put_.default _index_put_impl_.default')
+WAITING = overloads('nonzero.default masked_select.default _local_scalar_dense.default equal.default '
+                    'bincount.default _unique2.default unique_dim.default repeat_interleave.Tensor')
+SCALARS = overloads('masked_fill.Tensor masked_fill_.Tensor where.self fill_.Tensor _foreach_mul_.Tensor '
+                    '_foreach_mul.Tensor _foreach_div_.Tensor')                # take them from the CPU, too
+on_gpu = lambda x: isinstance(x, OnGPU)
+is_cuda = lambda device: device is not None and torch.device(device).type == 'cuda'
+
+
+def each_tensor(function, x):
+    """The same lists and tuples with function(tensor) for each tensor."""
+    if isinstance(x, torch.Tensor):
+        return function(x)
+    return type(x)(each_tensor(function, a) for a in x) if type(x) in (list, tuple) else x
+
+
+def tensors(x) -> list:
+    found = []
+    each_tensor(found.append, x)
+    return found
+
+
+def held_by(x):
+    return each_tensor(lambda a: a.held if on_gpu(a) else a, x)
+
+
+class OnGPU(torch.Tensor):
+    """C++ takes it for a tensor on the CPU, so that autograd needs no GPU."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device, is_cuda, is_cpu = (property(lambda self, value=value: value) for value in (CUDA, True, False))
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return PretendedGPU.now.run(func, args, kwargs or {})
+
+
+class Operations(TorchDispatchMode):
+    """Sees every operation, those inside autograd, too."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.gpu.run(func, args, kwargs or {})
+
+
+class PretendedGPU(TorchFunctionMode):
+    """Sees what Python calls. waits: how often it waited for the device, by what for."""
+    now, inside = None, False
+
+    def __init__(self):
+        super().__init__()
+        self.waits = Counter()
+        PretendedGPU.now = self
+
+    def run(self, func, args, kwargs):
+        found, there = tensors((args, *kwargs.values())), is_cuda(kwargs.get('device'))
+        held = {id(a.held): a for a in found if on_gpu(a)}
+        plain = [a for a in found if not on_gpu(a)]
+        if 'device' in kwargs:
+            kwargs = {**kwargs, 'device': torch.device('cpu')}
+        if plain and (there or held and func is ATEN.copy_.default):
+            self.waits['copy'] += 1
+        elif plain and held:
+            scalar = torch.Tag.pointwise in func.tags or func in SCALARS
+            if func in INDEXING and on_gpu(args[0]):
+                self.waits['index on the CPU'] += any(a.dim() for a in plain)
+            elif not scalar or any(a.dim() for a in plain):
+                raise RuntimeError(f'{func}: tensors on two devices, cuda:0 and cpu')
+        if held and (func in WAITING and kwargs.get('output_size') is None or
+                     func in INDEXING and any(on_gpu(a) and a.dtype is torch.bool for a in args[1])):
+            self.waits[str(func)] += 1
+        out = func(*held_by(args), **{key: held_by(a) for key, a in kwargs.items()})
+        if not (held or there or self.inside and not plain):
+            return out
+        held.update({id(a): a for a in plain})                                # what was changed in place
+        return each_tensor(lambda a: held[id(a)] if id(a) in held else OnGPU(a), out)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name, first = kwargs or {}, getattr(func, '__name__', ''), args[0] if args else None
+        device, inside = kwargs.get('device'), any(map(on_gpu, tensors((args, *kwargs.values()))))
+        if on_gpu(first) and name in ('numpy', '__array__'):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if on_gpu(first) and name == 'tolist':
+            self.waits[name] += 1
+            return first.held.tolist()
+        generator = kwargs.get('generator')
+        if generator is not None and is_cuda(generator.device) != (is_cuda(device) if device else inside):
+            raise RuntimeError(f'{name}: a generator of another device than the tensor')
+        if name in ('to', 'cpu', 'cuda') and isinstance(first, torch.Tensor):
+            return self.move(first, [name] if name != 'to' else [*args[1:], *kwargs.values()])
+        if name in ('tensor', 'as_tensor') and is_cuda(device) and not on_gpu(first):
+            self.waits['copy'] += 1
+            return OnGPU(func(*args, **{**kwargs, 'device': 'cpu'}))
+        before, waits = self.inside, self.waits
+        self.inside = before or inside
+        self.waits = Counter() if name == 'one_hot' else waits                # which does not look, on CUDA
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.inside, self.waits = before, waits
+
+    def move(self, x, to):
+        """x.to(device, dtype or another tensor)."""
+        dtypes = [getattr(a, 'dtype', a) for a in to if isinstance(a, (torch.dtype, torch.Tensor))]
+        devices = [getattr(a, 'device', a) for a in to if isinstance(a, (str, torch.device, torch.Tensor))]
+        if devices and is_cuda(devices[0]) != on_gpu(x):
+            self.waits['copy'] += 1
+            x = x.held.detach().clone() if on_gpu(x) else OnGPU(x.detach().clone())
+        return torch.Tensor.to(x, dtypes[0]) if dtypes else x
+
+
+class Seeds(torch._C.Generator):
+    """A generator that says of which device it is."""
+    def __new__(cls, device='cpu'):
+        self = super().__new__(cls, 'cpu')
+        self.place = torch.device(device)
+        return self
+
+    device = property(lambda self: self.place)
+
+
+def by_device(lists, with_indices=False):
+    """What the optimizers ask C++ for: lists of tensors, parted by device and dtype, and their places."""
+    places = {}
+    for i, first in enumerate(lists[0]):
+        places.setdefault((first.device, first.dtype), []).append(i)
+    part = lambda own: [[row[i] for i in own] if row else [] for row in lists]
+    return {key: (part(own), own) for key, own in places.items()}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as Python can tell."""
+    gpu, autocast, save, load = PretendedGPU(), torch.autocast, torch.save, torch.load
+    home = lambda data: tree_map_only(OnGPU, lambda a: a.held.detach().clone(), data)
+    there = lambda data: tree_map_only(torch.Tensor, OnGPU, data)
+    there_or_home = lambda path, map_location=None, **more: (there if is_cuda(map_location) else home)(
+        load(path, map_location='cpu', **more))
+    for name, value in {
+            'Generator': Seeds, 'autocast': lambda device, *rest, **more: autocast('cpu', *rest, **more),
+            'save': lambda data, path: save(home(data), path), 'load': there_or_home,
+            '_C._group_tensors_by_device_and_dtype': by_device, 'cuda.is_available': lambda: True,
+            'cuda._lazy_init': lambda: None, 'cuda.get_device_name': lambda: 'pretended',
+            'cuda.is_bf16_supported': lambda **_: True, 'cuda.max_memory_allocated': lambda: 2 ** 20,
+            'cuda.reset_peak_memory_stats': lambda: None, 'cuda.synchronize': lambda: None}.items():
+        monkeypatch.setattr(f'torch.{name}', value)
+    for name in ('torch.optim.optimizer', 'torch.utils._foreach_utils'):       # several tensors at a time
+        known = sys.modules[name]._foreach_supported_types
+        monkeypatch.setattr(sys.modules[name], '_foreach_supported_types', [*known, OnGPU])
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with Operations(gpu), gpu:
+        yield gpu
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+HOST_WAITS = {      # how often the host waits in a training step, at most; never in that of any other recipe
+    'gaps': 1, 'holitom': 2, 'holitom-inner': 3, 'holitom-trained': 2, 'mod+holitom': 4, 'vqtoken': 1,
+    'vqtoken-adaptive': 2, 'mod+vqtoken': 3, 'mod+tempme': 2, 'vq': 1, 'pool': 1}
+
+
+@pytest.mark.parametrize('recipe', train_tiny.RECIPES)
+def test_a_step_on_a_pretended_gpu(gpu, recipe):
+    """Catches tensors left on the CPU, an index or a generator of the other device, waits for numbers."""
+    flags = '--encoder-layers 2 --batch 2 --device cuda --recipe'.split()
+    s = train_tiny.parse([*TINY, *flags, recipe])
+    train_tiny.set_up(s)
+    data, frames = train_tiny.load_data(s)
+    model = train_tiny.untrained(s, data, frames).train()
+    task, optimizers = train_tiny.RECIPES[recipe].task(s, data), mv.configure_optimizer(model, s.lr)
+    for step in range(2):                                      # the first one places codes and averages
+        batch = task.draw('train', step, s.batch)
+        gpu.waits.clear()
+        with s.autocast():
+            loss, _ = task.loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    waits = Counter(gpu.waits)
+    next(iter(task.timed(model.eval(), batch).values()))()     # answers, streams, encodes
+    print(f'host waits a step: {sum(waits.values())} {dict(waits)}')
+    assert loss.isfinite() and sum(waits.values()) <= HOST_WAITS.get(recipe, 0), waits
+
+
+@pytest.mark.parametrize('flags', ['--steps 2', '--steps 2 --recipe stream --window 2 --deterministic',
+                                   '--steps 1 --recipe frames', '--bench --rows holitom'])
+def test_the_script_on_a_pretended_gpu(gpu, flags, tmp_path):
+    """Catches pictures, scores, checkpoints, answers, measurements that work on a CPU alone."""
+    try:
+        script('--device', 'cuda', *flags.split(), '--out', tmp_path / 'run')
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- mutated inputs ------------------------------------------------------------------------------
+# FUZZ=5000 python -m pytest -k fuzz tries so many inputs of each kind, FUZZ_SEED=1 others.
+
+ODD = [None, True, -1, 0, 2 ** 31, 10 ** 400, 1e308, -1e-9, math.nan, '', '.', '\0', '\ud800', '\x1b[1m',
+       'x' * 5000, [], {}, [[[]]], {'a': {}}, [1] * 3000, functools.reduce(lambda x, _: [x], range(400), 0)]
+WILD = {int: '0 1 2 3 7 -1 2147483647 9999999999 x', float: '0 1 0.5 -0.5 1e-30 1e30 nan inf 0.99 x',
+        str: 'x . / 0 1 2 0,1 1x1 2x8 rank:1 \xe9', list: '1 2 x /'}
+
+
+def damaged(data: bytes, rng) -> bytes:
+    """The same with bytes changed, repeated, cut out, moved. Of a PNG the checksums are made anew."""
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        at, n = rng.randrange(len(data) + 1), rng.choice([1, 2, 4, 8, 40])
+        piece = rng.choice([b'', rng.randbytes(n), b'\xff' * n, b'\0' * n, data[at:at + n] * 2, data[:n]])
+        data = data[:at] + piece + data[at + rng.choice([0, n]):]
+    data, at = data[:rng.choice([len(data)] * 4 + [rng.randrange(len(data) + 1)])], 8
+    while data[:4] == b'\x89PNG' and at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at:at + 4], 'big')
+        data, at = data[:end] + zlib.crc32(data[at + 4:end]).to_bytes(4, 'big') + data[end + 4:], end + 4
+    return data
+
+
+def odd(value, rng):
+    """A copy with one part of it left out or something else."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return rng.choice(ODD)
+    value, key = copy.copy(value), rng.choice([*value] if isinstance(value, dict) else range(len(value)))
+    part = value.pop(key)
+    if isinstance(value, dict) and rng.random() < 0.9:
+        value[key] = odd(part, rng)
+    elif isinstance(value, list) and rng.random() < 0.9:
+        value.insert(key, odd(part, rng))
+    return value
+
+
+def damage(path, rng):
+    """Damage a file of bytes, JSON or a checkpoint in place."""
+    if rng.random() < 0.5:
+        path.write_bytes(damaged(path.read_bytes(), rng))
+    elif path.suffix == '.pt':
+        torch.save(odd(torch.load(path), rng), path)
+    else:
+        lines = path.read_text().split('\n') if path.suffix == '.jsonl' else [path.read_text()]
+        path.write_text('\n'.join(json.dumps(odd(json.loads(line), rng)) for line in lines))
+
+
+class Hang(BaseException):
+    """Not to be taken for a fault of the input."""
+
+
+def script(*argv):
+    """The script ends with status 0, or with 2 after one sentence."""
+    said, argv = io.StringIO(), [*TINY, *map(str, argv)]
+    try:
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            status = train_tiny.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    except (Hang, Exception) as error:
+        raise AssertionError(shlex.join(argv)) from error
+    last = ['', *said.getvalue().strip().splitlines()][-1]
+    assert status == 0 or status == 2 and last.startswith('train_tiny: '), (shlex.join(argv), status, last)
+
+
+def fuzz_pictures(rng, path):
+    first, *rest = (Image.fromarray(f) for f in noise_frames(3, 12))
+    kind, file = rng.choice(['png', 'png', 'gif', 'webp', 'jpeg', 'bmp']), io.BytesIO()
+    films = rng.random() < 0.5 and kind not in ('jpeg', 'bmp')
+    film = dict(save_all=True, append_images=rest) if films else {}
+    still = rng.choice([first, first.convert('P'), first.convert('LA'), GREY16])
+    (still if kind == 'png' and not film else first).save(file, kind, **film)
+    path.write_bytes(damaged(file.getvalue(), rng))
+    with suppress(ValueError, OSError):
+        clips.read_clip(path, (1, 1), 4, 8)
+
+
+def fuzz_lines(rng, path):
+    path.mkdir()
+    rows = [dict(file=f'{i}.png', split=split, label='a', grid=[2, 2], qa=[['what', 'b'], ['-1', 'c d']])
+            for i, split in enumerate(shapes.SPLITS)]
+    for row in rows:
+        (path / row['file']).write_bytes(png(8, 8))
+    (path / 'clips.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    damage(path / 'clips.jsonl', rng)
+    with suppress(ValueError, OSError):
+        clips.ClipFolder(path, 4, 8).batch('train', 0, 2)
+
+
+def fuzz_files(rng, path):
+    job = rng.choice(['run', 'run', 'run', 'compare'])
+    shutil.copytree(f'kept/{job}', path)
+    damage(rng.choice([p for p in path.rglob('*') if p.suffix in ('.json', '.pt')]), rng)
+    if job == 'compare':
+        script(*'--compare --rows dense --seeds 1 --steps 2 --out'.split(), path)
+    else:
+        script('--out', path, '--ask', COCKATOO, 'what shape is red')
+        script('--steps', 13, '--resume', path)
+
+
+def fuzz_flags(rng, path):
+    own = {f.name: typing.get_args(f.type) for f in dataclasses.fields(train_tiny.Settings)}
+    flags, given = {**own, **train_tiny.model_flags()}, ['--steps', 1, '--out', path]
+    for name in rng.sample([name for name in flags if flags[name] and name not in UNTRIED], 2):
+        kind = flags[name][0]
+        values = [*train_tiny.CHOICES.get(name, ())] or WILD[kind].split() if kind is not bool else []
+        given += [train_tiny.dashed(name), *rng.choices(values, k={bool: 0, list: 2}.get(kind, 1))]
+    script(*given)
+
+
+UNTRIED = 'out compare bench batch preset deterministic compile'.split()       # all rows, or minutes
+FUZZED = {fuzz_pictures: 50, fuzz_lines: 100, fuzz_files: 2, fuzz_flags: 6}    # how many of each, by default
+
+
+def stop(*_):
+    raise Hang
+
+
+@pytest.mark.parametrize('kind', FUZZED, ids=lambda kind: kind.__name__)
+def test_fuzz(kind, tmp_path, monkeypatch):
+    """Catches tracebacks, inputs that hang for 20 seconds or take 8 GB."""
+    monkeypatch.chdir(tmp_path)
+    if kind is fuzz_files:
+        go('--steps 12 --out kept/run')
+        go('--compare --rows dense --seeds 1 --steps 2 --out kept/compare')
+    held, faults = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize(), []
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (held + 8 * 2 ** 30, limits[1]))
+    for i in range(int(os.environ.get('FUZZ', FUZZED[kind]))):
+        signal.alarm(20)
+        try:
+            kind(random.Random(f'{os.environ.get("FUZZ_SEED")} {i}'), tmp_path / f'{i}')
+        except (Hang, Exception) as error:
+            where = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+            faults.append(f'{i}: {error} {error.__cause__!r:.300} {where.filename}:{where.lineno}')
+        finally:
+            signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    torch.use_deterministic_algorithms(False)
+    assert not faults, '\n'.join(faults)
 
 
 # ---- methods of your own -------------------------------------------------------------------------

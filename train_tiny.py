@@ -54,7 +54,7 @@ from torch import distributed
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.clips import ClipFolder, read_clip, read_rows, resample, save_clip, words
+from data.clips import ClipFolder, read_clip, read_rows, save_clip, words
 from data.shapes import PROMPT, Batch, ShapeWorld
 from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCache, ModVideoConfig,
                       block_flops, choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens,
@@ -622,7 +622,8 @@ def load_data(s, vocab: list = None):
     frames = s.model.get('frames', 0)
     if not frames:                                           # real motion is fast: keep every frame
         first = read_rows(folder)[0]
-        frames = min(len(read_clip(folder / first['file'], first.get('grid', grid))), 2 * preset['frames'])
+        first = read_clip(folder / first['file'], first.get('grid', grid), size=1)
+        frames = min(len(first), 2 * preset['frames'])
     if frames < 2:
         raise ValueError(f'a clip needs at least 2 frames, got {frames}; see --frames and --grid')
     return ClipFolder(s.data, frames=frames, grid=grid, vocab=vocab, **shape), frames
@@ -1619,10 +1620,10 @@ def open_model(s: Settings, flag: str, kind: str, clip: str = ''):
         raise ValueError(f'{flag}: the model of {run} was trained for {kind_of(run)}')
     if not clip:
         return run, model.eval(), None
-    c, frames = model.config, read_clip(clip, parse_grid(s.grid))
-    print(f'{run}: {clip}, {len(frames)} frames of {frames.size(3)}x{frames.size(2)}, seen as {c.frames} of '
-          f'{c.frame_size}x{c.frame_size}')
-    return run, model.eval(), resample(frames, c.frames, c.frame_size).float() / 255     # (T, 3, size, size)
+    c = model.config
+    video = read_clip(clip, parse_grid(s.grid), c.frames, c.frame_size)        # (T, 3, size, size)
+    print(f'{run}: {clip}, seen as {c.frames} frames of {c.frame_size}x{c.frame_size}')
+    return run, model.eval(), video.float() / 255
 
 
 @torch.no_grad()
@@ -1668,8 +1669,9 @@ def run_find(s: Settings):
     else:
         rows = read_rows(Path(s.data))
         grids = [row.get('grid', parse_grid(s.grid)) for row in rows]
-        clips = [read_clip(Path(s.data) / row['file'], grid) for row, grid in zip(rows, grids)]
-        video = torch.stack([resample(clip, c.frames, c.frame_size) for clip in clips]).float() / 255
+        clips = [read_clip(Path(s.data) / row['file'], grid, c.frames, c.frame_size)
+                 for row, grid in zip(rows, grids)]
+        video = torch.stack(clips).float() / 255
         names = [row['file'] for row in rows]
     rank_clips(model, video, names, s.find, run / 'find.png')
     print(f'the best of {len(names)} clips: {run / "find.png"}')

@@ -16,73 +16,100 @@ import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from data.shapes import SPLITS, Batch, check, pack_text, seeded, table
 
 IMAGES = ['.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp']
-LIMIT = 2 ** 27            # pixels in all frames of a clip: 0.4 GB
+LIMIT = 2 ** 26            # pixels of a frame: 0.2 GB. A file, read frame by frame, may hold 8 times as many
 GRID_TAG = 0x010e          # the EXIF field in which save_clip notes the grid of a sheet
+INSIDE = "_-'\u200c\u200d"  # of a word, next to letters. The last two join letters and do not show
+LONGEST = 1000             # words of a question or an answer: every text is padded to the longest
+lower = lambda text: unicodedata.normalize('NFC', text.lower())   # a letter and its accents become one
 
 
 def words(text: str) -> list:
     """'Which way does it turn?' -> ['which', 'way', 'does', 'it', 'turn']. Accents and vowel signs stay."""
-    inside = lambda c: c in "_'-" or unicodedata.category(c)[0] in 'LMN'      # letters, marks, numbers
-    kept = ''.join(c if inside(c) else ' ' for c in text.lower()).split()
-    return [word.strip("'-") for word in kept if word.strip("'-")]
+    inside = lambda c: c in INSIDE or unicodedata.category(c)[0] in 'LMN'     # letters, marks, numbers
+    kept = ''.join(c if inside(c) else ' ' for c in lower(text)).split()
+    return [word.strip(INSIDE[1:]) for word in kept if word.strip(INSIDE[1:])]
 
 
-def read_clip(path, grid=(4, 4)) -> torch.Tensor:
-    """All frames of a clip: (n, 3, height, width) uint8. grid: columns and rows of a sheet."""
-    path = Path(path)
+def read_clip(path, grid=(4, 4), frames=None, size=None) -> torch.Tensor:
+    """All frames of a clip, or so many, evenly spaced: (n, 3, height, width) uint8.
+
+    grid: columns and rows of a sheet. size: of the central square of each frame; larger ones are not held.
+    """
+    path, grid = Path(path), tuple(grid)
+    pick = lambda n: [i * n // frames for i in range(frames)] if frames else range(n)
     if path.is_dir():
-        files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES and f.name[0] != '.' and f.is_file()]
-        parts = lambda f: [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', f.name)]
-        frames = [read_image(f)[0][0] for f in sorted(files, key=parts)]
-        check(frames, f'{path}: the folder holds no image, wanted one ({", ".join(IMAGES)}) for each frame')
+        image = lambda f: f.suffix.lower() in IMAGES and f.name[0] != '.' and f.is_file()
+        parts = lambda f: [int(p) if p.isdecimal() else p for p in re.split(r'(\d+)', f.stem.lower())]
+        files = sorted(filter(image, path.iterdir()), key=lambda f: (parts(f), f.name))
+        check(files, f'{path}: the folder holds no image, wanted one ({", ".join(IMAGES)}) for each frame')
+        clip = [read_image(files[i], (1, 1), lambda n: [0], size)[0] for i in pick(len(files))]
     else:
-        frames, noted = read_image(path)
-        columns, rows = noted or grid
-        if len(frames) == 1 and path.suffix.lower() != '.gif':    # a sheet
-            height, width, _ = frames[0].shape
-            check(width % columns == height % rows == 0,
-                  f'{path}: a sheet of {width}x{height} pixels does not divide into {columns}x{rows} frames; '
-                  'say how it is laid out with --grid, or "grid" in clips.jsonl')
-            frames = [cell for row in np.split(frames[0], rows) for cell in np.split(row, columns, axis=1)]
-    check(len({f.shape for f in frames}) == 1, f'{path}: its frames differ in size, wanted one size')
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        clip = read_image(path, grid, pick, size)
+    check(len({f.shape for f in clip}) == 1, f'{path}: its frames differ in size, wanted one size')
+    return torch.stack(clip)
 
 
-def read_image(path: Path):
-    """Frames of one image file, a list of (height, width, 3) uint8, and the grid noted in it, or None."""
-    check(path.exists(), f'{path}: no such file or folder')
-    check(path.is_file(), f'{path}: neither a file nor a folder')
+def read_image(path: Path, grid, pick, size) -> list:
+    """The frames pick(how many there are) of one image file, a sheet of this grid if it is a still one."""
+    check(path.is_file(), f'{path}: ' + ('neither a file nor a folder' if path.exists() else 'no such file'))
     check(path.stat().st_size, f'{path}: the file is empty, wanted an image')
     try:
-        with Image.open(path) as image:
-            pixels = image.width * image.height * getattr(image, 'n_frames', 1)
-            check(pixels <= LIMIT, f'{pixels:,} pixels in all, wanted at most {LIMIT:,}; make it smaller')
+        with Image.open(path, formats=['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP']) as image:
+            poster = getattr(image, 'default_image', False)       # an animated PNG's, which is no frame
+            count = 1 if image.format == 'MPO' else getattr(image, 'n_frames', 1) - poster
+            pixels = image.width * image.height                   # MPO: one photo, then what belongs to it
+            check(pixels <= LIMIT and count * pixels <= 8 * LIMIT, f'{count} frames of {pixels:,} pixels, '
+                  f'wanted at most {LIMIT:,} in each and {8 * LIMIT:,} in all; make it smaller')
+            if poster:
+                image.paste(0, (0, 0, *image.size))               # it must not shine through later frames
+            if count > 1 or image.format == 'GIF':
+                return [fit(as_shown(image, i + poster), size) for i in pick(count)]
             noted = re.fullmatch(r'([1-9]\d{0,3})x([1-9]\d{0,3})', str(image.getexif().get(GRID_TAG, '')))
-            frames = [as_shown(frame) for frame in ImageSequence.Iterator(image)]
-            poster = len(frames) > 1 and getattr(image, 'default_image', False)       # of an animated PNG
-            return frames[poster:], noted and tuple(map(int, noted.groups()))
+            sheet, (columns, rows) = as_shown(image, poster), map(int, noted.groups()) if noted else grid
+            height, width, _ = sheet.shape
+            check(width % columns == height % rows == 0,
+                  f'a sheet of {width}x{height} pixels does not divide into {columns}x{rows} frames; '
+                  'say how it is laid out with --grid, or "grid" in clips.jsonl')
+            cells = [cell for row in np.split(sheet, rows) for cell in np.split(row, columns, axis=1)]
+            return [fit(cells[i], size) for i in pick(len(cells))]
     except Exception as error:                                    # Pillow raises many kinds
         raise ValueError(f'{path}: not a readable image ({error})') from None
 
 
-def as_shown(frame: Image.Image) -> np.ndarray:
-    """A frame as a viewer shows it: (height, width, 3) uint8, upright, on black, 16 bits of grey as 8."""
-    frame = ImageOps.exif_transpose(frame)
+def as_shown(image: Image.Image, i: int) -> np.ndarray:
+    """Frame i as a viewer shows it: (height, width, 3) uint8, upright, on black, 16 bits of grey as 8."""
+    image.seek(i)
+    frame = ImageOps.exif_transpose(image)
     if frame.mode[0] in 'IF':
-        frame = Image.fromarray((np.asarray(frame).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        grey = np.asarray(frame).astype(np.int64)
+        grey = np.where(grey == frame.info.get('transparency'), 0, grey >> 8)
+        frame = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if frame.has_transparency_data:
         frame = frame.convert('RGBA')
         frame = Image.alpha_composite(Image.new('RGBA', frame.size, (0, 0, 0, 255)), frame)
     return np.array(frame.convert('RGB'))
+
+
+def fit(frame: np.ndarray, size) -> torch.Tensor:
+    """(height, width, 3) -> (3, height, width), or its largest central square as (3, size, size), uint8."""
+    frame = torch.from_numpy(frame).permute(2, 0, 1)
+    if not size:
+        return frame
+    side = min(frame.shape[1:])
+    top, left = ((n - side) // 2 for n in frame.shape[1:])
+    square = frame[None, :, top:top + side, left:left + side].float()
+    square = F.interpolate(square, (size, size), mode='bilinear', antialias=True)
+    return square[0].round().clamp(0, 255).byte()
 
 
 def save_clip(video: torch.Tensor, path):
@@ -94,21 +121,13 @@ def save_clip(video: torch.Tensor, path):
     Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).numpy()).save(path, lossless=True, exif=exif)
 
 
-def resample(clip: torch.Tensor, frames: int, size: int) -> torch.Tensor:
-    """(n, 3, height, width) -> (frames, 3, size, size) uint8: evenly spaced, the largest central square."""
-    side = min(clip.shape[2:])
-    top, left = ((n - side) // 2 for n in clip.shape[2:])
-    clip = clip[torch.arange(frames) * len(clip) // frames, :, top:top + side, left:left + side].float()
-    return F.interpolate(clip, (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
-
-
 def read_rows(folder: Path) -> list:
     """The objects of clips.jsonl, checked. ValueError names the file and the line."""
     path, rows = folder / 'clips.jsonl', []
     check(folder.is_dir(), f'--data {folder}: no such folder')
-    check(path.exists(), f'--data {folder}: the folder holds no clips.jsonl')
+    check(path.is_file(), f'--data {folder}: the folder holds no clips.jsonl')
     try:
-        lines = path.read_text(encoding='utf-8-sig').split('\n')           # some editors put a mark in front
+        lines = path.read_bytes().decode('utf-8-sig').split('\n')  # some editors put a mark in front
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8 text ({error})') from None
     for number, line in enumerate(lines, 1):
@@ -116,52 +135,54 @@ def read_rows(folder: Path) -> list:
             continue
         where = f'{path}, line {number}'
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             raise ValueError(f'{where}: not JSON ({error})') from None
-        check(isinstance(row, dict) and isinstance(row.get('file'), str),
-              f'{where}: wanted an object with "file", got {line[:60]}')
-        check('\0' not in row['file'] and str(row.get('split', 'train')) in SPLITS,
-              f'{where}: split must be train, val or test, got {row.get("split", row["file"])!r}')
-        grid = row.get('grid', [4, 4])
-        check(isinstance(grid, list) and [type(n) for n in grid] == [int, int] and min(grid) > 0,
-              f'{where}: grid must be [columns, rows], got {grid!r}')
-        qa = row.setdefault('qa', [['describe', row.get('caption')]])
-        pairs = isinstance(qa, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in qa)
-        check(qa and pairs and all(isinstance(s, str) and words(s) for pair in qa for s in pair),
-              f'{where}: wanted "qa": [[question, answer], ...] or "caption"')
-        check(isinstance(row.get('label'), (str, int, float, type(None))),
-              f'{where}: label must be a word or a number, got {row.get("label")!r}')
-        rows.append(row)
+        check_row(rows[-1], where)
     check(rows, f'{path}: no clip is listed')
     return rows
 
 
-def check_answers(folder: Path, answers: list):
-    """ValueError: answers that differ in more than case and punctuation are the same words to the model."""
+def check_row(row, where: str):
+    """ValueError: a line of clips.jsonl that is not as the top of this file says. `qa` is filled in."""
+    check(isinstance(row, dict) and isinstance(row.get('file'), str) and row['file'].strip('\0'),
+          f'{where}: wanted an object with "file", got {short(row)}')
+    check('\0' not in row['file'] and row.get('split', 'train') in SPLITS,
+          f'{where}: split must be train, val or test, got {short(row.get("split", row["file"]))}')
+    grid = row.get('grid', [4, 4])
+    check(isinstance(grid, list) and [type(n) for n in grid] == [int, int] and min(grid) > 0,
+          f'{where}: grid must be [columns, rows], got {short(grid)}')
+    qa = row.setdefault('qa', [['describe', row.get('caption')]])
+    pairs = isinstance(qa, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in qa)
+    fits = lambda text: isinstance(text, str) and 0 < len(words(text)) <= LONGEST
+    check(qa and pairs and all(fits(text) for pair in qa for text in pair),
+          f'{where}: wanted "qa": [[question, answer], ...] or "caption", of 1 to {LONGEST} words each')
+    label = row.get('label')
+    check(label is None or type(label) in (str, int, float) and label == label,           # not NaN
+          f'{where}: label must be a word or a number, got {short(label)}')
+
+
+def check_texts(folder: Path, texts):
+    """ValueError: texts that differ in more than case and punctuation are the same words to the model."""
     seen = {}
-    for answer in answers:
-        plain = re.sub(r'[.,;:!?]+(?=\s|$)', ' ', answer.lower()).split()
-        other, words_of = seen.setdefault(tuple(words(answer)), (answer, plain))
-        check(words_of == plain, f'{folder}: the answers {other!r} and {answer!r} are the same words to the '
+    for text in texts:
+        plain = re.sub(r'[.,;:!?]+(?=\s|$)', ' ', lower(text)).split()
+        other, words_of = seen.setdefault(tuple(words(text)), (text, plain))
+        check(words_of == plain, f'{folder}: the texts {other!r} and {text!r} are the same words to the '
                                  'model; write one of them otherwise, as in "minus 1"')
 
 
 class ClipFolder:
     """A folder of clips, used as ShapeWorld is: vocab, kinds, batch(split, step, batch_size, device)."""
 
-    def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4), augment=True, vocab=None):
+    def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4), vocab=None):
         """vocab: of a model that is measured. Then only the test clips are read, if any are named so."""
-        folder, self.seed, self.augment = Path(folder), seed, augment
-        rows, clips, changed = read_rows(folder), [], 0
+        folder, self.seed = Path(folder), seed
+        rows = read_rows(folder)
         rows = [row for row in rows if vocab and row.get('split') == 'test'] or rows
-        for row in rows:
-            clip = read_clip(folder / row['file'], row.get('grid', grid))
-            changed += clip.shape != (frames, 3, size, size)
-            clips.append(resample(clip, frames, size))
-        if changed:
-            print(f'{folder}: {changed} of {len(rows)} clips resampled to {frames} frames of {size}x{size}')
+        clips = [read_clip(folder / row['file'], row.get('grid', grid), frames, size) for row in rows]
         self.video = torch.stack(clips)                           # (n, T, 3, size, size) uint8
+        print(f'{folder}: {len(rows)} clips, resampled to {frames} frames of {size}x{size}')
         self.split = torch.tensor([SPLITS.index(row.get('split', 'train')) for row in rows])  # (n,)
         for i, name in enumerate(SPLITS):
             train = self.members('train')
@@ -171,7 +192,8 @@ class ClipFolder:
                 self.split[train[-max(1, len(train) // 10):]] = i
         count = Counter(rows[i].get('label') for i in self.members('train'))      # all labels weigh alike
         self.weight = torch.tensor([1 / max(1, count[row.get('label')]) for row in rows])     # (n,)
-        check_answers(folder, [answer for row in rows for _, answer in row['qa']])
+        for texts in zip(*(pair for row in rows for pair in row['qa'])):          # questions, then answers
+            check_texts(folder, texts)
         asked, told = zip(*((words(q), [*words(a), '<eos>']) for row in rows for q, a in row['qa']))
         used = sorted(set().union(*asked, *told) - {'<eos>'})
         self.vocab = vocab or ['<pad>', '<eos>', *used]
@@ -201,19 +223,24 @@ class ClipFolder:
         else:
             pick = pick[step * batch_size:(step + 1) * batch_size]        # (B,)
         row = self.first[pick, None] + order % self.count[pick, None]     # (B, Q) a short list is asked again
-        video = self.video[pick].float() / 255                    # (B, T, 3, size, size)
-        if split == 'train' and self.augment:
-            video = shift_and_colour(video, generator)
-        return Batch(video.to(device), *(a[row].to(device) for a in (self.text, self.targets, self.kind)))
+        video = self.video[pick].to(device)                       # (B, T, 3, size, size) uint8
+        video = augmented(video, generator) if split == 'train' else video.float() / 255
+        return Batch(video, *(a[row].to(device) for a in (self.text, self.targets, self.kind)))
 
 
-def shift_and_colour(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Move each clip by up to 8 % and change its brightness, contrast and tint, all frames alike."""
-    rand = lambda *shape: torch.rand(len(video), *shape, generator=generator)
-    shift = 0.16 * (2 * rand(2, 1) - 1)                           # (B, 2, 1) half the frame is 1
-    gain, offset = 0.8 + 0.4 * rand(1, 3, 1, 1), 0.2 * rand(1, 1, 1, 1) - 0.1     # (B, 1, 3 or 1, 1, 1)
-    theta = torch.cat([torch.eye(2).expand(len(video), 2, 2), shift], -1)  # (B, 2, 3)
-    flat = video.flatten(1, 2)                                    # (B, T * 3, size, size)
-    grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (B, size, size, 2)
+def augmented(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(B, T, 3, height, width) uint8 -> in [0, 1], on its device, all frames of a clip alike: moved, zoomed,
+    blurred, its colours faded or strengthened, its contrast, tint and brightness changed."""
+    about = lambda middle, width, *shape: (
+        middle + width * (2 * torch.rand(len(video), *shape, generator=generator) - 1)).to(video.device)
+    zoom, shift = about(1, 0.1, 1, 1), about(0, 0.16, 2, 1)       # half the frame is 1
+    theta = torch.cat([zoom * torch.eye(2, device=video.device), shift], -1)      # (B, 2, 3)
+    flat = video.flatten(1, 2).float() / 255                      # (B, T * 3, height, width)
+    grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (B, height, width, 2)
     flat = F.grid_sample(flat, grid, padding_mode='border', align_corners=False)
-    return (flat.view_as(video) * gain + offset).clamp(0, 1)
+    soft = F.avg_pool2d(F.pad(flat, (1, 1, 1, 1), mode='replicate'), 3, 1)
+    video = torch.lerp(flat, soft, about(0.25, 0.25, 1, 1, 1)).view_as(video)
+    video = torch.lerp(video.mean(2, keepdim=True), video, about(1, 0.5, 1, 1, 1, 1))         # from grey
+    mean = video.mean((1, 2, 3, 4), keepdim=True)
+    video = mean + (video - mean) * about(1, 0.3, 1, 1, 1, 1)
+    return (video * about(1, 0.15, 1, 3, 1, 1) + about(0, 0.15, 1, 1, 1, 1)).clamp(0, 1)

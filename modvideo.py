@@ -167,19 +167,28 @@ NEVER = 2 ** 40     # position of padding: later than any query, so no query see
 
 
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of x (B, H, S, D) by position (S,) or (B, S) * base**(-2i/D)."""
+    """Turn channel pairs (i, i + D/2) of x (B, S, H, D) by position (S,) or (B, S) * base**(-2i/D)."""
     half = x.size(-1) // 2
     frequency = base ** (-torch.arange(half, device=x.device) / half)          # (D/2,)
-    angle = position[..., None, :, None] * frequency                 # (1, S, D/2) or (B, 1, S, D/2)
+    angle = position[..., None, None] * frequency                    # (S, 1, D/2) or (B, S, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., :half], x[..., half:]                                        # (B, H, S, D/2) each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)   # (B, H, S, D)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)           # (..., 1, D)
+    return (x * cos + x.roll(half, -1) * sin).to(x.dtype)                      # (B, S, H, D)
 
 
 def visible(query: Tensor, key: Tensor = None) -> Tensor:
     """Positions (B, S), (B, S') -> (B, 1, S, S') bool: which keys are not later than each query."""
     key = query if key is None else key
     return (key[:, None, :] <= query[:, :, None])[:, None]
+
+
+def additive(mask: Tensor, x: Tensor):
+    """A bool mask as what is added to the scores of x, 0 or -inf. None and float masks stay as they are."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
 
 
 class KVCache:
@@ -227,24 +236,32 @@ class Attention(nn.Module):
     def project(self, x: Tensor, position: Tensor = None):
         """Queries, keys, values of x (B, S, C): (B, H, S, D) each."""
         B, S, C = x.shape
-        q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        return (q, k, v) if position is None else (rotary(q, position), rotary(k, position), v)
+        H = self.n_head
+        qk, v = self.qkv(x).view(B, S, 3 * H, C // H).split([2 * H, H], 2)     # (B, S, 2H, D), (B, S, H, D)
+        q, k = (qk if position is None else rotary(qk, position)).chunk(2, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, position=None, mask: Tensor = None, row: Tensor = None) -> Tensor:
         """How much each token, or only token row (B,), looks at each other: (B, H, S, S) or (B, H, 1, S)."""
         q, k, _ = self.project(x, position)                                    # (B, H, S, D)
         if row is not None:
             q = q.take_along_dim(row[:, None, None, None], 2)                  # (B, H, 1, D)
-        score = (q @ k.mT / math.sqrt(q.size(-1))).float()
-        if mask is None and self.causal:
-            mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
-            mask = mask if row is None else mask[row][:, None, None]           # (B, 1, 1, S)
-        return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1)
+        score = (q @ k.mT / math.sqrt(q.size(-1))).float()                     # (B, H, S, S) or (B, H, 1, S)
+        n = self.unmasked(score.size(2), mask)
+        future = torch.ones(n, x.size(1), dtype=torch.bool, device=x.device).triu(1)
+        past, rest = score[:, :, :n].masked_fill(future, -math.inf), score[:, :, n:]
+        score = torch.cat([past, rest if mask is None else rest + additive(mask, rest)], 2)
+        return score.softmax(-1).masked_fill(score.amax(-1, keepdim=True) == -math.inf, 0)     # sees none: 0
+
+    def unmasked(self, rows: int, mask: Tensor) -> int:
+        """How many of so many tokens see the past: those before the rows of the mask, if it is causal."""
+        return rows - (0 if mask is None else mask.size(-2)) if self.causal else 0
 
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C), position (S,), (B, S) or None (no rotary) -> (B, S, C).
 
-        mask: (S, S) or (B, 1, S, S), bool: True where a row sees a column; or float: added to the scores.
+        mask: (R, S) or (B, 1, R, S) of the last R tokens, bool: True where a row sees a column; or float:
+        added to the scores. A causal layer's tokens before those see the past.
         """
         q, k, v = self.project(x, position)
         if cache is not None:                                          # a filled cache makes the mask itself
@@ -254,7 +271,12 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
         """What project gave -> (B, S, C)."""
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
+        look, n = F.scaled_dot_product_attention, self.unmasked(q.size(2), mask)
+        if 0 < n < q.size(2):
+            past = look(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True)         # (B, H, n, D)
+            y = torch.cat([past, look(q[:, :, n:], k, v, mask)], 2)                    # (B, H, S, D)
+        else:
+            y = look(q, k, v, mask, is_causal=n > 0)
         return self.out(y.transpose(1, 2).flatten(2))                          # (B, S, C)
 
 
@@ -382,7 +404,7 @@ class MoDBlock(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None, cache=None) -> Tensor:
-        """x (B, S, C), position (S,) or (B, S), mask (S, S) or (B, 1, S, S), None = causal -> (B, S, C).
+        """x (B, S, C), position (S,) or (B, S), mask as of Attention, None = causal -> (B, S, C).
 
         route None: every token goes through. Else the block is given the K tokens at their original
         positions and their part of the mask, and the cache their keys.
@@ -392,7 +414,7 @@ class MoDBlock(nn.Module):
         row = route.index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]     # (B, K)
         chosen = x.flatten(0, 1).index_select(0, row.flatten()).view(*row.shape, x.size(2))    # (B, K, C)
         place = position.expand(x.shape[:2]).gather(1, route.index)                        # (B, K)
-        update = self.update(chosen, route, place, mask_of(mask, route.index), cache)      # (B, K, C)
+        update = self.update(chosen, route, place, mask_of(mask, route.index, x.size(1)), cache)
         return x.flatten(0, 1).index_add(0, row.flatten(), update.to(x.dtype).flatten(0, 1)).view_as(x)
 
     def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache) -> Tensor:
@@ -402,15 +424,16 @@ class MoDBlock(nn.Module):
         return route.gate[..., None] * self.block(x, position, mask, cache)
 
 
-def mask_of(mask: Tensor, index: Tensor):
-    """Rows and columns of a mask (S, S) or (B, 1, S, S) at index (B, K): (B, 1, K, K). None: causal."""
+def mask_of(mask: Tensor, index: Tensor, S: int):
+    """The part of a mask (R, S) or (B, 1, R, S), None = causal, that is for tokens index (B, K)."""
     if mask is None:
         return None
-    B, S = len(index), mask.size(-1)
-    if mask.size(-2) != S or mask.numel() not in (S * S, B * S * S):
-        raise ValueError(f'mask must be (S, S) or (B, 1, S, S), got {tuple(mask.shape)}; caches make it')
-    sample = torch.arange(B, device=index.device)[:, None, None]
-    return mask.reshape(-1, S, S).expand(B, S, S)[sample, index[..., None], index[:, None]][:, None]
+    B, R, last = len(index), mask.size(-2), min(mask.size(-2), index.size(1))
+    if R > S or mask.size(-1) != S or mask.numel() not in (R * S, B * R * S):
+        raise ValueError(f'mask must be ({S}, {S}) or (B, 1, {S}, {S}), got {tuple(mask.shape)}; '
+                         'caches make it')
+    sample, row = torch.arange(B, device=index.device)[:, None, None], index[:, -last:] - (S - R)
+    return mask.reshape(-1, R, S).expand(B, R, S)[sample, row[..., None], index[:, None]][:, None]
 
 
 class Router(nn.Module):
@@ -665,9 +688,10 @@ class ModVideo(nn.Module):
         if Q == 1 and place.dim() == 1:
             return position, None                                              # plainly causal
         owner = torch.arange(Q, device=device).repeat_interleave(L)            # (Q*L,) the question of a word
-        owner = F.pad(owner, (M, 0), value=-1)                                 # (S,) -1 = vision
-        same = (owner == -1) | (owner == owner[:, None])                       # (S, S)
-        return position, visible(position.view(-1, M + Q * L)) & same          # (1 or B, 1, S, S)
+        owner, all_places = F.pad(owner, (M, 0), value=-1), position.view(-1, M + Q * L)   # (S,) -1 = vision
+        first = M if place.dim() == 1 else 0             # whole frames are plainly causal: no mask for them
+        same = (owner == -1) | (owner == owner[first:, None])                  # (R, S)
+        return position, visible(all_places[:, first:], all_places) & same     # (1 or B, 1, R, S)
 
     def place_stream(self, place: Tensor, text: Tensor, T: int, after: Tensor = None):
         """The same for a stream: text (B, 1, L) stands between frames, and a window forgets the earlier ones.
@@ -695,12 +719,12 @@ class ModVideo(nn.Module):
 
         last (B,): place in x of each question's last word, for a stage; None: vision has passed it already.
         """
-        aux, before = {'routes': {}, 'tokens': []}, x
+        aux, before, mask = {'routes': {}, 'tokens': []}, x, additive(mask, x)     # once for all layers
         for i, layer in enumerate(self.blocks):
             if self.stage is not None and last is not None and i == self.stage.layer:
                 x, position, N, aux['stage'] = self.stage.run(
                     self.blocks[i - 1].block, before, x, position, N, last)
-                mask = visible(position)
+                mask = additive(visible(position), x)
             route = self.routing(i, layer.block, x, position, N) if i in self.mod_layers else None
             before, x = x, layer(x, route, position, mask, caches[i] if caches else None)
             aux['tokens'].append(x.size(1) if route is None else route.index.size(1))
@@ -2225,12 +2249,14 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int, aux
     reduction += T * look(P, P, width) if reducer.wants_saliency else 0
     reduction += again * look(M + text, 1, C) if 'stage' in aux else 0
     scored = [route.logits.size(1) for route in aux['routes'].values()] if num_params(model.routing) else []
+    # The rows of vision are causal, so with several questions they never look at words.
+    spared = 4 * text * C if questions > again and aux['position'].dim() == 1 else 0
     flops = {
         'encoder': encoder_flops(encoder, T, size),
         'projector': 2 * (M if encoder.merges else T * P) * (width * C + C * C),
         'reduction': reduction,
         'routers': again * 2 * sum(scored) * C,
-        'decoder': again * sum(block_flops(S, C) for S in aux['tokens']),
+        'decoder': again * sum(block_flops(S, C) - (S - text) * spared for S in aux['tokens']),
         'head': again * 2 * (text + T * c.streaming) * C * len(c.vocab)}
     flops = {part: B * n for part, n in flops.items()}
     return {**flops, 'total': sum(flops.values())}

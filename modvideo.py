@@ -450,7 +450,7 @@ class Router(nn.Module):
         """x (B, S, C) -> (B, S)."""
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
-            return F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)
+            return x.to(wide) @ self.weight.to(wide)             # matrix times vector: never in TF32
 
     def forward(self, x: Tensor, group: int, ratio: float, words: int = 0, forced: Tensor = None) -> Route:
         """Select the best k = `capacity(ratio, n)` of each run of n vision tokens; words always go through.
@@ -911,12 +911,17 @@ class Reduction(NamedTuple):
 
 
 def exact(function):
-    """Run it outside autocast: what is alike is decided in float32, whatever the compute dtype."""
+    """Run it without autocast and TF32: what is alike is decided in float32, whatever the compute dtype."""
     @functools.wraps(function)
     def run(*args, **more):
         first = next(a for a in (*args, *more.values()) if isinstance(a, Tensor))
-        with torch.autocast(first.device.type, enabled=False):
-            return function(*args, **more)
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, False
+        try:
+            with torch.autocast(first.device.type, enabled=False):
+                return function(*args, **more)
+        finally:
+            matmul.allow_tf32 = before
     return run
 
 
@@ -2115,8 +2120,9 @@ def routing_loss(route: Route) -> Tensor:
     """gamma-MoD's loss of a router: cross-entropy of its scores with what was selected, padding aside."""
     chosen = torch.ones_like(route.gate) if route.mask is None else route.mask.float()     # (B, K)
     selected = torch.zeros_like(route.logits).scatter_reduce(1, route.index, chosen, 'amax')   # (B, S)
-    real = route.logits > -math.inf
-    return F.binary_cross_entropy_with_logits(route.logits[real], selected[real])
+    real = route.logits > -math.inf                                            # (B, S)
+    loss = F.binary_cross_entropy_with_logits(route.logits.where(real, 0), selected, reduction='none')
+    return (loss * real).sum() / real.sum()
 
 
 class UniformRouting(FrameRouting):

@@ -229,6 +229,31 @@ def test_some_patches_of_each_frame_are_routed_frame_by_frame(monkeypatch):
     assert torch.equal(model.generate(video, text, 1)[..., 0], model(video, text)[0][:, :, -1].argmax(-1))
 
 
+@pytest.mark.parametrize('way', [dict(), dict(streaming=True), WAYS['gamma']], ids=str)
+def test_a_training_step_is_one_graph(way):
+    """Catches what splits a compiled model: a number that is data, an object it cannot trace; recompiling."""
+    torch.compiler.reset()
+    model, graphs = make(**way).train(), []
+    fast = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for seed in range(2):
+        video, text = sample(Q=1, seed=seed)
+        answer = fast(video, text, text, decisions=text[:, 0, :4])
+        close(answer[1], model(video, text, text, decisions=text[:, 0, :4])[1])
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_the_residual_stream_is_float32_under_autocast(way):
+    """Catches a reducer or layer that hands on bfloat16, so that answers are made in another precision."""
+    (model, video, text), states = of_every_kind(WAYS[way]), []
+    for layer in model.blocks:
+        layer.register_forward_hook(lambda _, args, out: states.append((args[0].dtype, out.dtype)))
+    with torch.autocast('cpu', torch.bfloat16):
+        model(video, text)
+        model.generate(video, text, 2)
+    assert set(states) == {(torch.float32, torch.float32)}
+
+
 def chosen(part, name):
     """The arguments that choose one part of a model, with the options that it needs."""
     options = OPTIONS.get(name, {}) if part == 'reducer' else {}
@@ -1251,7 +1276,8 @@ def test_flops_equal_what_torch_counts(changes):
     model = make(**changes).eval()
     c, Q = model.config, 1 if 'streaming' in changes else 3
     video, text = torch.rand(2, c.frames, 3, c.frame_size, c.frame_size), torch.randint(2, 8, (2, Q, 5))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    times_vector = {torch.ops.aten.mv: lambda matrix, *_, **more: 2 * math.prod(matrix)}     # torch omits it
+    with FlopCounterMode(display=False, custom_mapping=times_vector) as counter, sdpa_kernel(SDPBackend.MATH):
         aux = model(video, text)[2]
     mine = mv.count_flops(model, video.shape, 5, Q, aux)
     assert mine['total'] == counter.get_total_flops() == sum(v for k, v in mine.items() if k != 'total')

@@ -35,11 +35,15 @@ Usage:
 
 Left out: distributed training, tokenizers (a word is a token), pretrained weights, dropout.
 """
+import contextlib
 import copy
 import functools
 import inspect
+import io
 import math
 import os
+import pickle
+import zipfile
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, NamedTuple, get_args
 
@@ -105,8 +109,12 @@ class ModVideoConfig:
         if list(self.vocab[:2]) != ['<pad>', '<eos>']:
             raise ValueError(f"the vocabulary starts with {list(self.vocab[:2])}, wanted ['<pad>', '<eos>']")
         sizes = {name: value for name, value in vars(self).items() if type(value) is int and name != 'window'}
-        if min(sizes.values()) < 1:
-            raise ValueError(f'sizes must be at least 1, got {sizes}')
+        every = {**sizes, **{name: value for name, value in self.options.items() if type(value) is int}}
+        towers = (self.n_layer, self.dim), (self.encoder_layers, self.encoder_dim)
+        heavy = max(self.frames * self.frame_size ** 2, sum(n * max(dim, 256) ** 2 for n, dim in towers)) > 10 ** 9
+        if min(sizes.values()) < 1 or max(every.values()) > 10 ** 6 or heavy:
+            raise ValueError('sizes must be at least 1, and at most a million, a billion pixels, 12 billion '
+                             f'weights, got {every}')
         if self.patch_size % 4 or self.frame_size % self.patch_size:
             raise ValueError('patch_size must be a multiple of 4 that divides frame_size, '
                              f'got patch_size {self.patch_size} and frame_size {self.frame_size}')
@@ -836,16 +844,47 @@ MODELS['modvideo'] = ModVideo
 # Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
 # needs sections 1 to 5
 
+@contextlib.contextmanager
+def written_whole(path):
+    """A name to write to: what stands there takes the place of `path` at the end, or is gone if any failed."""
+    part = f'{path}.part{os.getpid()}'                                         # of this process alone
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
 def save_checkpoint(path, model: nn.Module, **extra):
-    """Write model, config, `extra` (tensors, numbers, strings, lists, dicts); all or nothing."""
-    model = getattr(model, '_orig_mod', model)                                 # of torch.compile
-    torch.save(dict(extra, config=asdict(model.config), model=model.state_dict()), f'{path}.part')
-    os.replace(f'{path}.part', path)
+    """Write model, config, `extra` (tensors, numbers, strings, lists, dicts), whole or not at all.
+
+    ValueError: it could not be read again, as it holds something else. OSError: the disk is full, and such.
+    """
+    model, data = getattr(model, '_orig_mod', model), io.BytesIO()             # of torch.compile
+    try:
+        torch.save(dict(extra, config=asdict(model.config), model=model.state_dict()), data)
+        torch.load(io.BytesIO(data.getvalue()), weights_only=True)
+    except Exception as error:
+        raise ValueError(f'{path} is not written: {reason_of(error)}') from None
+    with written_whole(path) as part, open(part, 'wb') as file:
+        file.write(data.getvalue())
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of torch says, in one line, without the control characters that files smuggle in."""
+    if isinstance(error, pickle.PickleError):
+        return 'there is more than tensors, numbers, strings, lists and dicts in it'
+    return ascii(next(iter(str(error).strip().splitlines()), type(error).__name__)[:160])[1:-1]
 
 
 def load_checkpoint(path, device='cpu'):
     """Read what save_checkpoint wrote -> model, extra. ValueError if the file is something else."""
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()                                           # torch checks no sums
+        if damaged:
+            raise ValueError(f'{damaged} is damaged')
         data = torch.load(path, map_location=device, weights_only=True)
         config, weights = ModVideoConfig(**data.pop('config')), data.pop('model')
         model = config.build('model', config).to(device)
@@ -853,9 +892,8 @@ def load_checkpoint(path, device='cpu'):
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:      # torch.load raises a dozen types for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f'{path} is not a checkpoint of this model, or of an earlier version: '
-                         f'{reason[:160]}') from None
+                         f'{reason_of(error)}') from None
     return model, data
 
 

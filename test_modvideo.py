@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -88,6 +89,20 @@ def test_attention_equals_torchs_own_layer(causal):
     theirs.in_proj_weight.data, theirs.out_proj.weight.data = mine.qkv.weight.data, mine.out.weight.data
     x, mask = torch.randn(2, 9, 32), torch.ones(9, 9).triu(1).bool() if causal else None
     close(mine(x), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def test_masks_of_every_kind_say_the_same():
+    """Catches float and bool masks that differ, rows above a mask that see ahead, NaN in an empty row."""
+    attention, x, past = mv.Attention(32, 4), torch.randn(2, 9, 32), torch.ones(9, 9, dtype=torch.bool).tril()
+    mask = past & (torch.arange(9) != 3)
+    mask[6:] &= torch.rand(3, 9) < 0.5
+    mask[7] = False                                                            # a row that sees none
+    for part in (mask, mask[6:], mv.additive(mask, x), mask[None, None].expand(2, 1, 9, 9)):
+        seen = torch.cat([past[:9 - part.size(-2)], mask[9 - part.size(-2):]])
+        weights, (_, _, v) = attention.weights(x, None, part), attention.project(x)
+        assert not weights.masked_select(~seen).any() and weights[:, :, 7].sum() == 0
+        close(weights.sum(-1)[:, :, seen.any(1)], torch.ones(2, 4, 8))
+        close(attention.out((weights @ v).transpose(1, 2).flatten(2)), attention(x, None, part))
 
 
 @pytest.mark.parametrize('placement', ['none', 'interleaved', 'all', 'all-deep'])
@@ -197,6 +212,7 @@ def test_the_contract_of_every_way(way, tmp_path):
     mv.save_checkpoint(tmp_path / 'm.pt', model)
     again = mv.load_checkpoint(tmp_path / 'm.pt')[0].eval()
     assert torch.equal(again(video, text)[0], logits) and again.config == model.config
+    assert all(isinstance(value, torch.Tensor) for value in model.state_dict().values())
     flops = mv.count_flops(model, video.shape, 5, 2, aux)
     assert min(flops.values()) >= 0 and flops['total'] > 0 and model.reducer.flops(4, 16, M, 5) >= 0
     picture, facts = model.reducer.picture(reduced), model.reducer.facts(reduced)
@@ -234,7 +250,8 @@ def test_a_training_step_is_one_graph(way):
     """Catches what splits a compiled model: a number that is data, an object it cannot trace; recompiling."""
     torch.compiler.reset()
     model, graphs = make(**way).train(), []
-    fast = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    backend = lambda graph, _: graphs.append(graph) or graph.forward
+    fast = torch.compile(model, fullgraph=True, backend=backend)
     for seed in range(2):
         video, text = sample(Q=1, seed=seed)
         answer = fast(video, text, text, decisions=text[:, 0, :4])
@@ -260,10 +277,10 @@ def chosen(part, name):
     return {part: name, **options, **(dict(stage_layer=1) if part == 'stage' and name != 'none' else {})}
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize('part,name', [(part, name) for part in ('encoder', 'reducer', 'stage', 'routing')
                                        for name in mv.PARTS[part]])
-def test_every_part_runs_in_half_precision(part, name, dtype):
+def test_every_part_runs_in_another_precision(part, name, dtype):
     """Catches float32 that is mixed with the model's own dtype, or a selection that is not finite in it."""
     model, (video, text) = make(**chosen(part, name)).to(dtype), sample()
     logits, loss, _ = model(video.to(dtype), text, text)
@@ -1322,23 +1339,33 @@ class Evil:
 
 
 def test_checkpoints_are_exact_and_atomic_and_cannot_run_code(tmp_path, monkeypatch):
-    """Catches a save that destroys the one before, another class of model, pickle, unclear errors."""
+    """Catches a save that destroys the one before or leaves litter, another class, pickle, a flipped bit."""
     monkeypatch.chdir(tmp_path)
     model, path, video = retriever(lora_rank=2), tmp_path / 'm.pt', sample(B=3)[0]
     mv.save_checkpoint(path, model, step=7)
-    with pytest.raises(Exception):
-        mv.save_checkpoint(path, model, bad=lambda: 0)                         # cannot be written
+    for bad in (lambda: 0, np.float64(1)):                         # cannot be written, could not be read
+        with pytest.raises(ValueError, match='m.pt is not written'):
+            mv.save_checkpoint(path, model, bad=bad)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))                    # a disk that is nearly full
+    with pytest.raises(OSError):
+        mv.save_checkpoint(path, torch.compile(model, backend='eager'))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ['m.pt']
     other, extra = mv.load_checkpoint(path)
     assert torch.equal(model(video, SENTENCES)[0], other(video, SENTENCES)[0]) and extra == {'step': 7}
     assert other.config == model.config and type(other) is mv.Retriever
+    mv.save_checkpoint(path, torch.compile(model, backend='eager'), step=7)
+    whole, bits = path.read_bytes(), model.log_scale.detach().numpy().tobytes()        # written the same
     for i, content in enumerate(({'config': {}, 'model': Evil()}, {'config': {'heads': 3}, 'model': {}},
-                                 {'a': 1}, b'hello', path.read_bytes()[:5000])):
+                                 {'a': 1}, b'hello', whole[:5000], whole.replace(bits, bits[::-1]))):
         if isinstance(content, bytes):
             Path(f'{i}.pt').write_bytes(content)
         else:
             torch.save(content, f'{i}.pt')
-        with pytest.raises(ValueError, match='is not a checkpoint of this model'):
+        with pytest.raises(ValueError, match='is not a checkpoint of this model') as error:
             mv.load_checkpoint(f'{i}.pt')
+        assert str(error.value).isprintable()
     assert not Path('ran').exists()
 
 
@@ -1365,6 +1392,9 @@ MADE_WRONG = {                                   # what of an error message: a m
     'routing must be one of': dict(routing='best'), 'reducer must be one of': dict(reducer='best'),
     'keep_ratio must be above 0': dict(keep_ratio=0.0), 'gate must be one of raposo, zero': dict(gate='none'),
     'patch_size must be a multiple of 4': dict(patch_size=5), 'channels per head': dict(dim=30, n_head=4),
+    'sizes must be at least 1, and at most': dict(n_layer=10 ** 6, dim=2, n_head=1),
+    "12 billion weights, got .*'dim': 30000": dict(dim=30000, n_head=1),
+    "'codes': 10": dict(reducer='vq', codes=10 ** 12), 'a billion pixels': dict(frames=10 ** 6, frame_size=64),
     'the vocabulary starts with': dict(vocab=['a', 'b']), 'budget is no option of': dict(budget=3),
     "stage 'drop' wants stage_layer": dict(stage='drop'), 'window is a number of frames': dict(window=2),
     'stage_layer must be from 1 to 3': dict(stage='holitom', stage_layer=4),

@@ -800,7 +800,7 @@ def finish(s) -> dict:
         if (path / 'ckpt.pt').exists():
             s = replace(s, resume=s.out, out='', init_from='')
         elif (path / 'config.json').exists() and {
-                p.name.replace('.part', '') for p in path.iterdir()} <= Run.BEGUN:
+                p.name.split('.part')[0] for p in path.iterdir()} <= Run.BEGUN:
             read_json(path / 'config.json', 'settings', 'model')               # a stranger's is not touched
             shutil.rmtree(path)                                # what died before its first checkpoint
         run_recipe(replace(s))

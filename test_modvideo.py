@@ -374,6 +374,66 @@ def test_a_lifted_block_routes_vision_between_words(ratio):
     close(mv.routing_loss(route), torch.cat(losses).mean(), 1e-6)
 
 
+class LibraryLayer(nn.Module):
+    """A decoder layer as common libraries write it, with eager attention."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index, self.inner = index, mv.Block(32, 2)
+
+    def forward(self, x, attention_mask=None, position_ids=None, past_key_values=None, position_embeddings=None):
+        cos, sin = (table[:, None] for table in position_embeddings)           # (B, 1, S, D)
+        q, k, v = self.inner.attention.project(self.inner.norm1(x))
+        q, k = (a * cos + torch.cat([-a[..., 8:], a[..., :8]], -1) * sin for a in (q, k))
+        if past_key_values is not None:
+            held = past_key_values.get(self.index)
+            k, v = (k, v) if held is None else (torch.cat(pair, 2) for pair in zip(held, (k, v)))
+            past_key_values[self.index] = k, v
+        y = ((q @ k.mT / 4 + attention_mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + self.inner.attention.out(y)
+        return (x + self.inner.mlp(self.inner.norm2(x)),)
+
+
+def library_tables(x, position):
+    angle = position[..., None] * 10000 ** (-torch.arange(8) / 8)              # (B, S, D/2)
+    return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+
+
+def test_the_readmes_layer_of_a_library():
+    """Catches an adapter that is not dense at capacity 1, or whose cache or batch changes what comes out."""
+    space = {}
+    exec(next(b for b in re.findall(r'```python\n(.*?)```', README.read_text(), re.S) if 'Routed' in b), space)
+    layers, frame = nn.ModuleList(LibraryLayer(i) for i in range(4)), F.pad(FRAMES, (0, 3), value=-1)
+    routed = {i: space['Routed'](layers[i], library_tables, 32, 0.5) for i in (1, 2)}
+    for layer in routed.values():
+        nn.init.normal_(layer.router.weight)
+
+    def run(x, frame, cache=None, held=0, dense=()):
+        S, real = x.size(1), frame > -2                                        # frame: of all tokens so far
+        position = (real.cumsum(1) - 1).clamp(min=0)[:, held:held + S]
+        past = torch.ones(held + S, held + S, dtype=torch.bool).tril()[held:]
+        mask = torch.where(past & real[:, None, None], 0.0, torch.finfo(torch.float32).min)
+        for i, layer in enumerate(layers):
+            if i in routed and i not in dense:
+                routed[i].frame = frame
+                x = routed[i](x, mask, position, cache)
+            else:
+                x = layer(x, mask, position, cache, library_tables(x, position))[0]
+        return x
+
+    x = torch.randn(3, 16, 32)
+    whole, cache = run(x, frame), {}
+    steps = [run(x[:, :13], frame[:, :13], cache)]
+    steps += [run(x[:, n:n + 1], frame[:, :n + 1], cache, n) for n in range(13, 16)]
+    real = frame > -2
+    close(torch.cat(steps, 1)[real], whole[real])
+    for b in range(3):
+        close(run(x[b:b + 1, real[b]], frame[b:b + 1, real[b]])[0], whole[b, real[b]])
+    for layer in routed.values():
+        layer.ratio, layer.router.weight.data[:] = 1.0, 0
+    close(run(x, frame)[real], run(x, frame, dense=routed)[real])
+
+
 def test_gradient_reaches_every_router_and_is_right():
     """Catches a router that only selects (gradient None), one after the last layer (near zero)."""
     model, (video, text) = make('all').double(), sample()

@@ -21,8 +21,8 @@ Legend: B batch · T frames · P patches of one frame · N = T*P vision tokens b
     K clusters, codes or selected tokens · S tokens of any sequence · V words. Video is float in [0, 1].
 
 Core: 1 configuration   2 transformer bricks   3 vision encoder   4 Mixture-of-Depths   5 the model
-    6 save, load, draw. Methods: 7 token reduction   8 ToMe   9 HoliTom   10 clusters and codes   11 B-VLLM
-    12 TempMe and retrieval   13 gamma-MoD   14 accounting and optimizer
+    6 save and load. Methods: 7 token reduction   8 ToMe   9 HoliTom   10 clusters and codes   11 B-VLLM
+    12 TempMe and retrieval   13 gamma-MoD   14 accounting, pictures, optimizer
 
 Usage:
     vocab = ['<pad>', '<eos>', 'what', 'moves']
@@ -44,6 +44,7 @@ import math
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, NamedTuple, get_args
 
@@ -288,25 +289,14 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))                          # (B, S, C)
 
 
-class MLP(nn.Module):
-    """Two linear maps with a GELU between them, on every token alone."""
-
-    def __init__(self, dim: int, expansion: int = 4):
-        super().__init__()
-        self.up = nn.Linear(dim, expansion * dim, bias=False)
-        self.down = nn.Linear(expansion * dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))                                   # (..., C) -> (..., C)
-
-
 class Block(nn.Module):
     """A pre-norm transformer block f. forward returns the update f(x); the layer is x + f(x)."""
 
     def __init__(self, dim: int, n_head: int, causal: bool = True):
         super().__init__()
         self.norm1, self.attention = nn.RMSNorm(dim), Attention(dim, n_head, causal)
-        self.norm2, self.mlp = nn.RMSNorm(dim), MLP(dim)
+        up, down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
+        self.norm2, self.mlp = nn.RMSNorm(dim), nn.Sequential(OrderedDict(up=up, gelu=nn.GELU(), down=down))
 
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C) -> f(x) (B, S, C)."""
@@ -314,18 +304,19 @@ class Block(nn.Module):
         return a + self.mlp(self.norm2(x + a))
 
 
+class Reduced(NamedTuple):
+    """What an encoder or a reducer hands on."""
+    tokens: Tensor             # (B, M, C); of an encoder that merges nothing (B*T, P, C)
+    position: Tensor = None    # (B, M) or (M,) int64, ascending: t*P + p; NEVER at padding; None: all in place
+    reduction: tuple = None    # a Reduction of all N tokens; None: those at `position` stayed, no other
+    loss: Tensor = 0.0         # added to the model's
+    info: dict = {}            # what else a reader would look at
+
+
 # ---- 3. Vision encoder -------------------------------------------------------------------------------------
 # A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is convolutional
 # (Xiao et al., arXiv 2106.14881) and also reads the change since the frame before, where motion is cheap.
 # needs sections 1, 2
-
-class Encoded(NamedTuple):
-    """What an encoder makes of clips."""
-    tokens: Tensor               # (B*T, P, C); of an encoder that merges (B, M, C)
-    saliency: Tensor = None      # (B*T, P) attention that each patch receives, if it was wanted
-    position: Tensor = None      # (B, M): of an encoder that merges
-    reduction: tuple = None      # a Reduction of the patches: of an encoder that merges
-
 
 def keep_scale(layers: nn.Sequential):
     """Weights that keep the size of what passes (He et al., arXiv 1502.01852); torch's default shrinks it."""
@@ -370,17 +361,17 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
         self.norm = nn.RMSNorm(dim)
 
-    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Encoded:
-        """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C), saliency (B*T, P).
+    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
+        """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C).
 
-        saliency, if wanted: the attention that a patch receives in the last layer, mean over heads, queries.
+        info 'saliency' (B*T, P): the attention a patch receives in the last layer, mean over heads, queries.
         """
-        x, saliency = self.embed(video, previous) + self.place, None           # (B*T, P, C)
+        x, info = self.embed(video, previous) + self.place, {}                 # (B*T, P, C)
         for block in self.blocks:
             before, x = x, x + block(x)
         if want_saliency:
-            saliency = block.attention.weights(block.norm1(before).detach()).mean((1, 2))   # (B*T, P)
-        return Encoded(self.norm(x), saliency)
+            info['saliency'] = block.attention.weights(block.norm1(before).detach()).mean((1, 2))
+        return Reduced(self.norm(x), info=info)
 
 
 ENCODERS['plain'] = VisionEncoder
@@ -544,15 +535,6 @@ ROUTINGS['frame'] = FrameRouting      # section 7 puts one in its place that tak
 # says then, or '<eos>', silence. Positions decide causality: a skipped token leaves a gap, no shift.
 # needs sections 1 to 4
 
-class Reduced(NamedTuple):
-    """What a reducer hands the decoder."""
-    tokens: Tensor             # (B, M, C)
-    position: Tensor           # (B, M) or (M,) int64, ascending: t*P + p; NEVER at padding
-    reduction: tuple = None    # a Reduction of all N tokens; None: those at `position` stayed, no other
-    loss: Tensor = 0.0         # added to the model's
-    info: dict = {}            # what else a reader would look at
-
-
 class Reducer(nn.Module):
     """Hands the decoder every vision token as it is. The base of methods that hand it fewer, or others."""
     by_question = False        # True: each question has vision tokens of its own; forward is given its words
@@ -632,12 +614,12 @@ class ModVideo(nn.Module):
         if not self.training and not x.isfinite().all():
             raise ValueError('vision tokens are not finite: NaN or infinite numbers in the video, or weights')
         if encoded.position is not None:                                       # the encoder merged already
-            reduced = Reduced(x, encoded.position, encoded.reduction)
+            reduced = encoded._replace(tokens=x)
         elif self.reducer.by_question:                                         # B becomes B * Q
             x = x.view(B, T, -1, x.size(-1)).repeat_interleave(again, 0)       # (B*Q, T, P, C)
             reduced, again = self.reducer(x, None, self.embed(question), question != PAD), 1
         else:
-            saliency = encoded.saliency.view(B, T, -1) if self.reducer.wants_saliency else None
+            saliency = encoded.info['saliency'].view(B, T, -1) if self.reducer.wants_saliency else None
             reduced = self.reducer(x.view(B, T, -1, x.size(-1)), saliency)
         tokens, place = reduced.tokens.to(x.dtype), reduced.position
         if self.stage is not None or place.size(-1) != T * self.config.patches:
@@ -760,18 +742,20 @@ class ModVideo(nn.Module):
         x, _ = self.decode(x, place, N, mask, caches, last)
         return x[:, -words.size(1):].take_along_dim((count - 1).clamp(min=0)[..., None], 1), position + count
 
-    def speak(self, state: Tensor, position: Tensor, caches: list, most: int, ended: Tensor):
+    def speak(self, state: Tensor, position: Tensor, caches: list, most: int, ended: Tensor, must=False):
         """Say the most probable next word until the end mark, at most so many; the caches get them, too.
 
-        state (B, 1, C): of the last word read. ended (B, 1) bool: samples that say nothing.
-        -> said (B, n) int64, 0 after the end; the next position (B, 1).
+        state (B, 1, C): of the last token read. ended (B, 1) bool: samples that say nothing. must: no other
+        ends at once. -> said (B, n) int64, 0 after the end; the next position (B, 1).
         """
         said = [ended[:, :0].long()]
         while len(said) <= most and not bool(ended.all()):                     # waits for the device
-            word = self.next_word(state).argmax(-1).masked_fill(ended, PAD)    # (B, 1)
-            said.append(word)
-            ended = (word == EOS) | (word == PAD)
-            state, position = self.read_words(word, position, caches)
+            logits = self.next_word(state)                                     # (B, 1, V)
+            if must and len(said) == 1:
+                logits[..., [PAD, EOS]] = -math.inf
+            said.append(logits.argmax(-1).masked_fill(ended, PAD))             # (B, 1)
+            ended = (said[-1] == EOS) | (said[-1] == PAD)
+            state, position = self.read_words(said[-1], position, caches)
         return torch.cat(said, 1), position
 
     @torch.no_grad()
@@ -821,27 +805,22 @@ class ModVideo(nn.Module):
             vision = self.encode_video(frame[:, None], previous)
             x, _ = self.decode(vision.tokens, position + vision.position, P, caches=caches)
             previous, position = frame[:, None], position + P
-            logits = self.next_word(x[:, -1])                                  # (B, V)
-            silence = logits.softmax(-1)[:, EOS]
-            logits[:, [PAD, EOS]] = -math.inf
-            word = torch.where(silence < theta, logits.argmax(-1), PAD)[:, None]   # (B, 1)
-            said = answer = None
-            if bool((word != PAD).any()):
-                state, position = self.read_words(word, position, caches)
-                more, position = self.speak(state, position, caches, max_new_tokens - 1, word == PAD)
-                said = torch.cat([word, more], 1)
+            silence, said, answer = self.next_word(x[:, -1]).softmax(-1)[:, EOS], None, None   # (B,)
+            if bool((silence < theta).any()):
+                quiet = silence[:, None] >= theta
+                said, position = self.speak(x[:, -1:], position, caches, max_new_tokens, quiet, must=True)
             if question is not None:
                 state, position = self.read_words(question, position, caches)
-                silent = (question == PAD).all(1, keepdim=True)
-                answer, position = self.speak(state, position, caches, max_new_tokens, silent)
+                quiet = (question == PAD).all(1, keepdim=True)
+                answer, position = self.speak(state, position, caches, max_new_tokens, quiet)
             held = [0 if cache.k is None else cache.k.size(2) for cache in caches]
             yield dict(silence=silence, said=said, answer=answer, held=held)
 
 
 MODELS['modvideo'] = ModVideo
 
-# ---- 6. Save, load, draw -----------------------------------------------------------------------------------
-# Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
+# ---- 6. Save and load --------------------------------------------------------------------------------------
+# Checkpoints hold tensors and plain values: loading cannot run code.
 # needs sections 1 to 5
 
 @contextlib.contextmanager
@@ -895,40 +874,6 @@ def load_checkpoint(path, device='cpu'):
         raise ValueError(f'{path} is not a checkpoint of this model, or of an earlier version: '
                          f'{reason_of(error)}') from None
     return model, data
-
-
-def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None, grid=None):
-    """Draw what became of the patches of a clip: a PIL image, the frames in a row.
-
-    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route (skipped patches are dimmed) or a
-    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). segment (T,): a black gap
-    where it changes. grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
-    """
-    from PIL import Image
-    (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
-    (rows, columns), route = grid or (height // 8, width // 8), slot is None
-    if route:                                                                  # (B, N + words) -1 = skipped
-        mask = torch.ones_like(tokens.index) if tokens.mask is None else tokens.mask.long()
-        slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, mask - 1, 'amax')
-        slot = torch.where(slot < 0, -1, torch.arange(slot.size(1), device=slot.device))
-    N, slot = T * rows * columns, slot[sample]
-    if len(slot) < N or not route and len(slot) > N:
-        raise ValueError(f'{len(slot)} tokens are not {T} frames of {rows} x {columns} patches; say grid=')
-    slot = slot[:N, None].cpu()                                                # (N, 1) words stand after them
-    shared = (slot + 1).flatten().bincount()[slot + 1] > 1                     # (N, 1) with another patch
-    hue = 0.5 + 0.5 * torch.cos(2 * math.pi * (0.618 * slot - torch.arange(3) / 3))        # (N, 3) of a slot
-    light = torch.where(slot < 0, 0.25, torch.where(shared, 0.5, 1.0)).expand(-1, 3)       # (N, 3)
-    tint = torch.where(slot < 0, 0.08, torch.where(shared, 0.5 * hue, 0.0))                # (N, 3)
-    light, tint = (F.interpolate(a.view(T, rows, columns, 3).movedim(-1, 1), (height * scale, width * scale))
-                   for a in (light, tint))                                     # (T, 3, height, width) * scale
-    frames = light * F.interpolate(video.float().cpu().clamp(0, 1), scale_factor=scale) + tint
-    frames[:, :, ::height * scale // rows] *= 0.6                              # the grid of patches
-    frames[..., ::width * scale // columns] *= 0.6
-    frames = F.pad(frames, (0, 2), value=1.0)                                  # a white gap after each frame
-    if segment is not None:
-        frames[:-1][(segment[1:] != segment[:-1]).cpu(), :, :, -2:] = 0.0
-    picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-2]                 # (height, width of all, 3)
-    return Image.fromarray((picture * 255).round().byte().numpy())
 
 
 # ==== the core ends here ====================================================================================
@@ -1988,7 +1933,7 @@ class TempMeEncoder(VisionEncoder):
             total += clips * (cross + inner + 8 * n * C * C + 4 * n * n * C + 16 * after * C * C)
         return total
 
-    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Encoded:
+    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
         """video (B, T, 3, height, width) -> tokens (B, M, C), each where its first patch is, or its frame."""
         x, slot, clips = self.merge(video)                                     # (B * clips, n, C)
         (B, T), n, device = video.shape[:2], x.size(1), x.device
@@ -1998,7 +1943,7 @@ class TempMeEncoder(VisionEncoder):
         place[:, front] = slot.size(1) // T * torch.arange(T, device=device)
         place, order = place.sort(dim=1, stable=True)                          # (B, M)
         tokens = x.reshape(B, clips * n, -1).take_along_dim(order[..., None], 1)
-        return Encoded(tokens, None, place, mean_of(order.argsort(1).gather(1, slot), place))
+        return Reduced(tokens, place, mean_of(order.argsort(1).gather(1, slot), place))
 
     def summaries(self, video: Tensor) -> Tensor:
         """video (B, T, 3, height, width) -> the summary of every frame, (B, T, C)."""
@@ -2257,10 +2202,10 @@ def init_from(model: nn.Module, dense: nn.Module):
     model.load_state_dict(own, strict=False)
 
 
-# ---- 14. Accounting and optimizer --------------------------------------------------------------------------
+# ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
 # What a forward pass costs, as torch.utils.flop_counter counts it: a multiply-add is two FLOPs, attention is
-# counted in full, although causal kernels skip half of it, and element-wise work is not. And Muon (Jordan et
-# al., 2024), which trains the matrices of the blocks.
+# counted in full, although causal kernels skip half of it, and element-wise work is not. What became of each
+# patch, as a picture. And Muon (Jordan et al., 2024), which trains the matrices of the blocks.
 # needs sections 1 to 5, 7
 
 def num_params(model: nn.Module) -> int:
@@ -2304,6 +2249,40 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int, aux
         'head': again * 2 * (text + T * c.streaming) * C * len(c.vocab)}
     flops = {part: B * n for part, n in flops.items()}
     return {**flops, 'total': sum(flops.values())}
+
+
+def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None, grid=None):
+    """Draw what became of the patches of a clip: a PIL image, the frames in a row.
+
+    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route (skipped patches are dimmed) or a
+    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). segment (T,): a black gap
+    where it changes. grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
+    """
+    from PIL import Image
+    (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
+    (rows, columns), route = grid or (height // 8, width // 8), slot is None
+    if route:                                                                  # (B, N + words) -1 = skipped
+        mask = torch.ones_like(tokens.index) if tokens.mask is None else tokens.mask.long()
+        slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, mask - 1, 'amax')
+        slot = torch.where(slot < 0, -1, torch.arange(slot.size(1), device=slot.device))
+    N, slot = T * rows * columns, slot[sample]
+    if len(slot) < N or not route and len(slot) > N:
+        raise ValueError(f'{len(slot)} tokens are not {T} frames of {rows} x {columns} patches; say grid=')
+    slot = slot[:N, None].cpu()                                                # (N, 1) words stand after them
+    shared = (slot + 1).flatten().bincount()[slot + 1] > 1                     # (N, 1) with another patch
+    hue = 0.5 + 0.5 * torch.cos(2 * math.pi * (0.618 * slot - torch.arange(3) / 3))        # (N, 3) of a slot
+    light = torch.where(slot < 0, 0.25, torch.where(shared, 0.5, 1.0)).expand(-1, 3)       # (N, 3)
+    tint = torch.where(slot < 0, 0.08, torch.where(shared, 0.5 * hue, 0.0))                # (N, 3)
+    light, tint = (F.interpolate(a.view(T, rows, columns, 3).movedim(-1, 1), (height * scale, width * scale))
+                   for a in (light, tint))                                     # (T, 3, height, width) * scale
+    frames = light * F.interpolate(video.float().cpu().clamp(0, 1), scale_factor=scale) + tint
+    frames[:, :, ::height * scale // rows] *= 0.6                              # the grid of patches
+    frames[..., ::width * scale // columns] *= 0.6
+    frames = F.pad(frames, (0, 2), value=1.0)                                  # a white gap after each frame
+    if segment is not None:
+        frames[:-1][(segment[1:] != segment[:-1]).cpu(), :, :, -2:] = 0.0
+    picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-2]                 # (height, width of all, 3)
+    return Image.fromarray((picture * 255).round().byte().numpy())
 
 
 class Muon(torch.optim.Optimizer):

@@ -783,7 +783,7 @@ def test_baselines_keep_to_the_budget():
         y, size = mv.reduce_tokens(y, step), mv.slot_sizes(step, size)
     close(mv.reduce_tokens(x, mv.tome(x, 7)).sort(1).values, y.sort(1).values)
     model, (video, text) = make('none', reducer='prune', budget=20), sample()
-    looked = model.encoder(video, None, True).saliency.view(2, -1)
+    looked = model.encoder(video, None, True).info['saliency'].view(2, -1)
     assert torch.equal(model.encode_video(video).position, looked.topk(20).indices.sort(1).values)
     position = make('none', reducer='uniform', budget=33).encode_video(video).position
     assert (position // 16).tolist() == [[1] * 16 + [3] * 16] * 2
@@ -966,8 +966,9 @@ def test_a_model_that_merges_keeps_what_is_due(changes):
 def test_saliency_is_the_attention_received():
     """Catches attention given in place of received, and an encoder that saliency changes."""
     model, (video, _) = make('none', reducer='holitom', **STILL), sample()
-    x, saliency, *_ = model.encoder(video, want_saliency=True)
-    assert torch.equal(x, model.encoder(video).tokens) and model.encoder(video).saliency is None
+    made = model.encoder(video, want_saliency=True)
+    x, saliency = made.tokens, made.info['saliency']
+    assert torch.equal(x, model.encoder(video).tokens) and not model.encoder(video).info
     block, before = model.encoder.blocks[-1], model.encoder.embed(video) + model.encoder.place
     q, k, _ = block.attention.project(block.norm1(before))
     close(saliency, (q @ k.mT / 16 ** 0.5).softmax(-1).mean((1, 2)))
@@ -1547,14 +1548,14 @@ def try_core(v, tmp=None):
     assert losses[2] < losses[0] and not any(map(torch.equal, model.parameters(), before))
     assert model.generate(video, text, 2).shape == (2, 2, 2)
     assert 'count_flops' not in v or v['count_flops'](model, video.shape, 5, 2, aux)['total'] > 0
+    assert 'draw_tokens' not in v or v['draw_tokens'](video[0], aux['routes'][0], grid=(4, 4)).width > 64
     return model, aux
 
 
 def try_checkpoint(v, tmp):
-    model, aux = try_core(v)
+    model = try_core(v)[0]
     v['save_checkpoint'](tmp / 'm.pt', model)
     assert torch.equal(v['load_checkpoint'](tmp / 'm.pt')[0](*sample())[0], model(*sample())[0])
-    assert v['draw_tokens'](sample()[0][0], aux['routes'][0], grid=(4, 4)).width > 64
 
 
 def try_parts(**parts):

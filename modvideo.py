@@ -35,7 +35,6 @@ Usage:
 
 Left out: distributed training, tokenizers (a word is a token), pretrained weights, dropout.
 """
-import contextlib
 import copy
 import functools
 import inspect
@@ -110,12 +109,12 @@ class ModVideoConfig:
         if list(self.vocab[:2]) != ['<pad>', '<eos>']:
             raise ValueError(f"the vocabulary starts with {list(self.vocab[:2])}, wanted ['<pad>', '<eos>']")
         sizes = {name: value for name, value in vars(self).items() if type(value) is int and name != 'window'}
-        every = {**sizes, **{name: value for name, value in self.options.items() if type(value) is int}}
-        towers = (self.n_layer, self.dim), (self.encoder_layers, self.encoder_dim)
-        heavy = max(self.frames * self.frame_size ** 2, sum(n * max(dim, 256) ** 2 for n, dim in towers)) > 10 ** 9
-        if min(sizes.values()) < 1 or max(every.values()) > 10 ** 6 or heavy:
-            raise ValueError('sizes must be at least 1, and at most a million, a billion pixels, 12 billion '
-                             f'weights, got {every}')
+        weights = sum(n * max(dim, 256) ** 2 for n, dim in (
+            (self.n_layer, self.dim), (self.encoder_layers, self.encoder_dim)))        # a twelfth of them
+        wide = [1000 * n for n in self.options.values() if type(n) is int]
+        if min(sizes.values()) < 1 or max(weights, self.frames * self.frame_size ** 2, *wide, 0) > 10 ** 9:
+            raise ValueError('sizes must be at least 1, and a billion pixels, 12 billion weights, a million '
+                             f'codes or tokens are the most; got {sizes | self.options}')
         if self.patch_size % 4 or self.frame_size % self.patch_size:
             raise ValueError('patch_size must be a multiple of 4 that divides frame_size, '
                              f'got patch_size {self.patch_size} and frame_size {self.frame_size}')
@@ -447,8 +446,8 @@ class Router(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """x (B, S, C) -> (B, S)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
             return x.to(wide) @ self.weight.to(wide)             # matrix times vector: never in TF32
 
     def forward(self, x: Tensor, group: int, ratio: float, words: int = 0, forced: Tensor = None) -> Route:
@@ -488,12 +487,11 @@ def mod_layers(placement: str, depth: int) -> list:
               'all': range(depth), 'all-deep': range(2, depth)}
     if placement in layers:
         return list(layers[placement])
-    if not all(number.strip().isdecimal() for number in placement.split(',')):
-        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,3; got {placement!r}')
-    chosen = sorted({int(number) for number in placement.split(',')})
-    if chosen[-1] >= depth:
-        raise ValueError(f'placement {placement!r}: there are {depth} layers, from 0 on')
-    return chosen
+    chosen = [number.strip() for number in placement.split(',')]
+    if not all(number.isdecimal() and int(number) < depth for number in chosen):
+        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,3 of the {depth} layers, '
+                         f'from 0 on; got {placement!r}')
+    return sorted({int(number) for number in chosen})
 
 
 class FrameRouting(nn.Module):
@@ -622,11 +620,9 @@ class ModVideo(nn.Module):
             saliency = encoded.info['saliency'].view(B, T, -1) if self.reducer.wants_saliency else None
             reduced = self.reducer(x.view(B, T, -1, x.size(-1)), saliency)
         tokens, place = reduced.tokens.to(x.dtype), reduced.position
-        if self.stage is not None or place.size(-1) != T * self.config.patches:
-            place = place.expand(tokens.shape[:2])                             # (B, M) some tokens are gone
-        if self.stage is not None:
-            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place))       # (B*Q, M, ...)
-        return reduced._replace(tokens=tokens, position=place)
+        if self.stage is not None or place.size(-1) != T * self.config.patches:            # some are gone
+            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place.expand(tokens.shape[:2])))
+        return reduced._replace(tokens=tokens, position=place)                 # (B, M, C) or (B*Q, M, C)
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, asked: Tensor = None,
                 after: Tensor = None, decisions: Tensor = None):
@@ -769,9 +765,7 @@ class ModVideo(nn.Module):
         start = torch.full((B * Q, 1), T * self.config.patches, device=text.device)
         reduced = self.encode_video(video, question=words)
         if self.stage is None:
-            place, M = reduced.position, reduced.tokens.size(1)
-            mask = visible(place) if place.dim() == 2 else None
-            self.decode(reduced.tokens, place, M, mask, caches)
+            self.decode(reduced.tokens, reduced.position, reduced.tokens.size(1), caches=caches)
             for cache in caches:
                 cache.repeat(B * Q // len(reduced.tokens))
             reduced = None                                                     # it is read already
@@ -823,18 +817,6 @@ MODELS['modvideo'] = ModVideo
 # Checkpoints hold tensors and plain values: loading cannot run code.
 # needs sections 1 to 5
 
-@contextlib.contextmanager
-def written_whole(path):
-    """A name to write to: what stands there takes the place of `path` at the end, or is gone if any failed."""
-    part = f'{path}.part{os.getpid()}'                                         # of this process alone
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
 def save_checkpoint(path, model: nn.Module, **extra):
     """Write model, config, `extra` (tensors, numbers, strings, lists, dicts), whole or not at all.
 
@@ -846,8 +828,14 @@ def save_checkpoint(path, model: nn.Module, **extra):
         torch.load(io.BytesIO(data.getvalue()), weights_only=True)
     except Exception as error:
         raise ValueError(f'{path} is not written: {reason_of(error)}') from None
-    with written_whole(path) as part, open(part, 'wb') as file:
-        file.write(data.getvalue())
+    part = f'{path}.part{os.getpid()}'                                         # of this process alone
+    try:
+        with open(part, 'wb') as file:
+            file.write(data.getvalue())
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def reason_of(error: Exception) -> str:

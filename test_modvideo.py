@@ -381,7 +381,7 @@ class LibraryLayer(nn.Module):
         super().__init__()
         self.index, self.inner = index, mv.Block(32, 2)
 
-    def forward(self, x, attention_mask=None, position_ids=None, past_key_values=None, position_embeddings=None):
+    def forward(self, x, attention_mask, position_ids, past_key_values, position_embeddings):
         cos, sin = (table[:, None] for table in position_embeddings)           # (B, 1, S, D)
         q, k, v = self.inner.attention.project(self.inner.norm1(x))
         q, k = (a * cos + torch.cat([-a[..., 8:], a[..., :8]], -1) * sin for a in (q, k))
@@ -402,7 +402,8 @@ def library_tables(x, position):
 def test_the_readmes_layer_of_a_library():
     """Catches an adapter that is not dense at capacity 1, or whose cache or batch changes what comes out."""
     space = {}
-    exec(next(b for b in re.findall(r'```python\n(.*?)```', README.read_text(), re.S) if 'Routed' in b), space)
+    blocks = re.findall(r'```python\n(.*?)```', README.read_text(), re.S)
+    exec(next(block for block in blocks if 'Routed' in block), space)
     layers, frame = nn.ModuleList(LibraryLayer(i) for i in range(4)), F.pad(FRAMES, (0, 3), value=-1)
     routed = {i: space['Routed'](layers[i], library_tables, 32, 0.5) for i in (1, 2)}
     for layer in routed.values():
@@ -1275,7 +1276,7 @@ def test_every_patch_is_traced_to_its_token(T, layers):
     close(encoder.summaries(video), encoder.norm(encoder.cls + places).expand(2, T, 32), 2e-5)
     for place in encoder.clip_place.values():
         nn.init.zeros_(place)
-    tokens, _, position, where = encoder(video)
+    tokens, position, where, *_ = encoder(video)
     sizes = mv.slot_sizes(where)
     assert tokens.shape == (2, encoder.num_tokens(T), 32) and (where.assign >= 0).all() and where.mask.all()
     patches = (encoder.embed(video) + encoder.place).reshape(2, T * 16, 32)
@@ -1449,13 +1450,14 @@ def test_pictures_show_what_was_processed(words):
 
 
 MADE_WRONG = {                                   # what of an error message: a model that must not be made
-    'placement must be one of': dict(placement='every'), 'there are 4 layers': dict(placement='1,4'),
+    'placement must be one of': dict(placement='every'), 'such as 1,3 of the 4 layers': dict(placement='1,4'),
     'routing must be one of': dict(routing='best'), 'reducer must be one of': dict(reducer='best'),
     'keep_ratio must be above 0': dict(keep_ratio=0.0), 'gate must be one of raposo, zero': dict(gate='none'),
     'patch_size must be a multiple of 4': dict(patch_size=5), 'channels per head': dict(dim=30, n_head=4),
-    'sizes must be at least 1, and at most': dict(n_layer=10 ** 6, dim=2, n_head=1),
-    "12 billion weights, got .*'dim': 30000": dict(dim=30000, n_head=1),
-    "'codes': 10": dict(reducer='vq', codes=10 ** 12), 'a billion pixels': dict(frames=10 ** 6, frame_size=64),
+    'sizes must be at least 1, and a billion': dict(n_layer=10 ** 6, dim=2, n_head=1),
+    "are the most; got .*'dim': 30000": dict(dim=30000, n_head=1),
+    "'codes': 10": dict(reducer='vq', codes=10 ** 12),
+    'a billion pixels': dict(frames=10 ** 6, frame_size=64),
     'the vocabulary starts with': dict(vocab=['a', 'b']), 'budget is no option of': dict(budget=3),
     "stage 'drop' wants stage_layer": dict(stage='drop'), 'window is a number of frames': dict(window=2),
     'stage_layer must be from 1 to 3': dict(stage='holitom', stage_layer=4),
@@ -2385,7 +2387,7 @@ BAD_FLAGS = {
     '--recipe dense --keep-ratio 0.5': '--keep-ratio would do nothing', '--keep-ratio nan': 'must be finite',
     '--stage drop --stage-layer 3': 'stage_layer must be from 1 to 2', '--window 2': 'frames for streaming',
     '--recipe dense --routing gamma': '--routing would do nothing', '--silence-weight 2': 'would do nothing',
-    '--reducer holitom --routing uniform': 'all tokens of a frame', '--placement 1,7': 'there are 3 layers',
+    '--reducer holitom --routing uniform': 'all tokens of a frame', '--placement 1,7': 'of the 3 layers',
     '--recipe gamma --placement rank:9': 'from 1 to 2 layers', '--keep-ratio 0': 'keep_ratio must be above 0',
     '--recipe retrieval --merge-image 2': 'from 0 to below 1', '--recipe holitom --gate zero': 'do nothing',
     '--placement rank:1': 'chooses layers of a dense model', '--reducer uniform --budget 3': 'holds no frame',

@@ -123,19 +123,17 @@ class ModVideoConfig:
         if self.window < 0 or (self.window and not self.streaming):
             raise ValueError(f'window is a number of frames for streaming models, got {self.window}')
         self.check_options()
-        merges, routing = self.merges, ROUTINGS[self.routing]
+        self.patches = (self.frame_size // self.patch_size) ** 2               # P, of one frame
+        routing, chosen = ROUTINGS[self.routing], {p: vars(self)[p] for p in ('encoder', 'reducer', 'stage')}
+        # The parts that may leave fewer vision tokens.
+        merges = [f'{p} {name!r}' for p, name in chosen.items() if name not in ('plain', 'none')]
+        self.merges = merges
         if self.streaming and (merges or routing.whole_clip):
             raise ValueError(f'{[*merges, "routing"][0]} looks at the whole clip, a stream has none')
         if merges and not routing.ragged:
             raise ValueError(f'routing {self.routing!r} wants all tokens of a frame, {merges[0]} leaves less')
         if ENCODERS[self.encoder].merges and self.reducer != 'none':
             raise ValueError(f'{merges[0]} merges already and goes with reducer none, got {merges[1]}')
-
-    @property
-    def merges(self) -> list:
-        """The parts that may leave fewer vision tokens, by name."""
-        plain = dict(encoder='plain', reducer='none', stage='none')
-        return [f'{p} {getattr(self, p)!r}' for p, name in plain.items() if getattr(self, p) != name]
 
     def check_options(self):
         """ValueError: a part that does not exist, an option that no chosen part has, or one that lacks."""
@@ -159,12 +157,6 @@ class ModVideoConfig:
         chosen = PARTS[part][getattr(self, part)]
         own = {name: self.options[name] for name in options_of(chosen) if name in self.options}
         return chosen and chosen(*numbers, **own)
-
-    @property
-    def patches(self) -> int:
-        """P, the patches of one frame."""
-        return (self.frame_size // self.patch_size) ** 2
-
 
 # ---- 2. Transformer bricks ---------------------------------------------------------------------------------
 # One pre-norm block serves the encoder (sees everything) and the decoder (sees the past; rotary positions, Su
@@ -201,9 +193,7 @@ def additive(mask: Tensor, x: Tensor):
 
 class KVCache:
     """Keys, values, positions that an attention layer has seen. Layers may hold unequal numbers."""
-
-    def __init__(self):
-        self.k = self.v = self.position = None     # (B, H, S, D), (B, H, S, D), (B, S)
+    k = v = position = None                        # (B, H, S, D), (B, H, S, D), (B, S)
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor):
         """Append -> all keys, all values, who sees whom: (B, 1, new, all) bool, None if causal."""
@@ -238,14 +228,12 @@ class Attention(nn.Module):
         if dim % (2 * n_head):
             raise ValueError(f'channels per head must be even, got {dim} channels and {n_head} heads')
         self.n_head, self.causal = n_head, causal
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, position: Tensor = None):
         """Queries, keys, values of x (B, S, C): (B, H, S, D) each."""
-        B, S, C = x.shape
-        H = self.n_head
-        qk, v = self.qkv(x).view(B, S, 3 * H, C // H).split([2 * H, H], 2)     # (B, S, 2H, D), (B, S, H, D)
+        H, D = self.n_head, x.size(2) // self.n_head
+        qk, v = self.qkv(x).unflatten(2, (3 * H, D)).split([2 * H, H], 2)      # (B, S, 2H, D), (B, S, H, D)
         q, k = (qk if position is None else rotary(qk, position)).chunk(2, 2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -306,7 +294,7 @@ class Block(nn.Module):
 class Reduced(NamedTuple):
     """What an encoder or a reducer hands on."""
     tokens: Tensor             # (B, M, C); of an encoder that merges nothing (B*T, P, C)
-    position: Tensor = None    # (B, M) or (M,) int64, ascending: t*P + p; NEVER at padding; None: all in place
+    position: Tensor = None    # (B, M) or (M,) int64, ascending: t*P + p; NEVER at padding; None: in place
     reduction: tuple = None    # a Reduction of all N tokens; None: those at `position` stayed, no other
     loss: Tensor = 0.0         # added to the model's
     info: dict = {}            # what else a reader would look at
@@ -352,8 +340,7 @@ class VisionEncoder(nn.Module):
     merges = False       # True: forward returns fewer tokens than patches, with their position
 
     def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
-                 frames: int = None, channels: int = 6):
-        """frames: T, for encoders that join frames; this one takes any number, each alone."""
+                 frames: int = None, channels: int = 6):                       # frames: T, if they are joined
         super().__init__()
         self.embed = PatchEmbed(dim, patch_size, channels)
         self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
@@ -404,8 +391,7 @@ class MoDBlock(nn.Module):
     def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None, cache=None) -> Tensor:
         """x (B, S, C), position (S,) or (B, S), mask as of Attention, None = causal -> (B, S, C).
 
-        route None: every token goes through. Else the block is given the K tokens at their original
-        positions and their part of the mask, and the cache their keys.
+        route None: every token. Else the block, and its cache, are given the K tokens at their own positions.
         """
         if route is None:
             return x + self.block(x, position, mask, cache)
@@ -489,8 +475,8 @@ def mod_layers(placement: str, depth: int) -> list:
         return list(layers[placement])
     chosen = [number.strip() for number in placement.split(',')]
     if not all(number.isdecimal() and int(number) < depth for number in chosen):
-        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,3 of the {depth} layers, '
-                         f'from 0 on; got {placement!r}')
+        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,3 of the {depth} '
+                         f'layers from 0 on; got {placement!r}')
     return sorted({int(number) for number in chosen})
 
 
@@ -512,7 +498,7 @@ class FrameRouting(nn.Module):
         """The Route of layer i for x (B, S, C), its first N tokens vision; None: all tokens go through."""
         if N == 0:                                                             # words alone
             return None
-        forced = self.deciding(torch.arange(N, device=x.device))
+        forced = self.deciding(torch.arange(N, device=x.device))               # (N,) or None
         return self.routers[str(i)](x, N // self.patches, self.keep_ratio, x.size(1) - N, forced)
 
     def deciding(self, index: Tensor):
@@ -529,8 +515,8 @@ ROUTINGS['frame'] = FrameRouting      # section 7 puts one in its place that tak
 # ---- 5. The model ------------------------------------------------------------------------------------------
 # Vision tokens stand first, in time order; the questions of a clip follow, all starting at position N; they
 # read vision and themselves, not each other. In a stream (VideoLLM-online, Chen et al., arXiv 2406.11816)
-# text stands between frames, and at the last token of a frame the model predicts what it
-# says then, or '<eos>', silence. Positions decide causality: a skipped token leaves a gap, no shift.
+# text stands between frames, and at the last token of a frame the model predicts what it says then, or
+# '<eos>', silence. Positions decide causality: a skipped token leaves a gap, no shift.
 # needs sections 1 to 4
 
 class Reducer(nn.Module):
@@ -635,9 +621,11 @@ class ModVideo(nn.Module):
         answer, None: all. Streams: after (B, L), as in place_stream; decisions (B, T), the word that follows
         each frame; aux['decisions'] (B, T, V), their logits. ValueError: other shapes.
         """
-        if text.dim() != 3 or not text.numel():
-            raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(text.shape)}')
-        c, shape, T, L = self.config, text.shape, video.size(1), text.size(2)
+        c, shape, T = self.config, text.shape, video.size(1)
+        if len(shape) != 3 or not text.numel() or c.streaming and shape[1] > 1:
+            raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(shape)}; a stream has '
+                             'one line of text')
+        L = shape[2]
         asked = (text != PAD).sum(-1) if asked is None else asked              # (B, Q)
         if self.by_question:            # every question becomes a clip: from here on B is B * Q, and Q is 1
             text, asked = text.reshape(-1, 1, L), asked.reshape(-1, 1)
@@ -684,8 +672,6 @@ class ModVideo(nn.Module):
 
         after (B, L): the frame after which each word stands, ascending, -1: before the video; None: the last.
         """
-        if text.size(1) != 1:
-            raise ValueError(f'a stream has one line of text, wanted (B, 1, L), got {text.size(1)} lines')
         text, P, device = text[:, 0], self.config.patches, text.device
         after, real = torch.full_like(text, T - 1) if after is None else after, text != PAD    # (B, L)
         earlier = after[:, None] < torch.arange(T, device=device)[:, None]     # (B, T, L)
@@ -760,9 +746,8 @@ class ModVideo(nn.Module):
 
         Vision is read once, and its keys and values serve every question, unless a stage wants its last word.
         """
-        (B, Q, _), T, words = text.shape, video.size(1), text.flatten(0, 1)    # (B*Q, L)
-        caches = [KVCache() for _ in self.blocks]
-        start = torch.full((B * Q, 1), T * self.config.patches, device=text.device)
+        (B, Q, _), caches, words = text.shape, [KVCache() for _ in self.blocks], text.flatten(0, 1)
+        start = torch.full_like(words[:, :1], video.size(1) * self.config.patches)         # (B*Q, 1)
         reduced = self.encode_video(video, question=words)
         if self.stage is None:
             self.decode(reduced.tokens, reduced.position, reduced.tokens.size(1), caches=caches)

@@ -1450,7 +1450,7 @@ def test_pictures_show_what_was_processed(words):
 
 
 MADE_WRONG = {                                   # what of an error message: a model that must not be made
-    'placement must be one of': dict(placement='every'), 'such as 1,3 of the 4 layers': dict(placement='1,4'),
+    'placement must be one of': dict(placement='every'), 'such as 1,3 of the 4': dict(placement='1,4'),
     'routing must be one of': dict(routing='best'), 'reducer must be one of': dict(reducer='best'),
     'keep_ratio must be above 0': dict(keep_ratio=0.0), 'gate must be one of raposo, zero': dict(gate='none'),
     'patch_size must be a multiple of 4': dict(patch_size=5), 'channels per head': dict(dim=30, n_head=4),
@@ -2387,7 +2387,7 @@ BAD_FLAGS = {
     '--recipe dense --keep-ratio 0.5': '--keep-ratio would do nothing', '--keep-ratio nan': 'must be finite',
     '--stage drop --stage-layer 3': 'stage_layer must be from 1 to 2', '--window 2': 'frames for streaming',
     '--recipe dense --routing gamma': '--routing would do nothing', '--silence-weight 2': 'would do nothing',
-    '--reducer holitom --routing uniform': 'all tokens of a frame', '--placement 1,7': 'of the 3 layers',
+    '--reducer holitom --routing uniform': 'all tokens of a frame', '--placement 1,7': 'of the 3 ',
     '--recipe gamma --placement rank:9': 'from 1 to 2 layers', '--keep-ratio 0': 'keep_ratio must be above 0',
     '--recipe retrieval --merge-image 2': 'from 0 to below 1', '--recipe holitom --gate zero': 'do nothing',
     '--placement rank:1': 'chooses layers of a dense model', '--reducer uniform --budget 3': 'holds no frame',

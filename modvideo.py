@@ -125,9 +125,8 @@ class ModVideoConfig:
         self.check_options()
         self.patches = (self.frame_size // self.patch_size) ** 2               # P, of one frame
         routing, chosen = ROUTINGS[self.routing], {p: vars(self)[p] for p in ('encoder', 'reducer', 'stage')}
-        # The parts that may leave fewer vision tokens.
         merges = [f'{p} {name!r}' for p, name in chosen.items() if name not in ('plain', 'none')]
-        self.merges = merges
+        self.merges = merges                                   # the parts that may leave fewer vision tokens
         if self.streaming and (merges or routing.whole_clip):
             raise ValueError(f'{[*merges, "routing"][0]} looks at the whole clip, a stream has none')
         if merges and not routing.ragged:
@@ -173,7 +172,7 @@ def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     angle = position[..., None, None] * frequency                    # (S, 1, D/2) or (B, S, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)           # (..., 1, D)
-    return (x * cos + x.roll(half, -1) * sin).to(x.dtype)                      # (B, S, H, D)
+    return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)           # (B, S, H, D)
 
 
 def visible(query: Tensor, key: Tensor = None) -> Tensor:

@@ -21,8 +21,8 @@ Legend: B batch · T frames · P patches of one frame · N = T*P vision tokens b
     K clusters, codes or selected tokens · S tokens of any sequence · V words. Video is float in [0, 1].
 
 Core: 1 configuration   2 transformer bricks   3 vision encoder   4 Mixture-of-Depths   5 the model
-    6 save, load, draw. Methods: 7 token reduction   8 ToMe   9 HoliTom   10 clusters and codes   11 B-VLLM
-    12 TempMe and retrieval   13 gamma-MoD   14 accounting and optimizer
+    6 save and load. Methods: 7 token reduction   8 ToMe   9 HoliTom   10 clusters and codes   11 B-VLLM
+    12 TempMe and retrieval   13 gamma-MoD   14 accounting, pictures, optimizer
 
 Usage:
     vocab = ['<pad>', '<eos>', 'what', 'moves']
@@ -38,8 +38,12 @@ Left out: distributed training, tokenizers (a word is a token), pretrained weigh
 import copy
 import functools
 import inspect
+import io
 import math
 import os
+import pickle
+import zipfile
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, NamedTuple, get_args
 
@@ -107,8 +111,12 @@ class ModVideoConfig:
         if list(self.vocab[:2]) != ['<pad>', '<eos>']:
             raise ValueError(f"the vocabulary starts with {list(self.vocab[:2])}, wanted ['<pad>', '<eos>']")
         sizes = {name: value for name, value in vars(self).items() if type(value) is int and name != 'window'}
-        if min(sizes.values()) < 1:
-            raise ValueError(f'sizes must be at least 1, got {sizes}')
+        weights = sum(n * max(dim, 256) ** 2 for n, dim in (
+            (self.n_layer, self.dim), (self.encoder_layers, self.encoder_dim)))        # a twelfth of them
+        wide = [1000 * n for n in self.options.values() if type(n) is int]
+        if min(sizes.values()) < 1 or max(weights, self.frames * self.frame_size ** 2, *wide, 0) > 10 ** 9:
+            raise ValueError('sizes must be at least 1, and a billion pixels, 12 billion weights, a million '
+                             f'codes or tokens are the most; got {sizes | self.options}')
         if self.patch_size % 4 or self.frame_size % self.patch_size:
             raise ValueError('patch_size must be a multiple of 4 that divides frame_size, '
                              f'got patch_size {self.patch_size} and frame_size {self.frame_size}')
@@ -117,19 +125,16 @@ class ModVideoConfig:
         if self.window < 0 or (self.window and not self.streaming):
             raise ValueError(f'window is a number of frames for streaming models, got {self.window}')
         self.check_options()
-        merges, routing = self.merges, ROUTINGS[self.routing]
+        self.patches = (self.frame_size // self.patch_size) ** 2               # P, of one frame
+        routing, chosen = ROUTINGS[self.routing], {p: vars(self)[p] for p in ('encoder', 'reducer', 'stage')}
+        merges = [f'{p} {name!r}' for p, name in chosen.items() if name not in ('plain', 'none')]
+        self.merges = merges                                   # the parts that may leave fewer vision tokens
         if self.streaming and (merges or routing.whole_clip):
             raise ValueError(f'{[*merges, "routing"][0]} looks at the whole clip, a stream has none')
         if merges and not routing.ragged:
             raise ValueError(f'routing {self.routing!r} wants all tokens of a frame, {merges[0]} leaves less')
         if ENCODERS[self.encoder].merges and self.reducer != 'none':
             raise ValueError(f'{merges[0]} merges already and goes with reducer none, got {merges[1]}')
-
-    @property
-    def merges(self) -> list:
-        """The parts that may leave fewer vision tokens, by name."""
-        plain = dict(encoder='plain', reducer='none', stage='none')
-        return [f'{p} {getattr(self, p)!r}' for p, name in plain.items() if getattr(self, p) != name]
 
     def check_options(self):
         """ValueError: a part that does not exist, an option that no chosen part has, or one that lacks."""
@@ -154,12 +159,6 @@ class ModVideoConfig:
         own = {name: self.options[name] for name in options_of(chosen) if name in self.options}
         return chosen and chosen(*numbers, **own)
 
-    @property
-    def patches(self) -> int:
-        """P, the patches of one frame."""
-        return (self.frame_size // self.patch_size) ** 2
-
-
 # ---- 2. Transformer bricks ---------------------------------------------------------------------------------
 # One pre-norm block serves the encoder (sees everything) and the decoder (sees the past; rotary positions, Su
 # et al., arXiv 2104.09864). It returns its *update*; callers add it, gated or not.
@@ -169,13 +168,13 @@ NEVER = 2 ** 40     # position of padding: later than any query, so no query see
 
 
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of x (B, H, S, D) by position (S,) or (B, S) * base**(-2i/D)."""
+    """Turn channel pairs (i, i + D/2) of x (B, S, H, D) by position (S,) or (B, S) * base**(-2i/D)."""
     half = x.size(-1) // 2
     frequency = base ** (-torch.arange(half, device=x.device) / half)          # (D/2,)
-    angle = position[..., None, :, None] * frequency                 # (1, S, D/2) or (B, 1, S, D/2)
+    angle = position[..., None, None] * frequency                    # (S, 1, D/2) or (B, S, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., :half], x[..., half:]                                        # (B, H, S, D/2) each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)   # (B, H, S, D)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)           # (..., 1, D)
+    return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)           # (B, S, H, D)
 
 
 def visible(query: Tensor, key: Tensor = None) -> Tensor:
@@ -184,11 +183,18 @@ def visible(query: Tensor, key: Tensor = None) -> Tensor:
     return (key[:, None, :] <= query[:, :, None])[:, None]
 
 
+def additive(mask: Tensor, x: Tensor):
+    """A bool mask as what is added to the scores of x, 0 or -inf. None and float masks stay as they are."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
+
+
 class KVCache:
     """Keys, values, positions that an attention layer has seen. Layers may hold unequal numbers."""
-
-    def __init__(self):
-        self.k = self.v = self.position = None     # (B, H, S, D), (B, H, S, D), (B, S)
+    k = v = position = None                        # (B, H, S, D), (B, H, S, D), (B, S)
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor):
         """Append -> all keys, all values, who sees whom: (B, 1, new, all) bool, None if causal."""
@@ -223,30 +229,36 @@ class Attention(nn.Module):
         if dim % (2 * n_head):
             raise ValueError(f'channels per head must be even, got {dim} channels and {n_head} heads')
         self.n_head, self.causal = n_head, causal
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, position: Tensor = None):
         """Queries, keys, values of x (B, S, C): (B, H, S, D) each."""
-        B, S, C = x.shape
-        q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        return (q, k, v) if position is None else (rotary(q, position), rotary(k, position), v)
+        H, D = self.n_head, x.size(2) // self.n_head
+        qk, v = self.qkv(x).unflatten(2, (3 * H, D)).split([2 * H, H], 2)      # (B, S, 2H, D), (B, S, H, D)
+        q, k = (qk if position is None else rotary(qk, position)).chunk(2, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, position=None, mask: Tensor = None, row: Tensor = None) -> Tensor:
         """How much each token, or only token row (B,), looks at each other: (B, H, S, S) or (B, H, 1, S)."""
         q, k, _ = self.project(x, position)                                    # (B, H, S, D)
         if row is not None:
             q = q.take_along_dim(row[:, None, None, None], 2)                  # (B, H, 1, D)
-        score = (q @ k.mT / math.sqrt(q.size(-1))).float()
-        if mask is None and self.causal:
-            mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
-            mask = mask if row is None else mask[row][:, None, None]           # (B, 1, 1, S)
-        return (score if mask is None else score.masked_fill(~mask, -math.inf)).softmax(-1)
+        score = (q @ k.mT / math.sqrt(q.size(-1))).float()                     # (B, H, S, S) or (B, H, 1, S)
+        n = self.unmasked(score.size(2), mask)
+        future = torch.ones(n, x.size(1), dtype=torch.bool, device=x.device).triu(1)
+        past, rest = score[:, :, :n].masked_fill(future, -math.inf), score[:, :, n:]
+        score = torch.cat([past, rest if mask is None else rest + additive(mask, rest)], 2)
+        return score.softmax(-1).masked_fill(score.amax(-1, keepdim=True) == -math.inf, 0)     # sees none: 0
+
+    def unmasked(self, rows: int, mask: Tensor) -> int:
+        """How many of so many tokens see the past: those before the rows of the mask, if it is causal."""
+        return rows - (0 if mask is None else mask.size(-2)) if self.causal else 0
 
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C), position (S,), (B, S) or None (no rotary) -> (B, S, C).
 
-        mask: (S, S) or (B, 1, S, S), bool: True where a row sees a column; or float: added to the scores.
+        mask: (R, S) or (B, 1, R, S) of the last R tokens, bool: True where a row sees a column; or float:
+        added to the scores. A causal layer's tokens before those see the past.
         """
         q, k, v = self.project(x, position)
         if cache is not None:                                          # a filled cache makes the mask itself
@@ -256,20 +268,13 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
         """What project gave -> (B, S, C)."""
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
+        look, n = F.scaled_dot_product_attention, self.unmasked(q.size(2), mask)
+        if 0 < n < q.size(2):
+            past = look(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True)         # (B, H, n, D)
+            y = torch.cat([past, look(q[:, :, n:], k, v, mask)], 2)                    # (B, H, S, D)
+        else:
+            y = look(q, k, v, mask, is_causal=n > 0)
         return self.out(y.transpose(1, 2).flatten(2))                          # (B, S, C)
-
-
-class MLP(nn.Module):
-    """Two linear maps with a GELU between them, on every token alone."""
-
-    def __init__(self, dim: int, expansion: int = 4):
-        super().__init__()
-        self.up = nn.Linear(dim, expansion * dim, bias=False)
-        self.down = nn.Linear(expansion * dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))                                   # (..., C) -> (..., C)
 
 
 class Block(nn.Module):
@@ -278,7 +283,8 @@ class Block(nn.Module):
     def __init__(self, dim: int, n_head: int, causal: bool = True):
         super().__init__()
         self.norm1, self.attention = nn.RMSNorm(dim), Attention(dim, n_head, causal)
-        self.norm2, self.mlp = nn.RMSNorm(dim), MLP(dim)
+        up, down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
+        self.norm2, self.mlp = nn.RMSNorm(dim), nn.Sequential(OrderedDict(up=up, gelu=nn.GELU(), down=down))
 
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C) -> f(x) (B, S, C)."""
@@ -286,18 +292,19 @@ class Block(nn.Module):
         return a + self.mlp(self.norm2(x + a))
 
 
+class Reduced(NamedTuple):
+    """What an encoder or a reducer hands on."""
+    tokens: Tensor             # (B, M, C); of an encoder that merges nothing (B*T, P, C)
+    position: Tensor = None    # (B, M) or (M,) int64, ascending: t*P + p; NEVER at padding; None: in place
+    reduction: tuple = None    # a Reduction of all N tokens; None: those at `position` stayed, no other
+    loss: Tensor = 0.0         # added to the model's
+    info: dict = {}            # what else a reader would look at
+
+
 # ---- 3. Vision encoder -------------------------------------------------------------------------------------
 # A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is convolutional
 # (Xiao et al., arXiv 2106.14881) and also reads the change since the frame before, where motion is cheap.
 # needs sections 1, 2
-
-class Encoded(NamedTuple):
-    """What an encoder makes of clips."""
-    tokens: Tensor               # (B*T, P, C); of an encoder that merges (B, M, C)
-    saliency: Tensor = None      # (B*T, P) attention that each patch receives, if it was wanted
-    position: Tensor = None      # (B, M): of an encoder that merges
-    reduction: tuple = None      # a Reduction of the patches: of an encoder that merges
-
 
 def keep_scale(layers: nn.Sequential):
     """Weights that keep the size of what passes (He et al., arXiv 1502.01852); torch's default shrinks it."""
@@ -334,25 +341,24 @@ class VisionEncoder(nn.Module):
     merges = False       # True: forward returns fewer tokens than patches, with their position
 
     def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
-                 frames: int = None, channels: int = 6):
-        """frames: T, for encoders that join frames; this one takes any number, each alone."""
+                 frames: int = None, channels: int = 6):                       # frames: T, if they are joined
         super().__init__()
         self.embed = PatchEmbed(dim, patch_size, channels)
         self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
         self.norm = nn.RMSNorm(dim)
 
-    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Encoded:
-        """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C), saliency (B*T, P).
+    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
+        """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C).
 
-        saliency, if wanted: the attention that a patch receives in the last layer, mean over heads, queries.
+        info 'saliency' (B*T, P): the attention a patch receives in the last layer, mean over heads, queries.
         """
-        x, saliency = self.embed(video, previous) + self.place, None           # (B*T, P, C)
+        x, info = self.embed(video, previous) + self.place, {}                 # (B*T, P, C)
         for block in self.blocks:
             before, x = x, x + block(x)
         if want_saliency:
-            saliency = block.attention.weights(block.norm1(before).detach()).mean((1, 2))   # (B*T, P)
-        return Encoded(self.norm(x), saliency)
+            info['saliency'] = block.attention.weights(block.norm1(before).detach()).mean((1, 2))
+        return Reduced(self.norm(x), info=info)
 
 
 ENCODERS['plain'] = VisionEncoder
@@ -385,17 +391,16 @@ class MoDBlock(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None, cache=None) -> Tensor:
-        """x (B, S, C), position (S,) or (B, S), mask (S, S) or (B, 1, S, S), None = causal -> (B, S, C).
+        """x (B, S, C), position (S,) or (B, S), mask as of Attention, None = causal -> (B, S, C).
 
-        route None: every token goes through. Else the block is given the K tokens at their original
-        positions and their part of the mask, and the cache their keys.
+        route None: every token. Else the block, and its cache, are given the K tokens at their own positions.
         """
         if route is None:
             return x + self.block(x, position, mask, cache)
         row = route.index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]     # (B, K)
         chosen = x.flatten(0, 1).index_select(0, row.flatten()).view(*row.shape, x.size(2))    # (B, K, C)
         place = position.expand(x.shape[:2]).gather(1, route.index)                        # (B, K)
-        update = self.update(chosen, route, place, mask_of(mask, route.index), cache)      # (B, K, C)
+        update = self.update(chosen, route, place, mask_of(mask, route.index, x.size(1)), cache)
         return x.flatten(0, 1).index_add(0, row.flatten(), update.to(x.dtype).flatten(0, 1)).view_as(x)
 
     def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache) -> Tensor:
@@ -405,15 +410,16 @@ class MoDBlock(nn.Module):
         return route.gate[..., None] * self.block(x, position, mask, cache)
 
 
-def mask_of(mask: Tensor, index: Tensor):
-    """Rows and columns of a mask (S, S) or (B, 1, S, S) at index (B, K): (B, 1, K, K). None: causal."""
+def mask_of(mask: Tensor, index: Tensor, S: int):
+    """The part of a mask (R, S) or (B, 1, R, S), None = causal, that is for tokens index (B, K)."""
     if mask is None:
         return None
-    B, S = len(index), mask.size(-1)
-    if mask.size(-2) != S or mask.numel() not in (S * S, B * S * S):
-        raise ValueError(f'mask must be (S, S) or (B, 1, S, S), got {tuple(mask.shape)}; caches make it')
-    sample = torch.arange(B, device=index.device)[:, None, None]
-    return mask.reshape(-1, S, S).expand(B, S, S)[sample, index[..., None], index[:, None]][:, None]
+    B, R, last = len(index), mask.size(-2), min(mask.size(-2), index.size(1))
+    if R > S or mask.size(-1) != S or mask.numel() not in (R * S, B * R * S):
+        raise ValueError(f'mask must be ({S}, {S}) or (B, 1, {S}, {S}), got {tuple(mask.shape)}; '
+                         'caches make it')
+    sample, row = torch.arange(B, device=index.device)[:, None, None], index[:, -last:] - (S - R)
+    return mask.reshape(-1, R, S).expand(B, R, S)[sample, row[..., None], index[:, None]][:, None]
 
 
 class Router(nn.Module):
@@ -428,9 +434,9 @@ class Router(nn.Module):
 
     def score(self, x: Tensor) -> Tensor:
         """x (B, S, C) -> (B, S)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return F.linear(x.to(wide), self.weight.to(wide)[None]).squeeze(-1)
+            return x.to(wide) @ self.weight.to(wide)             # matrix times vector: never in TF32
 
     def forward(self, x: Tensor, group: int, ratio: float, words: int = 0, forced: Tensor = None) -> Route:
         """Select the best k = `capacity(ratio, n)` of each run of n vision tokens; words always go through.
@@ -469,12 +475,11 @@ def mod_layers(placement: str, depth: int) -> list:
               'all': range(depth), 'all-deep': range(2, depth)}
     if placement in layers:
         return list(layers[placement])
-    if not all(number.strip().isdecimal() for number in placement.split(',')):
-        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,3; got {placement!r}')
-    chosen = sorted({int(number) for number in placement.split(',')})
-    if chosen[-1] >= depth:
-        raise ValueError(f'placement {placement!r}: there are {depth} layers, from 0 on')
-    return chosen
+    chosen = [number.strip() for number in placement.split(',')]
+    if not all(number.isdecimal() and int(number) < depth for number in chosen):
+        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,3 of the {depth} '
+                         f'layers from 0 on; got {placement!r}')
+    return sorted({int(number) for number in chosen})
 
 
 class FrameRouting(nn.Module):
@@ -495,7 +500,7 @@ class FrameRouting(nn.Module):
         """The Route of layer i for x (B, S, C), its first N tokens vision; None: all tokens go through."""
         if N == 0:                                                             # words alone
             return None
-        forced = self.deciding(torch.arange(N, device=x.device))
+        forced = self.deciding(torch.arange(N, device=x.device))               # (N,) or None
         return self.routers[str(i)](x, N // self.patches, self.keep_ratio, x.size(1) - N, forced)
 
     def deciding(self, index: Tensor):
@@ -512,18 +517,9 @@ ROUTINGS['frame'] = FrameRouting      # section 7 puts one in its place that tak
 # ---- 5. The model ------------------------------------------------------------------------------------------
 # Vision tokens stand first, in time order; the questions of a clip follow, all starting at position N; they
 # read vision and themselves, not each other. In a stream (VideoLLM-online, Chen et al., arXiv 2406.11816)
-# text stands between frames, and at the last token of a frame the model predicts what it
-# says then, or '<eos>', silence. Positions decide causality: a skipped token leaves a gap, no shift.
+# text stands between frames, and at the last token of a frame the model predicts what it says then, or
+# '<eos>', silence. Positions decide causality: a skipped token leaves a gap, no shift.
 # needs sections 1 to 4
-
-class Reduced(NamedTuple):
-    """What a reducer hands the decoder."""
-    tokens: Tensor             # (B, M, C)
-    position: Tensor           # (B, M) or (M,) int64, ascending: t*P + p; NEVER at padding
-    reduction: tuple = None    # a Reduction of all N tokens; None: those at `position` stayed, no other
-    loss: Tensor = 0.0         # added to the model's
-    info: dict = {}            # what else a reader would look at
-
 
 class Reducer(nn.Module):
     """Hands the decoder every vision token as it is. The base of methods that hand it fewer, or others."""
@@ -609,19 +605,17 @@ class ModVideo(nn.Module):
         if not self.training and not x.isfinite().all():
             raise ValueError('vision tokens are not finite: NaN or infinite numbers in the video, or weights')
         if encoded.position is not None:                                       # the encoder merged already
-            reduced = Reduced(x, encoded.position, encoded.reduction)
+            reduced = encoded._replace(tokens=x)
         elif self.reducer.by_question:                                         # B becomes B * Q
             x = x.view(B, T, -1, x.size(-1)).repeat_interleave(again, 0)       # (B*Q, T, P, C)
             reduced, again = self.reducer(x, None, self.embed(question), question != PAD), 1
         else:
-            saliency = encoded.saliency.view(B, T, -1) if self.reducer.wants_saliency else None
+            saliency = encoded.info['saliency'].view(B, T, -1) if self.reducer.wants_saliency else None
             reduced = self.reducer(x.view(B, T, -1, x.size(-1)), saliency)
         tokens, place = reduced.tokens.to(x.dtype), reduced.position
-        if self.stage is not None or place.size(-1) != T * self.config.patches:
-            place = place.expand(tokens.shape[:2])                             # (B, M) some tokens are gone
-        if self.stage is not None:
-            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place))       # (B*Q, M, ...)
-        return reduced._replace(tokens=tokens, position=place)
+        if self.stage is not None or place.size(-1) != T * self.config.patches:            # some are gone
+            tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place.expand(tokens.shape[:2])))
+        return reduced._replace(tokens=tokens, position=place)                 # (B, M, C) or (B*Q, M, C)
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, asked: Tensor = None,
                 after: Tensor = None, decisions: Tensor = None):
@@ -634,9 +628,11 @@ class ModVideo(nn.Module):
         answer, None: all. Streams: after (B, L), as in place_stream; decisions (B, T), the word that follows
         each frame; aux['decisions'] (B, T, V), their logits. ValueError: other shapes.
         """
-        if text.dim() != 3 or not text.numel():
-            raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(text.shape)}')
-        c, shape, T, L = self.config, text.shape, video.size(1), text.size(2)
+        c, shape, T = self.config, text.shape, video.size(1)
+        if len(shape) != 3 or not text.numel() or c.streaming and shape[1] > 1:
+            raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(shape)}; a stream has '
+                             'one line of text')
+        L = shape[2]
         asked = (text != PAD).sum(-1) if asked is None else asked              # (B, Q)
         if self.by_question:            # every question becomes a clip: from here on B is B * Q, and Q is 1
             text, asked = text.reshape(-1, 1, L), asked.reshape(-1, 1)
@@ -673,17 +669,16 @@ class ModVideo(nn.Module):
         if Q == 1 and place.dim() == 1:
             return position, None                                              # plainly causal
         owner = torch.arange(Q, device=device).repeat_interleave(L)            # (Q*L,) the question of a word
-        owner = F.pad(owner, (M, 0), value=-1)                                 # (S,) -1 = vision
-        same = (owner == -1) | (owner == owner[:, None])                       # (S, S)
-        return position, visible(position.view(-1, M + Q * L)) & same          # (1 or B, 1, S, S)
+        owner, all_places = F.pad(owner, (M, 0), value=-1), position.view(-1, M + Q * L)   # (S,) -1 = vision
+        first = M if place.dim() == 1 else 0             # whole frames are plainly causal: no mask for them
+        same = (owner == -1) | (owner == owner[first:, None])                  # (R, S)
+        return position, visible(all_places[:, first:], all_places) & same     # (1 or B, 1, R, S)
 
     def place_stream(self, place: Tensor, text: Tensor, T: int, after: Tensor = None):
         """The same for a stream: text (B, 1, L) stands between frames, and a window forgets the earlier ones.
 
         after (B, L): the frame after which each word stands, ascending, -1: before the video; None: the last.
         """
-        if text.size(1) != 1:
-            raise ValueError(f'a stream has one line of text, wanted (B, 1, L), got {text.size(1)} lines')
         text, P, device = text[:, 0], self.config.patches, text.device
         after, real = torch.full_like(text, T - 1) if after is None else after, text != PAD    # (B, L)
         earlier = after[:, None] < torch.arange(T, device=device)[:, None]     # (B, T, L)
@@ -703,12 +698,12 @@ class ModVideo(nn.Module):
 
         last (B,): place in x of each question's last word, for a stage; None: vision has passed it already.
         """
-        aux, before = {'routes': {}, 'tokens': []}, x
+        aux, before, mask = {'routes': {}, 'tokens': []}, x, additive(mask, x)     # once for all layers
         for i, layer in enumerate(self.blocks):
             if self.stage is not None and last is not None and i == self.stage.layer:
                 x, position, N, aux['stage'] = self.stage.run(
                     self.blocks[i - 1].block, before, x, position, N, last)
-                mask = visible(position)
+                mask = additive(visible(position), x)
             route = self.routing(i, layer.block, x, position, N) if i in self.mod_layers else None
             before, x = x, layer(x, route, position, mask, caches[i] if caches else None)
             aux['tokens'].append(x.size(1) if route is None else route.index.size(1))
@@ -736,18 +731,20 @@ class ModVideo(nn.Module):
         x, _ = self.decode(x, place, N, mask, caches, last)
         return x[:, -words.size(1):].take_along_dim((count - 1).clamp(min=0)[..., None], 1), position + count
 
-    def speak(self, state: Tensor, position: Tensor, caches: list, most: int, ended: Tensor):
+    def speak(self, state: Tensor, position: Tensor, caches: list, most: int, ended: Tensor, must=False):
         """Say the most probable next word until the end mark, at most so many; the caches get them, too.
 
-        state (B, 1, C): of the last word read. ended (B, 1) bool: samples that say nothing.
-        -> said (B, n) int64, 0 after the end; the next position (B, 1).
+        state (B, 1, C): of the last token read. ended (B, 1) bool: samples that say nothing. must: no other
+        ends at once. -> said (B, n) int64, 0 after the end; the next position (B, 1).
         """
         said = [ended[:, :0].long()]
         while len(said) <= most and not bool(ended.all()):                     # waits for the device
-            word = self.next_word(state).argmax(-1).masked_fill(ended, PAD)    # (B, 1)
-            said.append(word)
-            ended = (word == EOS) | (word == PAD)
-            state, position = self.read_words(word, position, caches)
+            logits = self.next_word(state)                                     # (B, 1, V)
+            if must and len(said) == 1:
+                logits[..., [PAD, EOS]] = -math.inf
+            said.append(logits.argmax(-1).masked_fill(ended, PAD))             # (B, 1)
+            ended = (said[-1] == EOS) | (said[-1] == PAD)
+            state, position = self.read_words(said[-1], position, caches)
         return torch.cat(said, 1), position
 
     @torch.no_grad()
@@ -756,14 +753,13 @@ class ModVideo(nn.Module):
 
         Vision is read once, and its keys and values serve every question, unless a stage wants its last word.
         """
-        (B, Q, _), T, words = text.shape, video.size(1), text.flatten(0, 1)    # (B*Q, L)
-        caches = [KVCache() for _ in self.blocks]
-        start = torch.full((B * Q, 1), T * self.config.patches, device=text.device)
+        (B, Q, _), caches, words = text.shape, [KVCache() for _ in self.blocks], text.flatten(0, 1)
+        start = torch.full_like(words[:, :1], video.size(1) * self.config.patches)         # (B*Q, 1)
         reduced = self.encode_video(video, question=words)
         if self.stage is None:
-            place, M = reduced.position, reduced.tokens.size(1)
-            mask = visible(place) if place.dim() == 2 else None
-            self.decode(reduced.tokens, place, M, mask, caches)
+            place = reduced.position                           # two tokens may stand at one: no plain past
+            mask = additive(visible(place), reduced.tokens) if place.dim() == 2 else None
+            self.decode(reduced.tokens, place, reduced.tokens.size(1), mask, caches)
             for cache in caches:
                 cache.repeat(B * Q // len(reduced.tokens))
             reduced = None                                                     # it is read already
@@ -797,39 +793,59 @@ class ModVideo(nn.Module):
             vision = self.encode_video(frame[:, None], previous)
             x, _ = self.decode(vision.tokens, position + vision.position, P, caches=caches)
             previous, position = frame[:, None], position + P
-            logits = self.next_word(x[:, -1])                                  # (B, V)
-            silence = logits.softmax(-1)[:, EOS]
-            logits[:, [PAD, EOS]] = -math.inf
-            word = torch.where(silence < theta, logits.argmax(-1), PAD)[:, None]   # (B, 1)
-            said = answer = None
-            if bool((word != PAD).any()):
-                state, position = self.read_words(word, position, caches)
-                more, position = self.speak(state, position, caches, max_new_tokens - 1, word == PAD)
-                said = torch.cat([word, more], 1)
+            silence, said, answer = self.next_word(x[:, -1]).softmax(-1)[:, EOS], None, None   # (B,)
+            if bool((silence < theta).any()):
+                quiet = silence[:, None] >= theta
+                said, position = self.speak(x[:, -1:], position, caches, max_new_tokens, quiet, must=True)
             if question is not None:
                 state, position = self.read_words(question, position, caches)
-                silent = (question == PAD).all(1, keepdim=True)
-                answer, position = self.speak(state, position, caches, max_new_tokens, silent)
+                quiet = (question == PAD).all(1, keepdim=True)
+                answer, position = self.speak(state, position, caches, max_new_tokens, quiet)
             held = [0 if cache.k is None else cache.k.size(2) for cache in caches]
             yield dict(silence=silence, said=said, answer=answer, held=held)
 
 
 MODELS['modvideo'] = ModVideo
 
-# ---- 6. Save, load, draw -----------------------------------------------------------------------------------
-# Checkpoints hold tensors and plain values: loading cannot run code. Pictures: what was processed.
+# ---- 6. Save and load --------------------------------------------------------------------------------------
+# Checkpoints hold tensors and plain values: loading cannot run code.
 # needs sections 1 to 5
 
 def save_checkpoint(path, model: nn.Module, **extra):
-    """Write model, config, `extra` (tensors, numbers, strings, lists, dicts); all or nothing."""
-    model = getattr(model, '_orig_mod', model)                                 # of torch.compile
-    torch.save(dict(extra, config=asdict(model.config), model=model.state_dict()), f'{path}.part')
-    os.replace(f'{path}.part', path)
+    """Write model, config, `extra` (tensors, numbers, strings, lists, dicts), whole or not at all.
+
+    ValueError: it could not be read again, as it holds something else. OSError: the disk is full, and such.
+    """
+    model, data = getattr(model, '_orig_mod', model), io.BytesIO()             # of torch.compile
+    try:
+        torch.save(dict(extra, config=asdict(model.config), model=model.state_dict()), data)
+        torch.load(io.BytesIO(data.getvalue()), weights_only=True)
+    except Exception as error:
+        raise ValueError(f'{path} is not written: {reason_of(error)}') from None
+    part = f'{path}.part{os.getpid()}'                                         # of this process alone
+    try:
+        with open(part, 'wb') as file:
+            file.write(data.getvalue())
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of torch says, in one line, without the control characters that files smuggle in."""
+    if isinstance(error, pickle.PickleError):
+        return 'there is more than tensors, numbers, strings, lists and dicts in it'
+    return ascii(next(iter(str(error).strip().splitlines()), type(error).__name__)[:160])[1:-1]
 
 
 def load_checkpoint(path, device='cpu'):
     """Read what save_checkpoint wrote -> model, extra. ValueError if the file is something else."""
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()                                           # torch checks no sums
+        if damaged:
+            raise ValueError(f'{damaged} is damaged')
         data = torch.load(path, map_location=device, weights_only=True)
         config, weights = ModVideoConfig(**data.pop('config')), data.pop('model')
         model = config.build('model', config).to(device)
@@ -837,44 +853,9 @@ def load_checkpoint(path, device='cpu'):
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:      # torch.load raises a dozen types for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f'{path} is not a checkpoint of this model, or of an earlier version: '
-                         f'{reason[:160]}') from None
+                         f'{reason_of(error)}') from None
     return model, data
-
-
-def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None, grid=None):
-    """Draw what became of the patches of a clip: a PIL image, the frames in a row.
-
-    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route (skipped patches are dimmed) or a
-    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). segment (T,): a black gap
-    where it changes. grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
-    """
-    from PIL import Image
-    (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
-    (rows, columns), route = grid or (height // 8, width // 8), slot is None
-    if route:                                                                  # (B, N + words) -1 = skipped
-        mask = torch.ones_like(tokens.index) if tokens.mask is None else tokens.mask.long()
-        slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, mask - 1, 'amax')
-        slot = torch.where(slot < 0, -1, torch.arange(slot.size(1), device=slot.device))
-    N, slot = T * rows * columns, slot[sample]
-    if len(slot) < N or not route and len(slot) > N:
-        raise ValueError(f'{len(slot)} tokens are not {T} frames of {rows} x {columns} patches; say grid=')
-    slot = slot[:N, None].cpu()                                                # (N, 1) words stand after them
-    shared = (slot + 1).flatten().bincount()[slot + 1] > 1                     # (N, 1) with another patch
-    hue = 0.5 + 0.5 * torch.cos(2 * math.pi * (0.618 * slot - torch.arange(3) / 3))        # (N, 3) of a slot
-    light = torch.where(slot < 0, 0.25, torch.where(shared, 0.5, 1.0)).expand(-1, 3)       # (N, 3)
-    tint = torch.where(slot < 0, 0.08, torch.where(shared, 0.5 * hue, 0.0))                # (N, 3)
-    light, tint = (F.interpolate(a.view(T, rows, columns, 3).movedim(-1, 1), (height * scale, width * scale))
-                   for a in (light, tint))                                     # (T, 3, height, width) * scale
-    frames = light * F.interpolate(video.float().cpu().clamp(0, 1), scale_factor=scale) + tint
-    frames[:, :, ::height * scale // rows] *= 0.6                              # the grid of patches
-    frames[..., ::width * scale // columns] *= 0.6
-    frames = F.pad(frames, (0, 2), value=1.0)                                  # a white gap after each frame
-    if segment is not None:
-        frames[:-1][(segment[1:] != segment[:-1]).cpu(), :, :, -2:] = 0.0
-    picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-2]                 # (height, width of all, 3)
-    return Image.fromarray((picture * 255).round().byte().numpy())
 
 
 # ==== the core ends here ====================================================================================
@@ -895,12 +876,17 @@ class Reduction(NamedTuple):
 
 
 def exact(function):
-    """Run it outside autocast: what is alike is decided in float32, whatever the compute dtype."""
+    """Run it without autocast and TF32: what is alike is decided in float32, whatever the compute dtype."""
     @functools.wraps(function)
     def run(*args, **more):
         first = next(a for a in (*args, *more.values()) if isinstance(a, Tensor))
-        with torch.autocast(first.device.type, enabled=False):
-            return function(*args, **more)
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, False
+        try:
+            with torch.autocast(first.device.type, enabled=False):
+                return function(*args, **more)
+        finally:
+            matmul.allow_tf32 = before
     return run
 
 
@@ -2028,7 +2014,7 @@ class TempMeEncoder(VisionEncoder):
             n = after
         return total
 
-    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Encoded:
+    def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
         """video (B, T, 3, height, width) -> tokens (B, M, C), each where its first patch is, or its frame."""
         x, slot, clips = self.merge(video)                                     # (B * clips, n, C)
         (B, T), n, device = video.shape[:2], x.size(1), x.device
@@ -2038,7 +2024,7 @@ class TempMeEncoder(VisionEncoder):
         place = frame.where(row % n < c, first_members(slot, clips * n))       # (B, clips * n)
         place, order = place.sort(dim=1, stable=True)                          # (B, M)
         tokens = x.reshape(B, clips * n, -1).take_along_dim(order[..., None], 1)
-        return Encoded(tokens, None, place, mean_of(order.argsort(1).gather(1, slot), place))
+        return Reduced(tokens, place, mean_of(order.argsort(1).gather(1, slot), place))
 
     def summaries(self, video: Tensor) -> Tensor:
         """video (B, T, 3, height, width) -> the summary of every frame, (B, T, C)."""
@@ -2196,10 +2182,9 @@ def routing_loss(route: Route) -> Tensor:
     """gamma-MoD's loss of a router: cross-entropy of its scores with what was selected, padding aside."""
     chosen = torch.ones_like(route.gate) if route.mask is None else route.mask.float()     # (B, K)
     selected = torch.zeros_like(route.logits).scatter_reduce(1, route.index, chosen, 'amax')   # (B, S)
-    real = route.logits > -math.inf
-    logits = route.logits.masked_fill(~real, 0)
-    each = F.binary_cross_entropy_with_logits(logits, selected, reduction='none')
-    return (each * real).sum() / real.sum()
+    real = route.logits > -math.inf                                            # (B, S)
+    loss = F.binary_cross_entropy_with_logits(route.logits.where(real, 0), selected, reduction='none')
+    return (loss * real).sum() / real.sum()
 
 
 class UniformRouting(FrameRouting):
@@ -2296,10 +2281,10 @@ def init_from(model: nn.Module, dense: nn.Module):
     model.load_state_dict(own, strict=False)
 
 
-# ---- 14. Accounting and optimizer --------------------------------------------------------------------------
+# ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
 # What a forward pass costs, as torch.utils.flop_counter counts it: a multiply-add is two FLOPs, attention is
-# counted in full, although causal kernels skip half of it, and element-wise work is not. And Muon (Jordan et
-# al., 2024), which trains the matrices of the blocks.
+# counted in full, although causal kernels skip half of it, and element-wise work is not. What became of each
+# patch, as a picture. And Muon (Jordan et al., 2024), which trains the matrices of the blocks.
 # needs sections 1 to 5, 7
 
 def num_params(model: nn.Module) -> int:
@@ -2332,15 +2317,51 @@ def count_flops(model: ModVideo, video_shape, text_len: int, questions: int, aux
     reduction += T * look(P, P, width) if reducer.wants_saliency else 0
     reduction += again * look(M + text, 1, C) if 'stage' in aux else 0
     scored = [route.logits.size(1) for route in aux['routes'].values()] if num_params(model.routing) else []
+    # The rows of vision are causal, so with several questions they never look at words.
+    spared = 4 * text * C if questions > again and aux['position'].dim() == 1 else 0
     flops = {
         'encoder': encoder_flops(encoder, T, size),
         'projector': 2 * (M if encoder.merges else T * P) * (width * C + C * C),
         'reduction': reduction,
         'routers': again * 2 * sum(scored) * C,
-        'decoder': again * sum(block_flops(S, C) for S in aux['tokens']),
+        'decoder': again * sum(block_flops(S, C) - (S - text) * spared for S in aux['tokens']),
         'head': again * 2 * (text + T * c.streaming) * C * len(c.vocab)}
     flops = {part: B * n for part, n in flops.items()}
     return {**flops, 'total': sum(flops.values())}
+
+
+def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None, grid=None):
+    """Draw what became of the patches of a clip: a PIL image, the frames in a row.
+
+    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route (skipped patches are dimmed) or a
+    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). segment (T,): a black gap
+    where it changes. grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
+    """
+    from PIL import Image
+    (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
+    (rows, columns), route = grid or (height // 8, width // 8), slot is None
+    if route:                                                                  # (B, N + words) -1 = skipped
+        mask = torch.ones_like(tokens.index) if tokens.mask is None else tokens.mask.long()
+        slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, mask - 1, 'amax')
+        slot = torch.where(slot < 0, -1, torch.arange(slot.size(1), device=slot.device))
+    N, slot = T * rows * columns, slot[sample]
+    if len(slot) < N or not route and len(slot) > N:
+        raise ValueError(f'{len(slot)} tokens are not {T} frames of {rows} x {columns} patches; say grid=')
+    slot = slot[:N, None].cpu()                                                # (N, 1) words stand after them
+    shared = (slot + 1).flatten().bincount()[slot + 1] > 1                     # (N, 1) with another patch
+    hue = 0.5 + 0.5 * torch.cos(2 * math.pi * (0.618 * slot - torch.arange(3) / 3))        # (N, 3) of a slot
+    light = torch.where(slot < 0, 0.25, torch.where(shared, 0.5, 1.0)).expand(-1, 3)       # (N, 3)
+    tint = torch.where(slot < 0, 0.08, torch.where(shared, 0.5 * hue, 0.0))                # (N, 3)
+    light, tint = (F.interpolate(a.view(T, rows, columns, 3).movedim(-1, 1), (height * scale, width * scale))
+                   for a in (light, tint))                                     # (T, 3, height, width) * scale
+    frames = light * F.interpolate(video.float().cpu().clamp(0, 1), scale_factor=scale) + tint
+    frames[:, :, ::height * scale // rows] *= 0.6                              # the grid of patches
+    frames[..., ::width * scale // columns] *= 0.6
+    frames = F.pad(frames, (0, 2), value=1.0)                                  # a white gap after each frame
+    if segment is not None:
+        frames[:-1][(segment[1:] != segment[:-1]).cpu(), :, :, -2:] = 0.0
+    picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-2]                 # (height, width of all, 3)
+    return Image.fromarray((picture * 255).round().byte().numpy())
 
 
 class Muon(torch.optim.Optimizer):

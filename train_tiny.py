@@ -1432,7 +1432,8 @@ class Settings:
     seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
     device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
     dtype: Annotated[str, 'of the matrix products'] = 'auto'
-    compile: Annotated[bool, 'torch.compile the model (a minute of waiting first, on a CPU several)'] = False
+    compile: Annotated[bool, 'torch.compile the model: minutes of waiting first; in pieces where numbers of '
+                       'tokens are data (holitom, tempme, bvllm, vq, vqtoken)'] = False
     deterministic: Annotated[bool, 'the same numbers on every run, on CUDA too (slower)'] = False
     out: Annotated[str, 'run folder, to write or to read the model from'] = ''
     resume: Annotated[str, 'run folder to go on with, under its own settings'] = ''

@@ -319,7 +319,6 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int, patch_size: int = 8, channels: int = 6):
         super().__init__()
-        self.channels = channels           # 6, or 3: frames without their changes
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
@@ -329,7 +328,7 @@ class PatchEmbed(nn.Module):
     def forward(self, video: Tensor, previous: Tensor = None) -> Tensor:
         """video (B, T, 3, height, width) -> (B*T, P, C). previous (B, 1, 3, ...): the frame before it."""
         frames = video - 0.45                            # (B, T, 3, height, width) less an ordinary mean
-        if self.channels == 6:
+        if self.stem[0].in_channels == 6:                # 3: without their changes
             before = video[:, :1] if previous is None else previous            # None: nothing changed
             change = video - torch.cat([before, video[:, :-1]], 1)             # (B, T, 3, height, width)
             frames = torch.cat([frames, change], 2)                            # (B, T, 6, height, width)
@@ -416,8 +415,7 @@ def mask_of(mask: Tensor, index: Tensor, S: int):
         return None
     B, R, last = len(index), mask.size(-2), min(mask.size(-2), index.size(1))
     if R > S or mask.size(-1) != S or mask.numel() not in (R * S, B * R * S):
-        raise ValueError(f'mask must be ({S}, {S}) or (B, 1, {S}, {S}), got {tuple(mask.shape)}; '
-                         'caches make it')
+        raise ValueError(f'wanted a mask ({S}, {S}) or (B, 1, {S}, {S}), or a cache; got {tuple(mask.shape)}')
     sample, row = torch.arange(B, device=index.device)[:, None, None], index[:, -last:] - (S - R)
     return mask.reshape(-1, R, S).expand(B, R, S)[sample, row[..., None], index[:, None]][:, None]
 
@@ -621,18 +619,16 @@ class ModVideo(nn.Module):
                 after: Tensor = None, decisions: Tensor = None):
         """Predict the next word at every place of every question.
 
-        video (B, T, 3, height, width) float, text (B, Q, L) int64, targets (B, Q, L) int64 with -1 where
-        nothing is to learn -> logits (B, Q, L, V), loss (mean cross-entropy over the targets, or None), aux:
-        'routes', a dict from routed layer to Route; 'tokens', how many each layer processed; 'position';
-        'reduced' and 'stage', what reducer and stage made. asked (B, Q): words of each question without its
-        answer, None: all. Streams: after (B, L), as in place_stream; decisions (B, T), the word that follows
-        each frame; aux['decisions'] (B, T, V), their logits. ValueError: other shapes.
+        video (B, T, 3, height, width) float, text, targets (B, Q, L) int64, -1 where nothing is to learn ->
+        logits (B, Q, L, V), loss (mean cross-entropy over the targets, or None), aux: 'routes' by layer, how
+        many 'tokens' each layer processed, 'position', what was 'reduced', by the 'stage', too. asked (B, Q):
+        words of each question without its answer, None: all. Streams: after (B, L), as in place_stream;
+        decisions (B, T), the word that follows each frame; aux['decisions'] (B, T, V), their logits.
         """
-        c, shape, T = self.config, text.shape, video.size(1)
+        c, shape, T, L = self.config, text.shape, video.size(1), text.size(-1)
         if len(shape) != 3 or not text.numel() or c.streaming and shape[1] > 1:
             raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(shape)}; a stream has '
                              'one line of text')
-        L = shape[2]
         asked = (text != PAD).sum(-1) if asked is None else asked              # (B, Q)
         if self.by_question:            # every question becomes a clip: from here on B is B * Q, and Q is 1
             text, asked = text.reshape(-1, 1, L), asked.reshape(-1, 1)
@@ -785,11 +781,9 @@ class ModVideo(nn.Module):
                 prompt = frame.new_zeros(len(frame), 1, dtype=torch.long) if prompt is None else prompt
                 _, position = self.read_words(prompt, torch.zeros_like(prompt[:, :1]), caches)
                 prompt_end = position
-            starts.append(position)
-            if W and len(starts) > W:                        # this frame and the W - 1 before it stay
-                starts.pop(0)
-                for cache in caches:
-                    cache.trim(lambda place: (place < prompt_end) | (place >= starts[0]))
+            starts = [*starts, position][-W:]                # of the last W frames, which stay
+            for cache in caches if W else ():
+                cache.trim(lambda place: (place < prompt_end) | (place >= starts[0]))
             vision = self.encode_video(frame[:, None], previous)
             x, _ = self.decode(vision.tokens, position + vision.position, P, caches=caches)
             previous, position = frame[:, None], position + P

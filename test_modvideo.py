@@ -264,7 +264,7 @@ def test_a_training_step_is_one_graph(way):
     torch.compiler.reset()
     model, graphs = make(**way).train(), []
     backend = lambda graph, _: graphs.append(graph) or graph.forward
-    fast = torch.compile(model, fullgraph=True, backend=backend)
+    fast = torch.compile(model, backend=backend)
     for seed in range(2):
         video, text = sample(Q=1, seed=seed)
         answer = fast(video, text, text, decisions=text[:, 0, :4])
@@ -1714,7 +1714,7 @@ def test_the_core_runs_alone(tmp_path):
     """Catches a core that needs what comes after it, by name or by string, or that outgrew a beginner."""
     core, v = SOURCE.split(END)[0], {'__name__': 'core'}
     exec(compile(core, 'core', 'exec'), v)
-    assert len(core.splitlines()) <= 900
+    assert len(core.splitlines()) <= 850
     nodes, later = [*ast.walk(ast.parse(core))], vars(mv).keys() - v.keys()
     parts = {name for part, kinds in mv.PARTS.items() for name in kinds if name not in v['PARTS'][part]}
     assert not later & {node.id for node in nodes if isinstance(node, ast.Name)}

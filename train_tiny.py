@@ -604,7 +604,7 @@ for name in [name for name in REDUCERS if name != 'none']:
 # What a preset trains with: clips a step and steps, by kind of task; questions a clip.
 RUNS = {'tiny': dict(questions=(8, 100), streams=(8, 100), retrieval=(16, 20), asked=4),
         'cpu': dict(questions=(8, 1800), streams=(8, 1800), retrieval=(64, 500), asked=8),
-        'wide': dict(questions=(8, 2000), streams=(8, 2000), retrieval=(64, 500), asked=8),
+        'wide': dict(questions=(16, 1400), streams=(16, 1400), retrieval=(64, 500), asked=8),
         'gpu': dict(questions=(64, 1200), streams=(64, 1200), retrieval=(128, 2000), asked=8),
         'deep': dict(questions=(32, 2500), streams=(32, 2500), retrieval=(128, 2000), asked=8),
         'long': dict(questions=(8, 2500), streams=(8, 2500), retrieval=(64, 2000), asked=8)}

@@ -572,7 +572,7 @@ LORA = dict(lora_rank=lambda preset: 8 if preset['dim'] < 256 else 4)
 GAMMA = dict(routing='gamma', keep_ratio=0.25)
 RECIPES = {
     'dense': Recipe(), 'blind': Recipe(blind=True),
-    'gaps': Recipe(dict(reducer='gaps'), 'dense', 0.4),          # what begins with it is not trained any more
+    'gaps': Recipe(dict(reducer='gaps'), 'dense'),             # what begins with it is not trained any more
     'mod': Recipe(dict(placement='interleaved')),                              # from scratch: the main job
     'mod-interleaved': Recipe(dict(placement='interleaved'), 'dense', 0.2),    # as VideoLLM-MoD places it
     'mod-all-deep': Recipe(DEEP, 'dense', 0.2),

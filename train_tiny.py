@@ -8,9 +8,11 @@
     python train_tiny.py --ask CLIP "what shape is red"    ask the newest trained model about a clip
     python train_tiny.py --stream CLIP                     let the newest model of --recipe stream watch it
     python train_tiny.py --find "a red circle moves left"  rank clips, newest model of --recipe retrieval
+    python train_tiny.py --eval out/RUN --data FOLDER      measure a trained model on other clips
     python train_tiny.py --resume out/RUN                  go on with an interrupted run
     python train_tiny.py --bench                           time and memory of rows, untrained
     python train_tiny.py --compare                         train, measure and tabulate all rows
+    torchrun --nproc-per-node=2 train_tiny.py              one model, trained by two processes
 
 A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.webp and pictures.
 """
@@ -22,10 +24,10 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -36,8 +38,19 @@ from typing import Annotated, NamedTuple, get_args
 
 BEGAN = time.time()     # importing torch takes seconds, and they count
 
+
+def stopped_early(*_):
+    """Ctrl-C while torch is imported."""
+    print('train_tiny: stopped; go on with:', shlex.join(['python', *sys.argv]), file=sys.stderr)
+    os._exit(130)
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, stopped_early)
+
 import torch
 from PIL import Image, ImageDraw
+from torch import distributed
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -50,25 +63,30 @@ from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCa
 
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
+SHARES = 0.5, 0.25, 0.15, 0.1, 0.05      # of the vision tokens, for which methods without training are drawn
+CURVE_CLIPS = 128     # held-out clips of each such point
 ROUNDS = 7            # of a measurement, after two to warm up
 WORDS = 32            # of an answer whose speed is measured
+RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1)))   # of torchrun
 
 # ---- 1. The training loop ----------------------------------------------------------------------------------
 # It knows nothing of this project's data or tasks: any model, batches from a function of the step, any loss.
 
-def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state=None, report=None,
-          autocast=nullcontext, stop=(), name: str = 'train') -> list:
+def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state=None, recent=(),
+          report=None, autocast=nullcontext, stop=(), name: str = 'train') -> list:
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
-    draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors. state: of the optimizers.
-    report(row, optimizers) -> more to show in the bar; it gets each row of the log. stop: a list that ends
-    training once something is in it. Reading numbers waits for the device, so it is not done at every step.
+    draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; of several processes, what
+    this one adds to them, see own_part. report(row, optimizers,
+    recent) -> more to show in the bar; it gets each row of the log. stop: a list that ends training once
+    something is in it, after a last report with row None. state and recent: what the optimizers, and the
+    list of steps since the last row, then held. Reading numbers waits for the device, so rows are few.
     """
     optimizers = configure_optimizer(model, lr)
     rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
     for optimizer, saved in zip(optimizers, state or ()):
         optimizer.load_state_dict(saved)
-    every, log, recent, tick = max(1, steps // 100), [], [], time.time()
+    every, log, recent, tick, began = max(1, steps // 100), [], [*recent], time.time(), first
     bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True)
     for step in bar:
         for optimizer, own in zip(optimizers, rates):
@@ -77,24 +95,37 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
         with autocast():
             value, right = loss(model, draw(step))
         value.backward()
+        add_up([p.grad for p in model.parameters() if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         recent.append(torch.stack([value.detach().float(), right.float()]))
         done = step + 1
-        if done % every and done < steps and not stop:
-            continue
-        mean_loss, accuracy = finite_mean(recent, done, model)
-        log.append(dict(step=done, loss=round(mean_loss, 4), accuracy=round(accuracy, 4),
-                        lr=optimizers[0].param_groups[0]['lr'], ms=1000 * (time.time() - tick) / len(recent)))
-        more = report(log[-1], optimizers) if report else {}
-        bar.set_postfix(loss=f'{mean_loss:.3f}', acc=f'{accuracy:.1%}', **more, refresh=False)
+        if done % every == 0 or done == steps:
+            mean_loss, accuracy = finite_mean(recent, done, model)
+            log.append(dict(step=done, loss=round(mean_loss, 4), accuracy=round(accuracy, 4),
+                            lr=optimizers[0].param_groups[0]['lr'],
+                            ms=1000 * (time.time() - tick) / (done - began)))
+            more = report(log[-1], optimizers, []) if report else {}
+            bar.set_postfix(loss=f'{mean_loss:.3f}', acc=f'{accuracy:.1%}', **more, refresh=False)
+            recent, tick, began = [], time.time(), done
+        elif stop:
+            finite_mean(recent, done, model)
+            report(None, optimizers, recent)
         if stop:
             break
-        recent, tick = [], time.time()
     bar.close()
     return log
+
+
+def add_up(tensors: list):
+    """Sum each tensor over the processes of torchrun, all in one message."""
+    if WORLD > 1:
+        flat = torch.cat([a.flatten() for a in tensors])
+        distributed.all_reduce(flat)
+        for a, total in zip(tensors, flat.split([a.numel() for a in tensors])):
+            a.copy_(total.view_as(a))
 
 
 def schedule(step: int, steps: int) -> float:
@@ -104,9 +135,12 @@ def schedule(step: int, steps: int) -> float:
 
 def finite_mean(recent: list, done: int, model) -> list:
     """Mean loss and accuracy of the last steps. ValueError names the first that is not finite."""
-    values = torch.stack(recent).cpu()                                         # (steps, 2)
+    values = torch.stack(recent)                                               # (steps, 2)
+    add_up([values])
+    values = values.cpu()
     good = values.isfinite().all(1)
-    good[-1] &= torch.stack([p.isfinite().all() for p in model.parameters()]).all().cpu()
+    # Larger weights overflow in the next pass; of NaN no comparison is true.
+    good[-1] &= torch.stack([(p.abs() < 1e18).all() for p in model.parameters()]).all().cpu()
     if not good.all():
         bad = done - len(recent) + 1 + int((~good).nonzero()[0])
         raise ValueError(f'the loss or the weights are not finite at step {bad}; nothing was saved since the '
@@ -188,9 +222,18 @@ class Questions:
         return model(batch.video, batch.text, targets, asked_words(batch.targets))
 
     def loss(self, model, batch):
-        """-> loss, share of what is right: 0-dim tensors."""
-        logits, loss, _ = self.forward(model, batch, batch.targets)
-        return loss, is_right(logits, self.wanted(batch)).float().mean()
+        """-> loss, share of what is right: 0-dim tensors; of processes, what this one adds to the sum."""
+        own, share = self.own_part(batch) if WORLD > 1 else (batch, 1)
+        logits, loss, _ = self.forward(model, own, own.targets)
+        right = is_right(logits, self.wanted(own)).float().mean()
+        return loss * share, right * len(own.text) / len(batch.text)
+
+    def own_part(self, batch):
+        """This process's clips of a batch, and their share of the words that are to be learned."""
+        own = batch._replace(**{name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items()
+                                if a is not None})
+        words_of = lambda batch: (self.wanted(batch) != IGNORE).sum()
+        return own, words_of(own) / words_of(batch)
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int) -> dict:
@@ -232,7 +275,9 @@ class Questions:
         c, found = model.config, []
         paper = lambda tokens: sum(block_flops(n, c.dim) for n in tokens)
         for step in range(clips if c.merges else 1):
-            batch = self.draw('train', step, 1)
+            batch = self.draw('test', step, 1)
+            if not len(batch.text):                            # a small folder
+                break
             aux = self.forward(model.eval(), batch)[2]
             Q, L = batch.text.shape[1:]
             flops = count_flops(model, batch.video.shape, L, Q, aux)
@@ -246,8 +291,9 @@ class Questions:
 
     @torch.no_grad()
     def timed(self, model, batch) -> dict:
-        """Functions to be timed: the first token of an answer, and one with WORDS more. Few words end it."""
-        model.head.weight[:2] = 0
+        """Functions to be timed: the first token of an answer, and one with WORDS more, which never ends."""
+        model.head.bias = torch.nn.Parameter(torch.zeros_like(model.head.weight[:, 0]))
+        model.head.bias[:2] = -math.inf
         answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
         return dict(first=lambda: answer(0), whole=lambda: answer(WORDS))
 
@@ -286,7 +332,7 @@ class Questions:
         # Five, a mistake among them if there is one.
         print('', *right[::max(1, len(right) // 5)][:5 - len(wrong[:1])], *wrong[:1], sep='\n')
         video, asked, question, answer = self.liveliest_question()
-        save_clip(video, run / 'clip.webp')
+        whole(run / 'clip.webp', functools.partial(save_clip, video))
         draw_clip(model, video, asked[None], run / 'tokens', f'{question}? {answer}')
         return shlex.join(['--ask', str(run / 'clip.webp'), question])
 
@@ -336,7 +382,7 @@ class Streams(Questions):
     @torch.no_grad()
     def cost(self, model, clips: int = 1) -> dict:
         """As of questions, and the keys and values that a clip leaves in the cache, in kB."""
-        caches, batch = [KVCache() for _ in model.blocks], self.draw('train', 0, 1)
+        caches, batch = [KVCache() for _ in model.blocks], self.draw('test', 0, 1)
         seen = model.eval().encode_video(batch.video)
         model.decode(seen.tokens, seen.position, seen.tokens.size(1), caches=caches)
         held = sum(a.nbytes for cache in caches if cache.k is not None for a in (cache.k, cache.v))
@@ -354,7 +400,7 @@ class Streams(Questions):
     @torch.no_grad()
     def show(self, model, run: Path) -> str:
         video, text, _ = (a.cpu() for a in self.liveliest())
-        save_clip(video, run / 'clip.webp')
+        whole(run / 'clip.webp', functools.partial(save_clip, video))
         print()
         narrate(model.cpu(), video, run / 'narration.png', self.s.theta, {})
         draw_clip(model, video, text[:, :1], run / 'tokens', PROMPT)
@@ -479,8 +525,8 @@ class Retrieval(Questions):
         merged = None if self.single else model.encoder(batch.video[:1]).reduction
         tokens = len(first) * model.config.patches if self.single else merged.position.size(1)
         rows = [(names[0], draw_big(first)), (f'{tokens} tokens', draw_big(first, merged))]
-        stack(rows).save(run / 'tokens.png')
-        save_clip(first, run / 'clip.webp')
+        whole(run / 'tokens.png', stack(rows).save)
+        whole(run / 'clip.webp', functools.partial(save_clip, first))
         rank_clips(model, batch.video, names, names[0], run / 'find.png')
         return '--find "a red circle moves left"'
 
@@ -526,6 +572,7 @@ LORA = dict(lora_rank=lambda preset: 8 if preset['dim'] < 256 else 4)
 GAMMA = dict(routing='gamma', keep_ratio=0.25)
 RECIPES = {
     'dense': Recipe(), 'blind': Recipe(blind=True),
+    'gaps': Recipe(dict(reducer='gaps'), 'dense', 0.4),          # what begins with it is not trained any more
     'mod': Recipe(dict(placement='interleaved')),                              # from scratch: the main job
     'mod-interleaved': Recipe(dict(placement='interleaved'), 'dense', 0.2),    # as VideoLLM-MoD places it
     'mod-all-deep': Recipe(DEEP, 'dense', 0.2),
@@ -537,7 +584,7 @@ RECIPES = {
     'gamma-random': Recipe(dict(GAMMA, placement=RANDOM), 'dense', 0.2),
     'gamma-second': Recipe(dict(GAMMA, placement=SECOND), 'dense', 0.2),
     'gamma-all': Recipe(dict(GAMMA, placement='all', keep_ratio=AS_MANY), 'dense', 0.2),
-    'holitom-inner': Recipe(dict(reducer='holitom', stage='holitom', stage_layer=HALF), 'dense', 0.0),
+    'holitom-inner': Recipe(dict(reducer='holitom', stage='holitom', stage_layer=HALF), 'gaps', 0.0),
     'holitom-trained': Recipe(MERGED, 'dense', 0.2),
     'uniform': Recipe(dict(reducer='uniform'), 'dense', 0.2),                  # trained as long as bvllm
     'vqtoken-adaptive': Recipe(dict(reducer='vqtoken', codes=0), 'dense', 0.2),
@@ -551,18 +598,23 @@ RECIPES = {
     'retrieval': Recipe(TEMPME, 'frames', 0.44, Retrieval),
     'lora-merging': Recipe(LORA | TEMPME, 'frames', 0.44, Retrieval)}
 for name in [name for name in REDUCERS if name != 'none']:
-    RECIPES.setdefault(name, Recipe(dict(reducer=name), 'dense', 0.0 if REDUCERS[name].untrained else 0.2))
+    way = ('gaps', 0.0) if REDUCERS[name].untrained else ('dense', 0.2)
+    RECIPES.setdefault(name, Recipe(dict(reducer=name), *way))
 
 # What a preset trains with: clips a step and steps, by kind of task; questions a clip.
 RUNS = {'tiny': dict(questions=(8, 100), streams=(8, 100), retrieval=(16, 20), asked=4),
         'cpu': dict(questions=(8, 1800), streams=(8, 1800), retrieval=(64, 500), asked=8),
+        'wide': dict(questions=(8, 2000), streams=(8, 2000), retrieval=(64, 500), asked=8),
         'gpu': dict(questions=(64, 1200), streams=(64, 1200), retrieval=(128, 2000), asked=8),
         'deep': dict(questions=(32, 2500), streams=(32, 2500), retrieval=(128, 2000), asked=8),
         'long': dict(questions=(8, 2500), streams=(8, 2500), retrieval=(64, 2000), asked=8)}
 
 
-def load_data(s):
-    """The dataset that --data names, at the preset's frame size; how many frames a clip has."""
+def load_data(s, vocab: list = None):
+    """The dataset that --data names, at the preset's frame size; how many frames a clip has.
+
+    vocab: the words of a model that is measured on the test clips of a folder. ValueError: others there.
+    """
     preset, folder, grid = {**PRESETS[s.preset], **s.model}, Path(s.data), parse_grid(s.grid)
     shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['asked'], seed=s.seed)
     if s.data == 'shapes':
@@ -574,7 +626,7 @@ def load_data(s):
         frames = min(len(first), 2 * preset['frames'])
     if frames < 2:
         raise ValueError(f'a clip needs at least 2 frames, got {frames}; see --frames and --grid')
-    return ClipFolder(s.data, frames=frames, grid=grid, **shape), frames
+    return ClipFolder(s.data, frames=frames, grid=grid, vocab=vocab, **shape), frames
 
 
 def configure(s, vocab: list, frames: int, **more) -> ModVideoConfig:
@@ -631,7 +683,7 @@ def shape_of(s) -> dict:
     return {name: value for name, value in s.model.items() if name in (*PRESETS[s.preset], 'patch_size')}
 
 
-def chosen_layers(s, task, dense, which: str, clips: int = 16) -> list:
+def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
     """Which layers of a dense model to convert; the last one stays dense.
 
     'rank': those whose attention has the lowest rank, all but an eighth. 'rank:2': two. 'random:2': any two.
@@ -655,10 +707,25 @@ def chosen_layers(s, task, dense, which: str, clips: int = 16) -> list:
 
 # ---- 4. Runs -----------------------------------------------------------------------------------------------
 
-def write_whole(path: Path, text: str):
-    """Write whole or not at all."""
-    Path(f'{path}.part').write_text(text, encoding='utf-8')
-    os.replace(f'{path}.part', path)
+def whole(path, write):
+    """write(a temporary path), which then takes its place: a file is there whole or not at all."""
+    part = Path(path).with_name(f'{Path(path).name}.{os.getpid()}.part{Path(path).suffix}')
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path, text: str):
+    """A whole text file."""
+    whole(path, lambda part: part.write_text(text, encoding='utf-8'))
+
+
+def write_json(path, value: dict):
+    """A whole file. What is not finite is no number in JSON: it becomes null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    write_text(path, json.dumps(value, indent=1))
 
 
 def read_json(path: Path, *parts) -> dict:
@@ -672,22 +739,47 @@ def read_json(path: Path, *parts) -> dict:
 
 class Run:
     """A run's folder: made, saved into, resumed, finished. An existing one is never written over."""
-    BEGUN = {'config.json', 'ckpt.pt', 'log.csv', 'clip.webp', 'tokens.png', 'tokens.gif'}   # if unfinished
+    BEGUN = {'config.json', 'log.csv', 'lock'}       # all that one killed before its first checkpoint has
 
     def __init__(self, s):
-        self.s, self.log, self.before, self.state, self.done = s, [], 0.0, None, 0
+        self.s, self.log, self.recent, self.before, self.state, self.done = s, [], (), 0.0, None, 0
         name = f'out/{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
         free = (Path(name + (f'-{i}' if i > 1 else '')) for i in itertools.count(1))
         self.path = Path(s.resume or s.out or next(path for path in free if not path.exists()))
-        if not s.resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            hint = f', or go on with it: --resume {self.path}' if (self.path / 'ckpt.pt').exists() else ''
+        if RANK:                                               # the first process writes
+            self.path = Path(tempfile.mkdtemp(), 'run')
+        self.check_free()
+
+    def check_free(self):
+        """ValueError: something is in the folder of a new run, other than what a killed one left."""
+        if self.s.resume or not self.path.exists():
+            return
+        inside = self.path.iterdir() if self.path.is_dir() else [self.path]
+        files = {path.name for path in inside if '.part' not in path.name}
+        if files and files <= self.BEGUN and 'config.json' in files:
+            read_json(self.path / 'config.json', 'settings', 'model')          # a stranger's is not touched
+        elif files - {'lock'}:
+            hint = f', or go on with it: --resume {self.path}' if 'ckpt.pt' in files else ''
             raise ValueError(f'--out {self.path} exists; name another folder{hint}')
+
+    def claim(self):
+        """Make the folder, for this process alone until it ends. ValueError: another one was faster."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / 'lock', 'w')
+        try:
+            import fcntl
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:     # Windows
+            pass
+        except BlockingIOError:
+            raise ValueError(f'another process trains in {self.path}; name another folder') from None
+        self.check_free()
 
     def begin(self, task, frames: int):
         """The model, new or as an interrupted run left it."""
         s, dense, begins = self.s, None, RECIPES[self.s.recipe].begins
         if s.resume:
-            saved, extra = load_checkpoint(self.path / 'ckpt.pt')
+            saved, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'))
             config = configure(s, task.vocab, frames)
             if config.placement.startswith(('rank', 'random')):                # was decided when it began
                 config.placement = saved.config.placement
@@ -695,116 +787,148 @@ class Run:
             if saved.config != model.config:
                 raise ValueError(f'{self.path} was trained with another configuration than these flags give')
             model.load_state_dict(saved.state_dict())
-            self.log, self.done = extra['log'], extra['step']
-            self.before, self.state = extra['seconds'], extra['optimizers']
+            self.read_progress(model, **extra)
             result = self.path / 'result.json'
             if self.done > s.steps or self.done == s.steps and result.exists():
                 raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
-            result.unlink(missing_ok=True)                                     # it goes on: not finished
         else:
             if begins and not s.init_from:
                 print(f'--recipe {s.recipe} begins with {begins}, which is trained first')
                 untrained(s, task.data, frames)                # refuses what does not fit
                 first = replace(s, recipe=begins, out=f'{self.path}-{begins}', model=shape_of(s), steps=0)
                 finish(first)
-                s.init_from = first.out
+                s = self.s = replace(s, init_from=first.out)
             if s.init_from:
                 dense, _ = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)
             model = prepare(s, task, frames, dense)
         return model
 
-    def save(self, model, optimizers: list, step: int, seconds: float):
+    def read_progress(self, model, optimizers=None, step=None, log=None, recent=None, seconds=None, **other):
+        """What save() wrote besides the model. ValueError: it is something else."""
+        try:
+            for optimizer, state in zip(configure_optimizer(model, self.s.lr), optimizers, strict=True):
+                optimizer.load_state_dict(state)
+            self.log = [{name: row[name] for name in (*self.COLUMNS, 'ms')} for row in log]
+            self.recent, self.done = recent.to(self.s.device).unbind(), step.__index__()
+            self.before, self.state = float(seconds), optimizers
+        except Exception:       # of damaged states torch raises many types
+            raise ValueError(f'{self.path / "ckpt.pt"} holds a model, but no run to go on with') from None
+
+    COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
+
+    def save(self, model, optimizers: list, step: int, seconds: float, recent=()):
         """Checkpoint and log.csv: all that a resumed run needs."""
+        recent = torch.stack([*recent]) if recent else torch.zeros(0, 2)
         save_checkpoint(self.path / 'ckpt.pt', model, optimizers=[o.state_dict() for o in optimizers],
-                        step=step, log=self.log, seconds=seconds)
-        columns = ['step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds']
-        lines = [columns, *([str(row[name]) for name in columns] for row in self.log)]
-        write_whole(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
+                        step=step, log=self.log, recent=recent, seconds=seconds)
+        lines = [self.COLUMNS, *([str(row[name]) for name in self.COLUMNS] for row in self.log)]
+        write_text(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
     def train(self, model, task):
-        """The steps that are left, the held-out accuracy ten times. SystemExit: after Ctrl-C."""
-        s, start = self.s, time.time()
+        """The steps that are left, held-out accuracy ten times. KeyboardInterrupt: Ctrl-C; all is saved."""
+        s, start, stop = self.s, time.time(), []
         every, fast = 10 * max(1, s.steps // 100), torch.compile(model) if s.compile else model
 
-        def report(row, optimizers):
-            self.log.append(dict(row, val_accuracy='', seconds=round(self.before + time.time() - start, 1)))
-            scores, step = {}, row['step']
-            if step % every == 0 or step == s.steps:
+        def draw(step):
+            self.done = step + 1
+            return task.draw('train', step, s.batch)
+
+        def report(row, optimizers, recent):
+            scores, seconds = {}, round(self.before + time.time() - start, 1)
+            if row:
+                self.log.append(dict(row, val_accuracy='', seconds=seconds))
+            if row and (row['step'] % every == 0 or row['step'] == s.steps):
                 scores = task.evaluate(model.eval(), 'val', min(128, EVAL_CLIPS))
                 self.log[-1]['val_accuracy'] = round(scores['accuracy'], 4)
-                tqdm.write(f'step {step:5}  loss {row["loss"]:.3f}  accuracy {row["accuracy"]:6.1%}  '
+                tqdm.write(f'step {row["step"]:5}  loss {row["loss"]:.3f}  accuracy {row["accuracy"]:6.1%}  '
                            f'held-out {scores["accuracy"]:6.1%}')
                 model.train()
             if scores or stop:
-                self.save(model, optimizers, step, self.log[-1]['seconds'])
+                self.save(model, optimizers, self.done, seconds, recent)
             return {name: f'{scores[name]:.2f}' for name in ('codes_used', 'perplexity') if name in scores}
 
         # Ctrl-C ends training after the step, so that none is cut in two; a second one stops at once.
-        stop, before = [], signal.getsignal(signal.SIGINT)
+        before = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, before)))
         try:
-            train(model.train(), lambda step: task.draw('train', step, s.batch),
-                  lambda _, batch: task.loss(fast, batch), s.steps, s.lr, self.done, self.state, report,
-                  s.autocast, stop, s.recipe)
+            train(model.train(), draw, lambda _, batch: task.loss(fast, batch), s.steps, s.lr, self.done,
+                  self.state, self.recent, report, s.autocast, stop, s.recipe)
         finally:
             signal.signal(signal.SIGINT, before)
-        if stop and self.log[-1]['step'] < s.steps:
-            command = shlex.join(['python', 'train_tiny.py', '--resume', str(self.path)])
-            print(f'stopped after step {self.log[-1]["step"]}, saved; go on with: {command}')
-            raise SystemExit(130)
+        if stop:
+            raise KeyboardInterrupt
 
 
 def run_recipe(s, began: float = None) -> Path:
-    """Train a row, and first what it begins with; evaluate on the test split, show, fill its folder."""
+    """Train a row, and first what it begins with; evaluate on the test split, show, fill its folder.
+
+    KeyboardInterrupt: Ctrl-C; with the flags that go on, if there is a checkpoint.
+    """
     began = began or time.time()
     set_up(s)
     data, frames = load_data(s)
     task, run = RECIPES[s.recipe].task(s, data), Run(s)
-    model = run.begin(task, frames)
+    try:
+        fill(run, task, frames, began)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*['--resume', run.path] * (run.path / 'ckpt.pt').exists()) from None
+    return run.path
+
+
+def fill(run: Run, task, frames: int, began: float):
+    """All that run_recipe does once it has a dataset and a folder."""
+    model, s = run.begin(task, frames), run.s
     cost, learns = task.cost(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.path.mkdir(parents=True, exist_ok=True)                # not before the first pass, which may refuse
+    run.claim()                                                # not before the first pass, which may refuse
+    (run.path / 'result.json').unlink(missing_ok=True)         # it goes on: not finished
     noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
-    write_whole(run.path / 'config.json', json.dumps(noted, indent=1))
+    write_json(run.path / 'config.json', noted)
     print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
           f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps of '
           f'{s.batch} clips -> {run.path}')
     if s.steps > run.done:
         run.train(model, task)
-    else:
-        run.save(model, configure_optimizer(model, s.lr), run.done, run.before)
+    elif not s.resume:
+        run.save(model, configure_optimizer(model, s.lr), 0, 0.0)
     step_ms = statistics.median(row['ms'] for row in run.log) if run.log else 0.0
-    scores = task.evaluate(model.eval(), 'test', EVAL_CLIPS if s.data == 'shapes' else 10 ** 9)
-    cost = task.cost(model)                                    # a trained encoder may merge otherwise
-    if 'decoder_tokens' in cost:
-        scores['tok_density'] = round(token_density(100 * scores['accuracy'], cost['decoder_tokens']), 3)
     result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__, dtype=s.dtype,
                   preset=s.preset, data=s.data, placement=model.config.placement, steps=s.steps,
-                  step_ms=round(step_ms, 2), **scores, vision_tokens=frames * model.config.patches, **cost,
+                  step_ms=round(step_ms, 2), **scores_of(task, model),
                   parameters=num_params(model), learns=learns,
+                  vision_tokens=frames * model.config.patches,
                   peak_memory_mb=round(peak_memory_mb(s.device), 1))
     task.print_table(result)
     go_on = task.show(model.eval(), run.path)
     if run.log:
         draw_curve(run.log, run.path / 'curve.png')
     result['seconds'] = round(run.before + time.time() - began, 1)
-    write_whole(run.path / 'result.json', json.dumps(result, indent=1))
+    write_json(run.path / 'result.json', result)
+    run.lock.close()
+    (run.path / 'lock').unlink()
     print(f'\ngo on with: python train_tiny.py {shlex.join(["--out", str(run.path)])} {go_on}\n'
           f'{result["seconds"]:.0f} s, {step_ms:.0f} ms a step. In {run.path}: '
           + ', '.join(sorted(path.name for path in run.path.iterdir())))
-    return run.path
+
+
+def scores_of(task, model) -> dict:
+    """Scores on all held-out clips, and what they cost."""
+    scores = task.evaluate(model.eval(), 'test', EVAL_CLIPS if task.s.data == 'shapes' else 10 ** 9)
+    scores.update(task.cost(model))
+    if 'decoder_tokens' in scores:
+        density = token_density(100 * scores['accuracy'], scores['decoder_tokens'])
+        scores['tok_density'] = round(density, 3)
+    return scores
 
 
 def finish(s) -> dict:
     """The result of the run in --out: as it is, gone on with, or trained from its start."""
     path = Path(s.out)
     if not (path / 'result.json').exists():
-        if (path / 'ckpt.pt').exists():
-            s = replace(s, resume=s.out, out='', init_from='')
-        elif (path / 'config.json').exists() and {
-                p.name.replace('.part', '') for p in path.iterdir()} <= Run.BEGUN:
-            read_json(path / 'config.json', 'settings', 'model')               # a stranger's is not touched
-            shutil.rmtree(path)                                # what died before its first checkpoint
-        run_recipe(replace(s))
+        resumes = (path / 'ckpt.pt').exists()
+        try:
+            run_recipe(replace(s, resume=s.out, out='', init_from='') if resumes else replace(s))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None                  # what asked for this run goes on with it
     return read_json(path / 'result.json')
 
 
@@ -881,11 +1005,12 @@ def draw_clip(model, video, text, path: Path, title: str):
         rows[name], left = draw_big(video, what), what.assign[what.assign >= 0]
         merged = f' in {len(left.unique())} tokens' if len(left.unique()) < len(left) else ''
         captions.append(f'{name}: {len(left)} of {N} patches{merged}')
-    stack([*zip(captions, rows.values())]).save(f'{path}.png')
+    whole(f'{path}.png', stack([*zip(captions, rows.values())]).save)
     step = (rows['clip'].width + 2) // T
     film = [stack([(name, image.crop((x, 0, x + step - 2, image.height))) for name, image in rows.items()])
             for x in range(0, T * step, step)]
-    film[0].save(f'{path}.gif', save_all=True, append_images=film[1:], duration=300, loop=0)
+    whole(f'{path}.gif', lambda part: film[0].save(part, save_all=True, append_images=film[1:],
+                                                   duration=300, loop=0))
 
 
 @torch.no_grad()
@@ -909,7 +1034,7 @@ def narrate(model, video, path: Path, theta: float, asked: dict):
         print('   '.join([f'  frame {t:3} of {len(video)}', silence, *lines]), flush=True)
         text = '\n'.join(row for line in [f'{t}', *lines] for row in textwrap.wrap(line, width // 7))
         ImageDraw.Draw(strip).text(((t - 1) * width + 2, sheet.height + 2), text, fill='black')
-    strip.save(path)
+    whole(path, strip.save)
 
 
 @torch.no_grad()
@@ -922,7 +1047,7 @@ def rank_clips(model, video, names: list, sentence: str, path: Path, best: int =
     for value, i in zip(top.values.tolist(), top.indices.tolist()):
         print(f'  {value:6.3f}   {names[i]}')
         rows.append((f'{value:.3f}  {names[i]}', draw_big(video[i])))
-    stack([(f'{sentence}:', stack(rows[:1])), *rows[1:]]).save(path)
+    whole(path, stack([(f'{sentence}:', stack(rows[:1])), *rows[1:]]).save)
 
 
 def chart(size: tuple, across: dict, up: dict, caption: str):
@@ -949,7 +1074,7 @@ def draw_curve(log: list, path: Path):
     draw.line([point(row, row['accuracy']) for row in log], fill='#2060d0', width=2)
     for x, y in (point(row, row['val_accuracy']) for row in log if row['val_accuracy'] != ''):
         draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill='#d03020')
-    image.save(path)
+    whole(path, image.save)
 
 
 # ---- 6. Measuring and comparing ----------------------------------------------------------------------------
@@ -1060,8 +1185,13 @@ def rows_of(s) -> list:
             raise ValueError(f'--rows: {name!r} is none of {", ".join(RECIPES)}')
     if s.data != 'shapes' and not s.rows:
         asked = [name for name in asked if RECIPES[name].task is Questions]
-    begun = {RECIPES[name].begins for name in asked}
-    return [name for name in RECIPES if name in asked or name in begun]
+    shallow = {**PRESETS[s.preset], **s.model}['encoder_layers'] < 2           # has no layers to merge in
+    if shallow and not s.rows:
+        asked = [name for name in asked if not RECIPES[name].changes.get('encoder')
+                 or RECIPES[name].task is Retrieval]
+    for name in asked:                                         # grows while it is walked
+        asked += {RECIPES[name].begins} - {'', *asked}
+    return [name for name in RECIPES if name in asked]
 
 
 def run_bench(s):
@@ -1080,15 +1210,15 @@ def run_bench(s):
 # What a paper says of its method: paper, row here, the row it is compared with, what, the paper's figure, how
 # it is measured (see MEASURES), on which key of the rows' results, and the bound of what reaches it.
 CLAIMS = [
-    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'training time', '-42 %', 'change', 'step_ms', -0.42),
-    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'training memory', '-30 %', 'change', 'memory_mb', -0.30),
-    ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'accuracy, within 0.5 points', '0', 'points', 'accuracy', -0.5),
+    ('VideoLLM-MoD', 'mod-interleaved', 'dense', 'training time', '-42 %', 'change', 'step_ms', -0.42),
+    ('VideoLLM-MoD', 'mod-interleaved', 'dense', 'training memory', '-30 %', 'change', 'memory_mb', -0.30),
+    ('VideoLLM-MoD', 'mod-interleaved', 'dense', 'accuracy, within 0.5', '0', 'points', 'accuracy', -0.5),
     ('gamma-MoD', 'gamma', 'dense', 'training time', '-31.0 %', 'change', 'step_ms', -0.31),
     ('gamma-MoD', 'gamma', 'dense', 'throughput (first token)', '1.532 times', 'faster', 'first_ms', 1.532),
     ('gamma-MoD', 'gamma', 'dense', 'accuracy', '-1.5 %', 'points', 'accuracy', -1.5),
     ('gamma-MoD', 'gamma', 'dense', 'layers converted', '> 90 % (code: 87.5 %)', 'value', 'converted', 0.875),
     ('HoliTom', 'holitom-inner', 'dense', 'FLOPs by its formula', '6.9 %', 'value', 'paper_share', 0.069),
-    ('HoliTom', 'holitom-inner', 'dense', 'accuracy kept, untrained', '99.1 %', 'share', 'accuracy', 0.991),
+    ('HoliTom', 'holitom-inner', 'gaps', 'accuracy kept, untrained', '99.1 %', 'share', 'accuracy', 0.991),
     ('HoliTom', 'holitom-inner', 'dense', 'time to first token', '2.28 times', 'faster', 'first_ms', 2.28),
     ('HoliTom', 'holitom-inner', 'dense', 'decoding', '1.32 times', 'times', 'tokens_per_s', 1.32),
     ('VQToken', 'vqtoken', 'dense', 'share of the tokens', '0.07 %', 'value', 'token_share', 0.0007),
@@ -1164,7 +1294,7 @@ def run_compare(s):
     set_up(s)
     told.preset, told.device = s.preset, s.device
     folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{Path(s.data).name}')
-    (data, frames), asked, rows = load_data(s), rows_of(s), {}
+    (data, frames), asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
             untrained(replace(s, recipe=name, model=model_of(s, name)), data, frames)
@@ -1182,17 +1312,33 @@ def run_compare(s):
         for name, found in measure(s, task, {name: functools.partial(load, name) for name in names}).items():
             rows[name] = {**found, **rows[name]}
         if kind is Questions:
+            bases = {'dense', 'gaps'} & {*names}
+            curves = {base: untrained_curves(s, task, load(base)) for base in sorted(bases)}
             video, ids, question, _ = task.liveliest_question()
             for name in names:
                 draw_clip(load(name).eval(), video, ids[None], folder / name, f'{name}: {question}')
     report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
-                  seeds=list(seeds), rows=rows, claims=claims(rows))
+                  seeds=list(seeds), rows=rows, curves=curves, claims=claims(rows))
     text = write_report(report)
     if len(rows) > 1 and 'dense' in rows:
-        draw_pareto({name: row for name, row in rows.items() if 'first_ms' in row}, folder / 'results.png')
-    write_whole(folder / 'results.md', text)
-    write_whole(folder / 'results.json', json.dumps(report, indent=1))
+        draw_results({name: row for name, row in rows.items() if 'first_ms' in row}, curves,
+                     folder / 'results.png')
+    write_text(folder / 'results.md', text)
+    write_json(folder / 'results.json', report)
     print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, one clip as every method sees it')
+
+
+@torch.no_grad()
+def untrained_curves(s, task, model) -> dict:
+    """What methods that need no training make of a model: reducer -> [[decoder GFLOPs, accuracy], ...]."""
+    curves, T, P = {}, model.config.frames, model.config.patches
+    for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving(1.0, T, P)]:
+        for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
+            row = replace(s, recipe=name, model={**s.model, **REDUCERS[name].leaving(share, T, P)})
+            method = build(row, configure(row, task.vocab, T), model).eval()
+            accuracy = task.evaluate(method, 'test', CURVE_CLIPS)['accuracy']
+            curves.setdefault(name, []).append((task.cost(method)['decoder_gflops'], accuracy))
+    return curves
 
 
 def begin_with(folder: Path, asked: dict):
@@ -1206,7 +1352,7 @@ def begin_with(folder: Path, asked: dict):
     if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f'--out {folder} exists, and no comparison was begun in it; name another folder')
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(asked, indent=1))
+    write_json(path, asked)
 
 
 def write_report(report: dict) -> str:
@@ -1228,33 +1374,44 @@ def write_report(report: dict) -> str:
     return '\n'.join([head, *out, ''])
 
 
-def draw_pareto(rows: dict, path: Path):
-    """Accuracy (logarithm of the error) over time to the first token, and the front that nothing beats."""
-    points = {name: (row['first_ms'] / rows['dense']['first_ms'], row['accuracy'])
-              for name, row in rows.items() if not RECIPES[name].blind}
+def draw_results(rows: dict, curves: dict, path: Path):
+    """Accuracy (logarithm of the error) over decoder FLOPs: rows are points, lines what is not trained.
+
+    The front that nothing beats is red. Lines are thick where the model has seen gaps, thin where not.
+    """
+    full = rows['dense']['decoder_gflops']
+    points = {name: (row['decoder_gflops'] / full, row['accuracy']) for name, row in rows.items()
+              if not RECIPES[name].blind}
+    lines = {(base, name): [(x / full, y) for x, y in line] for base, found in curves.items()
+             for name, line in found.items()}
+    every = [*points.values(), *itertools.chain(*lines.values())]
     rise = lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
-    left, right = (math.log(f(x for x, _ in points.values())) for f in (min, max))
-    low, high = (f(rise(y) for _, y in points.values()) for f in (min, max))
-    left, right, low, high = left - 0.05, right + 0.5, low - 0.2, high + 0.1           # room for labels
+    left, right = (math.log(f(x for x, _ in every)) for f in (min, max))
+    low, high = (f(rise(y) for _, y in every) for f in (min, max))
+    left, right, low, high = left - 0.05, right + 0.3 * (right - left) + 0.1, low - 0.1, high + 0.1
     marks = [0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995]
     up = {(rise(y) - low) / (high - low): f'{y:.1%}' for y in marks if low < rise(y) < high}
     image, draw, place = chart(
-        (720, 420), {i / 5: f'{math.exp(left + (right - left) * i / 5):.2f}' for i in range(5)}, up,
-        'time to the first token as a share of dense (log); red: nothing is faster and better')
+        (720, 480), {i / 5: f'{math.exp(left + (right - left) * i / 5):.2f}' for i in range(5)}, up,
+        'decoder FLOPs as a share of dense (log); red: nothing is cheaper and better; lines: not trained')
     at = lambda x, y: place((math.log(x) - left) / (right - left), (rise(y) - low) / (high - low))
+    names = dict.fromkeys(name for _, name in lines)
+    colour = dict(zip(names, ['#20a040', '#c07000', '#8040c0', '#008090', '#a03070', '#707000']))
+    for (base, name), line in lines.items():
+        draw.line([at(*p) for p in line], fill=colour.get(name, '#444444'), width=2 if base == 'gaps' else 1)
+        draw.text(at(*line[-1]), name, fill=colour.get(name, '#444444'))
     front = [p for p in sorted(points.values())
              if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points.values())]
     draw.line([at(*p) for p in front], fill='#d03020', width=2)
-    label_y = 0
-    ranked = sorted(points.items(), key=lambda item: item[1][1])
+    label_y, ranked = 0, sorted(points.items(), key=lambda item: item[1][1])
     for after, (name, point) in reversed([*enumerate(ranked)]):
         x, y = at(*point)
         # Beside its point, below the one before it, with room for those that are left.
-        label_y = min(max(label_y + 12, y - 6), 370 - 12 * after)
+        label_y = min(max(label_y + 12, y - 6), 430 - 12 * after)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='#d03020' if point in front else '#2060d0')
         draw.line([(x, y), (590, label_y + 6)], fill='#cccccc')
         draw.text((592, label_y), name, fill='black')
-    image.save(path)
+    whole(path, image.save)
 
 
 # ---- 7. Command line ---------------------------------------------------------------------------------------
@@ -1284,6 +1441,7 @@ class Settings:
     question: Annotated[list, 'with --stream: asked after a frame, from 1 on'] = ()
     theta: Annotated[float, 'of streams: stay silent while P(silence) is at least this'] = 0.5
     find: Annotated[str, 'ranks the clips of --data by a retrieval model, on the CPU'] = ''
+    eval: Annotated[str, 'run folder whose model is measured on the test clips of --data'] = ''
     bench: Annotated[bool, "time and memory of all rows of the recipe's task, untrained"] = False
     compare: Annotated[bool, 'a table of all rows, next to their papers; goes on where it stopped'] = False
     rows: Annotated[str, "with --compare, --bench: rows such as dense,mod-all; '' = all"] = ''
@@ -1299,7 +1457,7 @@ class Settings:
 CHOICES = dict(PARTS, recipe=RECIPES, preset=['auto', *PRESETS], device=['auto', 'cuda', 'mps', 'cpu'],
                dtype=['auto', 'float32', 'bfloat16'])
 METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream='CLIP', find='SENTENCE')
-JOBS = ('ask', 'stream', 'find', 'bench', 'compare')
+JOBS = ('ask', 'stream', 'find', 'eval', 'bench', 'compare')
 TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
          ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows')]
@@ -1342,6 +1500,9 @@ def parse(argv) -> Settings:
         text += f' [{default}]' if name in own and default else ''
         place = jobs if name in JOBS else parser if name in own else group
         place.add_argument(dashed(name), default=default, help=text.replace('%', '%%'), **how)
+    for before, word in zip(['', *argv], argv):
+        if not word.strip() or word.startswith('--') and word.endswith('='):
+            raise ValueError(f'an empty argument after {before or "train_tiny.py"}; wanted a value')
     said = vars(parser.parse_args(argv))
     if said['resume']:
         saved = read_json(Path(said['resume']) / 'config.json', 'settings', 'model')['settings']
@@ -1412,14 +1573,29 @@ def set_up(s: Settings):
         batch, steps = RUNS[s.preset][recipe.task.kind]
         s.batch = s.batch or batch
         s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * steps))
+    if WORLD > 1:
+        join_processes(s)
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_cudnn_sdp(False)            # its backward is not deterministic
     if cuda:
         torch.cuda.reset_peak_memory_stats()                   # of this run alone
-    print(f'{machine_name(s.device)}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, recipe '
-          f'{s.recipe}, seed {s.seed}')
+    together = f', {WORLD} processes' if WORLD > 1 else ''
+    print(f'{machine_name(s.device)}{together}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, '
+          f'recipe {s.recipe}, seed {s.seed}')
+
+
+def join_processes(s: Settings):
+    """Under torchrun: meet the others. Only the first process speaks. ValueError: a job for one alone."""
+    if s.bench or s.compare or s.eval or RECIPES[s.recipe].task.kind == 'retrieval':
+        raise ValueError(f'--recipe {s.recipe} with these flags needs one process; run it without torchrun')
+    if s.device == 'cuda':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    if not distributed.is_initialized():
+        distributed.init_process_group('nccl' if s.device == 'cuda' else 'gloo')
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
 
 
 def kind_of(run: Path) -> str:
@@ -1501,9 +1677,29 @@ def run_find(s: Settings):
     print(f'the best of {len(names)} clips: {run / "find.png"}')
 
 
+def run_eval(s: Settings):
+    """The table of a run's end for other clips: printed, and written beside the run."""
+    run = Path(s.eval)
+    saved = read_json(run / 'config.json', 'settings', 'model')['settings']
+    saved = {f.name: saved[f.name] for f in fields(Settings) if f.name in saved}
+    s = replace(Settings(**saved), data=s.data, grid=s.grid, device=s.device, eval=s.eval)
+    set_up(s)
+    model, _ = load_checkpoint(run / 'ckpt.pt', s.device)
+    s.model['frames'] = model.config.frames
+    data, _ = load_data(s, model.config.vocab)
+    task = RECIPES[s.recipe].task(s, data)
+    if list(task.vocab) != list(model.config.vocab):
+        raise ValueError(f'{run} was trained on {saved["data"]}, it has other words; name clips with --data')
+    result = dict(run=str(run), data=s.data, torch=torch.__version__, **scores_of(task, model))
+    task.print_table(result)
+    path = run / f'eval-{Path(s.data).name}.json'
+    write_json(path, result)
+    print(f'\nwritten: {path}')
+
+
 def main(argv=None, began: float = None) -> int:
     """Returns the exit status: 0, or 2 after one sentence about what was wrong."""
-    began = began or time.time()
+    began, argv = began or time.time(), sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):                    # a console may lack letters of an answer
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
@@ -1511,7 +1707,8 @@ def main(argv=None, began: float = None) -> int:
     try:
         torch.set_float32_matmul_precision('high')
         s = parse(argv)
-        jobs = dict(ask=run_ask, stream=run_stream, find=run_find, bench=run_bench, compare=run_compare)
+        jobs = dict(ask=run_ask, stream=run_stream, find=run_find, eval=run_eval, bench=run_bench,
+                    compare=run_compare)
         job = next((jobs[name] for name in JOBS if getattr(s, name)), None)
         job(s) if job else run_recipe(s, began)
         return 0
@@ -1521,11 +1718,13 @@ def main(argv=None, began: float = None) -> int:
         message = f'{error.filename} does not exist'
     except (ValueError, OSError) as error:
         message = error
-    except KeyboardInterrupt:
-        status, message = 130, 'stopped; --resume RUN goes on from its last checkpoint'
+    except KeyboardInterrupt as stop:
+        again = shlex.join(map(str, ['python', 'train_tiny.py', *(stop.args or argv)]))
+        status, message = 130, f'stopped; go on with: {again}'
     print(f'train_tiny: {message}', file=sys.stderr)
     return status
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(began=BEGAN))

@@ -175,16 +175,18 @@ def check_texts(folder: Path, texts):
 class ClipFolder:
     """A folder of clips, used as ShapeWorld is: vocab, kinds, batch(split, step, batch_size, device)."""
 
-    def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4)):
+    def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4), vocab=None):
+        """vocab: of a model that is measured. Then only the test clips are read, if any are named so."""
         folder, self.seed = Path(folder), seed
         rows = read_rows(folder)
+        rows = [row for row in rows if vocab and row.get('split') == 'test'] or rows
         clips = [read_clip(folder / row['file'], row.get('grid', grid), frames, size) for row in rows]
         self.video = torch.stack(clips)                           # (n, T, 3, size, size) uint8
         print(f'{folder}: {len(rows)} clips, resampled to {frames} frames of {size}x{size}')
         self.split = torch.tensor([SPLITS.index(row.get('split', 'train')) for row in rows])  # (n,)
         for i, name in enumerate(SPLITS):
             train = self.members('train')
-            if not len(self.members(name)):                       # then it is cut off the training clips
+            if not len(self.members(name)) and (name == 'test' or not vocab):     # cut off the training clips
                 check(len(train) > 1,
                       f'{folder}: no clip for the {name} split, it holds {len(rows)} clips in all')
                 self.split[train[-max(1, len(train) // 10):]] = i
@@ -193,7 +195,10 @@ class ClipFolder:
         for texts in zip(*(pair for row in rows for pair in row['qa'])):          # questions, then answers
             check_texts(folder, texts)
         asked, told = zip(*((words(q), [*words(a), '<eos>']) for row in rows for q, a in row['qa']))
-        self.vocab = ['<pad>', '<eos>', *sorted(set().union(*asked, *told) - {'<eos>'})]
+        used = sorted(set().union(*asked, *told) - {'<eos>'})
+        self.vocab = vocab or ['<pad>', '<eos>', *used]
+        unknown = [word for word in used if word not in self.vocab]
+        check(not unknown, f'{folder}: the model never saw the words {", ".join(unknown[:9])}')
         ids = {word: i for i, word in enumerate(self.vocab)}
         self.text, self.targets = pack_text(table(asked, ids), table(told, ids))  # (all rows of qa, L)
         names = [' '.join(text) for text in asked]

@@ -533,10 +533,6 @@ class Reducer(nn.Module):
         """x (B, T, P, C), saliency (B, T, P), words (B, L, C) of which known (B, L) bool are no padding."""
         return Reduced(x.flatten(1, 2), torch.arange(x.size(1) * x.size(2), device=x.device))
 
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        """FLOPs for a clip whose T * P tokens became M, with so many words if it reads the question."""
-        return 0
-
     @staticmethod
     def leaving(share: float, T: int, P: int) -> dict:
         """The options that leave this share of T * P tokens; none: it has no such option."""
@@ -902,11 +898,6 @@ def hashed(x: Tensor) -> Tensor:
     return x
 
 
-def block_flops(S: int, C: int) -> int:
-    """A Block on S tokens, C channels: 12C² multiply-adds a token (qkv and out 4, MLP 8), attention 2S²C."""
-    return 24 * S * C * C + 4 * S * S * C
-
-
 def best_of(score: Tensor, count, among: Tensor) -> Tensor:
     """The `count` highest scores of those that are `among`, both bool. Ties: the earlier one."""
     score = score.float().masked_fill(~among, -math.inf)
@@ -1231,14 +1222,6 @@ class ToMe(Budgeted):
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         return reduced_by(x, tome(x.flatten(1, 2), self.most(x)))
-
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        """The similarities of all rounds."""
-        n, total = T * P, 0
-        while n > M:
-            total += 2 * ((n + 1) // 2) * (n // 2) * self.dim
-            n = max(M, n - n // 2)
-        return total
 
 
 REDUCERS['tome'] = ToMe
@@ -1621,14 +1604,6 @@ class VQToken(Reducer):
         tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
         return reduced._replace(tokens=tokens * mask[..., None])
 
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        # k-means++ and k-means of every number of codes that is tried, then VQ-Attention.
-        C, cells = self.out.in_features, self.value[0].in_features
-        fits = [self.codes] if self.codes else range(self.least, self.most + 1)
-        search = 2 * 8 * max(fits) + sum(2 * k * (self.iters + 1 + (not self.codes)) for k in fits)
-        return T * P * C * search + 2 * M * (cells * C + 4 * C * C) + 4 * M * M * C
-
-
 def token_density(accuracy_percent: float, tokens: float) -> float:
     """TokDense of VQToken: percentage points of accuracy for each token that the decoder is given."""
     return accuracy_percent / tokens
@@ -1732,10 +1707,6 @@ class LearnedCodes(Reducer):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         x, index_map, loss = self.quantizer(x)
         return super().forward(x)._replace(loss=loss, info=dict(index_map=index_map))
-
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        """Distances to all codes."""
-        return 2 * T * P * self.quantizer.codebook.numel()
 
     def picture(self, reduced: Reduced) -> Reduction:
         """Patches of one code share a colour."""
@@ -1856,11 +1827,6 @@ class FrameSelector(Budgeted):
         tokens = logits.softmax(-1).to(mixed.dtype) @ mixed.flatten(1, 2)      # (B, M, C)
         position, order = (frame.gather(1, home) * P + number * P // n).sort(dim=1, stable=True)
         return tokens.take_along_dim(order[..., None], 1), position
-
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        """All queries' frames, though some turn out to be duplicates."""
-        (Q, C), K = self.queries.shape, self.K
-        return block_flops(Q + words, C) + 2 * C * (Q * C + K * T + K * T * P + 2 * M * K * P)
 
     def picture(self, reduced: Reduced) -> Reduction:
         """The strongest frame of each mixture, whole."""
@@ -1986,27 +1952,6 @@ class TempMeEncoder(VisionEncoder):
             rows.append((clips, n, n - step.inner))
             n -= step.inner
         return rows
-
-    def num_tokens(self, T: int) -> int:
-        """M, the tokens that come out."""
-        clips, _, n = self.counts(T)[-1]
-        return clips * n
-
-    def flops(self, T: int) -> int:
-        """FLOPs of the blocks on T frames, the similarities that decide what merges included."""
-        C, D, c, total = len(self.cls), len(self.cls) // self.blocks[0].attention.n_head, 1, 0
-        clips, n = T, len(self.place) + 1
-        for step in self.steps:
-            for M, r in step.joins:
-                clips, n, c = clips // M, n * M, c * M
-                even = (n - c) // M * ((M + 1) // 2)                           # patches of even clips
-                total += 2 * clips * even * (n - c - even) * C if r else 0
-                n -= r
-            first, after = (n + 1) // 2 - (c + 1) // 2, n - step.inner         # patches at even places
-            inner = 2 * first * (n - c - first) * D if step.inner else 0
-            total += clips * (inner + 8 * n * C * C + 4 * n * n * C + 16 * after * C * C)
-            n = after
-        return total
 
     def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
         """video (B, T, 3, height, width) -> tokens (B, M, C), each where its first patch is, or its frame."""
@@ -2276,52 +2221,31 @@ def init_from(model: nn.Module, dense: nn.Module):
 
 
 # ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
-# What a forward pass costs, as torch.utils.flop_counter counts it: a multiply-add is two FLOPs, attention is
-# counted in full, although causal kernels skip half of it, and element-wise work is not. What became of each
-# patch, as a picture. And Muon (Jordan et al., 2024), which trains the matrices of the blocks.
-# needs sections 1 to 5, 7
+# What a forward pass costs: a multiply-add is two FLOPs, attention is counted in full, although causal kernels
+# skip half of it, and element-wise work is not. What became of each patch, as a picture. And Muon (Jordan et
+# al., 2024), which trains the matrices of the blocks.
+# needs sections 1 to 5
 
 def num_params(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
-def encoder_flops(encoder: nn.Module, T: int, size: int) -> int:
-    """FLOPs of an encoder on T frames of size * size pixels."""
-    P, C = encoder.place.shape
-    total = encoder.flops(T) if encoder.merges else T * len(encoder.blocks) * block_flops(P, C)
-    for conv in [layer for layer in encoder.embed.stem if isinstance(layer, nn.Conv2d)]:
-        size = -(-size // conv.stride[0])                      # pixels of a side of what comes out
-        total += T * 2 * size * size * conv.weight.numel()
-    return total
-
-
-def count_flops(model: ModVideo, video_shape, text_len: int, questions: int, aux: dict) -> dict:
-    """FLOPs of one forward pass by part, and their 'total'.
-
-    video_shape: (B, T, 3, height, width); text_len: L; questions: Q; aux: of that pass, whose tokens are
-    counted, padding too. Of finding what merges, only what the method's own `flops` says.
-    """
-    c, (B, T, _, size, _), encoder, reducer = model.config, video_shape, model.encoder, model.reducer
-    again = questions if model.by_question else 1              # each question is a clip of its own
-    text, P, C, width = questions * text_len // again, c.patches, c.dim, c.encoder_dim
-    M = aux['reduced'].tokens.size(1)
-    look = lambda S, rows, C: 6 * S * C * C + 2 * rows * S * C                 # queries, keys, values, scores
-    reduction = (questions if reducer.by_question else 1) * reducer.flops(T, P, M, text)
-    reduction += T * look(P, P, width) if reducer.wants_saliency else 0
-    reduction += again * look(M + text, 1, C) if 'stage' in aux else 0
-    scored = [route.logits.size(1) for route in aux['routes'].values()] if num_params(model.routing) else []
-    # The rows of vision are causal, so with several questions they never look at words.
-    spared = 4 * text * C if questions > again and aux['position'].dim() == 1 else 0
-    flops = {
-        'encoder': encoder_flops(encoder, T, size),
-        'projector': 2 * (M if encoder.merges else T * P) * (width * C + C * C),
-        'reduction': reduction,
-        'routers': again * 2 * sum(scored) * C,
-        'decoder': again * sum(block_flops(S, C) - (S - text) * spared for S in aux['tokens']),
-        'head': again * 2 * (text + T * c.streaming) * C * len(c.vocab)}
-    flops = {part: B * n for part, n in flops.items()}
-    return {**flops, 'total': sum(flops.values())}
+@torch.no_grad()
+def count_flops(model: nn.Module, run):
+    """FLOPs of run(), which calls the model -> those of each part, of the 'rest' and 'total'; what run gave."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    aten, matrix_vector = torch.ops.aten, lambda a, b, **more: 2 * math.prod(a)
+    attention = lambda q, k, v, *args, **more: sdpa_flop_count(q, k, v)
+    omitted = {aten.mv: matrix_vector, aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=omitted) as counter:
+        result = run()
+    found, root, flops = counter.get_flop_counts(), type(model).__name__, {}
+    for name, part in model.named_children():                              # a list is not called as a whole
+        called = [f'{name}.{i}' for i in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
+        flops[name] = sum(sum(found.get(f'{root}.{one}', {}).values()) for one in called)
+    total = counter.get_total_flops()
+    return {**flops, 'rest': total - sum(flops.values()), 'total': total}, result
 
 
 def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None, grid=None):
@@ -2422,8 +2346,7 @@ def main():
     for placement in ('none', 'all'):
         torch.manual_seed(0)
         model = ModVideo(ModVideoConfig(**PRESETS['cpu'], vocab=vocab, placement=placement))
-        logits, _, aux = model(video, text)
-        models[placement] = count_flops(model, video.shape, 3, 2, aux)
+        models[placement], (logits, _, aux) = count_flops(model, lambda: model(video, text))
     route, answer = aux['routes'][0], model.generate(video, text, max_new_tokens=2)
     shapes = {'video (B, T, 3, height, width)': video, 'vision tokens (B, N, C)': aux['reduced'].tokens,
               'route (B, K + Q*L)': route.index, 'logits (B, Q, L, V)': logits, 'answer (B, Q, new)': answer}
@@ -2431,8 +2354,9 @@ def main():
         print(f'{name:32}{tuple(tensor.shape)}')
     print(f'{"parameters":32}{num_params(model):,}\n')
     print('MFLOPs           dense      MoD     2 clips, 2 questions of 3 words each')
-    for part, dense in models['none'].items():
-        print(f'{part:12} {dense / 1e6:9.1f} {models["all"][part] / 1e6:8.1f}')
+    for part, routed in models['all'].items():
+        if routed:
+            print(f'{part:12} {models["none"][part] / 1e6:9.1f} {routed / 1e6:8.1f}')
     os.makedirs('out', exist_ok=True)
     draw_tokens(video[0], route).save('out/modvideo.png')
     print('what the untrained router of layer 0 picks: out/modvideo.png')

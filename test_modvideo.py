@@ -218,7 +218,7 @@ def test_the_contract_of_every_way(way, tmp_path):
         kept = reduced.reduction.mask                          # a stage repeats the tokens for each question
         assert reduced.reduction.assign.shape == (len(kept), 64)
         assert torch.equal(kept.repeat_interleave(rows // len(kept), 0), place < mv.NEVER)
-    assert not model.encoder.merges or M == model.encoder.num_tokens(4)
+    assert not model.encoder.merges or M == math.prod(model.encoder.counts(4)[-1][::2])
     words = 5 if model.by_question else 10
     assert all(n < M + words or M <= 4 if i in model.mod_layers else n == M + words
                for i, n in enumerate(aux['tokens'][:2]))
@@ -226,8 +226,8 @@ def test_the_contract_of_every_way(way, tmp_path):
     again = mv.load_checkpoint(tmp_path / 'm.pt')[0].eval()
     assert torch.equal(again(video, text)[0], logits) and again.config == model.config
     assert all(isinstance(value, torch.Tensor) for value in model.state_dict().values())
-    flops = mv.count_flops(model, video.shape, 5, 2, aux)
-    assert min(flops.values()) >= 0 and flops['total'] > 0 and model.reducer.flops(4, 16, M, 5) >= 0
+    flops, _ = mv.count_flops(model, lambda: model(video, text))
+    assert min(flops.values()) >= 0 and flops['blocks'] > 0 and flops['encoder'] > 0
     picture, facts = model.reducer.picture(reduced), model.reducer.facts(reduced)
     assert picture is None or mv.draw_tokens(video[0], picture, grid=(4, 4)).width > 64
     assert all(math.isfinite(number) for number in facts.values())
@@ -1379,7 +1379,7 @@ def test_every_patch_is_traced_to_its_token(T, layers):
         nn.init.zeros_(place)
     tokens, position, where, *_ = encoder(video)
     sizes = mv.slot_sizes(where)
-    assert tokens.shape == (2, encoder.num_tokens(T), 32) and (where.assign >= 0).all() and where.mask.all()
+    assert tokens.shape == (2, math.prod(encoder.counts(T)[-1][::2]), 32) and (where.assign >= 0).all() and where.mask.all()
     patches = (encoder.embed(video) + encoder.place).reshape(2, T * 16, 32)
     close(encoder.norm(mv.reduce_tokens(patches, where)), tokens * (sizes > 0)[..., None], 2e-5)
     assert torch.equal(encoder(video[1:]).reduction.assign, where.assign[1:])
@@ -1442,25 +1442,29 @@ def test_contrastive_loss_and_embeddings():
 
 # ---- accounting, checkpoints, pictures, errors ---------------------------------------------------
 
-EXACT = ['none', 'none and mod', 'early exit', 'gamma', 'evenly', 'tempme', 'tempme and mod', 'drop inside',
-         'vq', 'vqtoken', 'adaptive and mod', 'pool', 'uniform', 'prune']
-
-
 @pytest.mark.parametrize('changes', [
-    *map(WAYS.get, EXACT), dict(placement='interleaved', routing='skip'), dict(streaming=True),
+    *WAYS.values(), dict(placement='interleaved', routing='skip'), dict(streaming=True),
     dict(mv.PRESETS['cpu'], patch_size=8), dict(encoder='tempme', encoder_layers=4, frames=8)], ids=str)
-def test_flops_equal_what_torch_counts(changes):
-    """Catches a cost formula that drifted from the model."""
+def test_flops_by_hand(changes):
+    """Catches operations that torch's counter omits, a part that is counted twice or not at all."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
     model = make(**changes).eval()
     c, Q = model.config, 1 if 'streaming' in changes else 3
     video, text = torch.rand(2, c.frames, 3, c.frame_size, c.frame_size), torch.randint(2, 8, (2, Q, 5))
-    times_vector = {torch.ops.aten.mv: lambda matrix, *_, **more: 2 * math.prod(matrix)}     # torch omits it
-    with FlopCounterMode(display=False, custom_mapping=times_vector) as counter, sdpa_kernel(SDPBackend.MATH):
-        aux = model(video, text)[2]
-    mine = mv.count_flops(model, video.shape, 5, Q, aux)
-    assert mine['total'] == counter.get_total_flops() == sum(v for k, v in mine.items() if k != 'total')
+    flops, (_, _, aux) = mv.count_flops(model, lambda: model(video, text))
+    assert flops['total'] == sum(v for part, v in flops.items() if part != 'total')
+    words, rows, C, places = 5 * Q, 2, c.dim, 10 * Q + 2 * c.frames * c.streaming
+    if model.by_question:                                      # each question is a clip of its own
+        words, rows = 5, 2 * Q
+    alone = words if Q > 1 and not model.by_question and aux['position'].dim() == 1 else 0     # vision's rows
+    assert flops['head'] == 2 * places * C * len(VOCAB)
+    assert flops['blocks'] == sum(rows * (24 * S * C * C + 4 * S * S * C - 4 * (S - words) * alone * C)
+                                  for S in aux['tokens'])
+    learns = len([*model.routing.parameters()])
+    scores = sum(2 * rows * route.logits.size(1) * C for route in aux['routes'].values())
+    assert flops['routing'] == (scores if learns else 0)
+    with sdpa_kernel(SDPBackend.MATH):                         # attention as products of matrices
+        assert mv.count_flops(model, lambda: model(video, text))[0] == flops
 
 
 def test_orthogonalize_against_singular_values():
@@ -1654,7 +1658,7 @@ def try_core(v, tmp=None):
             optimizer.zero_grad()
     assert losses[2] < losses[0] and not any(map(torch.equal, model.parameters(), before))
     assert model.generate(video, text, 2).shape == (2, 2, 2)
-    assert 'count_flops' not in v or v['count_flops'](model, video.shape, 5, 2, aux)['total'] > 0
+    assert 'count_flops' not in v or v['count_flops'](model, lambda: model(video, text))[0]['total'] > 0
     assert 'draw_tokens' not in v or v['draw_tokens'](video[0], aux['routes'][0], grid=(4, 4)).width > 64
     return model, aux
 
@@ -1673,7 +1677,7 @@ def try_parts(**parts):
         for name in parts.get('reducers', ()):
             reducer = v['REDUCERS'][name](32, **OPTIONS[name])
             made = reducer(x, torch.rand(2, 4, 16), flat, torch.ones(2, 10).bool())
-            assert made.tokens.shape[2] == 32 and reducer.flops(4, 16, made.tokens.size(1), 3) >= 0
+            assert made.tokens.shape[2] == 32
             assert reducer.picture(made) is not None or made.position is not None
         for name in parts.get('stages', ()):
             stage = v['STAGES'][name](4, stage_layer=1)
@@ -1732,7 +1736,6 @@ def test_every_method_can_be_deleted(number):
     gone = {n for n in SECTIONS if n == number or number in NEEDS[n]}
     v = build(set(SECTIONS) - gone)
     assert try_core(v)[1]['tokens'] == [16 + 10] * 3 + [74] and ('Muon' in v) == (14 not in gone)
-    assert 14 not in gone or number in (7, 14)
     for part, kinds in v['PARTS'].items():                                     # all that is left can be built
         for name in kinds:
             options = {k: value for k, value in chosen(part, name).items() if k != part}

@@ -13,8 +13,8 @@
                                   |    last decoder layer   all tokens
                       logits (B, Q, L, V), loss
 
-The core, up to the line that says so, runs without anything after it. After it, each method is a class that
-enters itself in a dictionary of the core.
+The core, up to the line that says so, runs alone. After it each method is a class that enters itself in a
+dictionary of the core.
 
 Legend: B batch · T frames · P patches of one frame · N = T*P vision tokens before reduction · M after it ·
     Q questions a clip · L text tokens of one question · C channels · H heads · D channels of a head ·
@@ -35,8 +35,8 @@ Usage:
 
 Left out: distributed training, tokenizers (a word is a token), pretrained weights, dropout.
 """
+import contextlib
 import copy
-import functools
 import inspect
 import io
 import math
@@ -45,6 +45,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
 
 import torch
@@ -143,12 +144,11 @@ class ModVideoConfig:
             name = getattr(self, part)
             if name not in classes:
                 raise ValueError(f'{part} must be one of {", ".join(classes)}, got {name!r}')
-            own = options_of(classes[name])
+            known.update(own := options_of(classes[name]))
+            chosen += [f'{part} {name!r}'] if own else []
             for key, option in own.items():
                 if option.default is option.empty and key not in self.options:
-                    raise ValueError(f'{part} {name!r} wants {key}: {get_args(option.annotation)[1]}')
-            known.update(own)
-            chosen += [f'{part} {name!r}'] if own else []
+                    raise ValueError(f'{chosen[-1]} wants {key}: {get_args(option.annotation)[1]}')
         for key in self.options:
             if key not in known:
                 raise ValueError(f'{key} is no option of {" or ".join(chosen)}: {", ".join(known)}')
@@ -245,9 +245,8 @@ class Attention(nn.Module):
             q = q.take_along_dim(row[:, None, None, None], 2)                  # (B, H, 1, D)
         score = (q @ k.mT / math.sqrt(q.size(-1))).float()                     # (B, H, S, S) or (B, H, 1, S)
         n = self.unmasked(score.size(2), mask)
-        future = torch.ones(n, x.size(1), dtype=torch.bool, device=x.device).triu(1)
-        past, rest = score[:, :, :n].masked_fill(future, -math.inf), score[:, :, n:]
-        score = torch.cat([past, rest if mask is None else rest + additive(mask, rest)], 2)
+        score[:, :, :n] += torch.full((n, x.size(1)), -math.inf, device=x.device).triu(1)      # the future
+        score[:, :, n:] += 0 if mask is None else additive(mask, score)
         return score.softmax(-1).masked_fill(score.amax(-1, keepdim=True) == -math.inf, 0)     # sees none: 0
 
     def unmasked(self, rows: int, mask: Tensor) -> int:
@@ -257,8 +256,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C), position (S,), (B, S) or None (no rotary) -> (B, S, C).
 
-        mask: (R, S) or (B, 1, R, S) of the last R tokens, bool: True where a row sees a column; or float:
-        added to the scores. A causal layer's tokens before those see the past.
+        mask (R, S) or (B, 1, R, S), of the last R tokens; others see the past if causal. bool: True where a
+        row sees a column; float: added to the scores.
         """
         q, k, v = self.project(x, position)
         if cache is not None:                                          # a filled cache makes the mask itself
@@ -330,8 +329,7 @@ class PatchEmbed(nn.Module):
         frames = video - 0.45                            # (B, T, 3, height, width) less an ordinary mean
         if self.stem[0].in_channels == 6:                # 3: without their changes
             before = video[:, :1] if previous is None else previous            # None: nothing changed
-            change = video - torch.cat([before, video[:, :-1]], 1)             # (B, T, 3, height, width)
-            frames = torch.cat([frames, change], 2)                            # (B, T, 6, height, width)
+            frames = torch.cat([frames, video - torch.cat([before, video[:, :-1]], 1)], 2)
         return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # (B*T, P, C)
 
 
@@ -363,15 +361,14 @@ class VisionEncoder(nn.Module):
 ENCODERS['plain'] = VisionEncoder
 
 # ---- 4. Mixture-of-Depths ----------------------------------------------------------------------------------
-# A routed layer processes the K tokens that its router scores highest and leaves the others as they are:
-# x + r f(x) for the selected, r = w·x (Raposo et al., arXiv 2404.02258, equation 1). VideoLLM-MoD (Wu et al.,
-# arXiv 2408.16730) chooses vision tokens, frame by frame: it looks across one frame and never at a later one,
-# so training, prefill and streaming choose alike.
+# A routed layer leaves all tokens as they are but K, which its router scores highest: they become x + r f(x),
+# r = w·x (Raposo et al., arXiv 2404.02258, equation 1). VideoLLM-MoD (Wu et al., arXiv 2408.16730) chooses
+# vision tokens frame by frame, never by a later one, so training, prefill and streaming choose alike.
 # needs sections 1, 2; MoDBlock works around any block(x, position, mask, cache) that returns its update
 
-GATES = {'raposo': lambda r: r,                      # from the score r to the factor of a token's update
-         # One at first, as w = 0: for layers that are trained (p-MoD, Zhang et al., arXiv 2412.04449).
-         'zero': lambda r: 1 + 0.2 * r.tanh()}
+# From the score r to the factor of an update. 'zero' is one at first, as w = 0: for layers that are trained
+# already (p-MoD, Zhang et al., arXiv 2412.04449).
+GATES = {'raposo': lambda r: r, 'zero': lambda r: 1 + 0.2 * r.tanh()}
 
 
 class Route(NamedTuple):
@@ -392,7 +389,7 @@ class MoDBlock(nn.Module):
     def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None, cache=None) -> Tensor:
         """x (B, S, C), position (S,) or (B, S), mask as of Attention, None = causal -> (B, S, C).
 
-        route None: every token. Else the block, and its cache, are given the K tokens at their own positions.
+        route None: every token. Else the block and its cache get the K tokens, at their own positions.
         """
         if route is None:
             return x + self.block(x, position, mask, cache)
@@ -570,23 +567,20 @@ class ModVideo(nn.Module):
         self.embed = nn.Embedding(len(c.vocab), c.dim)
         self.reducer, self.stage = c.build('reducer', c.dim), c.build('stage', c.n_layer)
         routing, self.mod_layers = ROUTINGS[c.routing], mod_layers(c.placement, c.n_layer)
-        if not (c.streaming or routing.last_layer):
-            # Nothing after the last layer reads vision, unless frames decide about speech: a router there
-            # would learn nothing, so the layer stays dense.
+        if not (c.streaming or routing.last_layer):    # no loss reads vision there, to teach a router
             self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
         self.blocks = nn.ModuleList(routing.layer(Block(c.dim, c.n_head)) for _ in range(c.n_layer))
         self.routing = c.build('routing', c.dim, self.mod_layers, c.keep_ratio, c.patches, c.streaming)
         self.norm = nn.RMSNorm(c.dim)
         self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
         small_updates(self, c.n_layer)
-        # Whether a clip's vision tokens depend on the question, so that each question has its own.
-        self.by_question = self.reducer.by_question or self.stage is not None
+        self.by_question = self.reducer.by_question or self.stage is not None  # each has vision of its own
 
     def encode_video(self, video: Tensor, previous: Tensor = None, question: Tensor = None) -> Reduced:
-        """video (B, T, 3, frame_size, frame_size) float -> the vision tokens that the decoder is given.
+        """video (B, T, 3, height, width) float -> the vision tokens that the decoder is given.
 
-        previous (B, 1, 3, frame_size, frame_size): the frame before, None at the beginning. question
-        (B * Q, L) int64: if vision depends on it, tokens and positions have B * Q rows.
+        previous (B, 1, 3, height, width): the frame before, None at the beginning. question (B * Q, L) int64:
+        if vision depends on it, tokens and positions have B * Q rows.
         """
         size, (B, T) = self.config.frame_size, video.shape[:2]
         if video.dim() != 5 or video.shape[2:] != (3, size, size) or not video.is_floating_point():
@@ -594,8 +588,7 @@ class ModVideo(nn.Module):
                              f'got {tuple(video.shape)}, {video.dtype}')
         again = len(question) // B if self.by_question else 1                  # questions of each clip
         encoded = self.encoder(video, previous, self.reducer.wants_saliency)
-        # The dtype of the text tokens, whatever autocast says.
-        x = self.projector(encoded.tokens).to(self.embed.weight.dtype)         # (B*T, P, C) or (B, M, C)
+        x = self.projector(encoded.tokens).to(self.embed.weight.dtype)     # as text; (B*T, P, C) or (B, M, C)
         if not self.training and not x.isfinite().all():
             raise ValueError('vision tokens are not finite: NaN or infinite numbers in the video, or weights')
         if encoded.position is not None:                                       # the encoder merged already
@@ -763,10 +756,10 @@ class ModVideo(nn.Module):
     def stream(self, frames, prompt: Tensor = None, theta: float = 0.5, max_new_tokens: int = 16):
         """Watch frames as they come; speak, or stay silent while P(silence) is at least theta.
 
-        frames: any iterable of (frame (B, 3, height, width), question (B, L) int64 or None), asked after its
-        frame; prompt (B, L): read first; 0 pads words at the end. Yields a dict a frame: 'silence' (B,), the
-        probability, 'said' and 'answer' (B, n) ids, or None, 'held' the keys of each layer. With
-        config.window = W all but the prompt and the last W frames is forgotten: memory stays level.
+        frames: any iterable of (frame (B, 3, height, width), question (B, L) int64 or None), asked after it;
+        prompt (B, L): read first; 0 pads words. Yields a dict a frame: 'silence' (B,), its probability, ids
+        'said' and 'answer' (B, n), or None, 'held', the keys of each layer. With config.window = W all but the
+        prompt and the last W frames is forgotten: memory stays level.
         """
         if not self.config.streaming:
             raise ValueError('this model was not made for streams; wanted config.streaming = True')
@@ -812,14 +805,12 @@ def save_checkpoint(path, model: nn.Module, **extra):
         torch.load(io.BytesIO(data.getvalue()), weights_only=True)
     except Exception as error:
         raise ValueError(f'{path} is not written: {reason_of(error)}') from None
-    part = f'{path}.part{os.getpid()}'                                         # of this process alone
+    part = Path(f'{path}.part{os.getpid()}')                                   # of this process alone
     try:
-        with open(part, 'wb') as file:
-            file.write(data.getvalue())
-        os.replace(part, path)
+        part.write_bytes(data.getvalue())
+        part.replace(path)
     finally:
-        if os.path.exists(part):
-            os.remove(part)
+        part.unlink(missing_ok=True)
 
 
 def reason_of(error: Exception) -> str:
@@ -865,19 +856,16 @@ class Reduction(NamedTuple):
     mask: Tensor        # (B, M) bool: False where a sample has fewer slots than the longest of its batch
 
 
-def exact(function):
-    """Run it without autocast and TF32: what is alike is decided in float32, whatever the compute dtype."""
-    @functools.wraps(function)
-    def run(*args, **more):
-        first = next(a for a in (*args, *more.values()) if isinstance(a, Tensor))
-        matmul = torch.backends.cuda.matmul
-        before, matmul.allow_tf32 = matmul.allow_tf32, False
-        try:
-            with torch.autocast(first.device.type, enabled=False):
-                return function(*args, **more)
-        finally:
-            matmul.allow_tf32 = before
-    return run
+@contextlib.contextmanager
+def exact():
+    """Without autocast and TF32: what is alike is decided in float32, whatever the compute dtype."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def precise(x: Tensor) -> Tensor:
@@ -973,14 +961,9 @@ def mean_of(assign: Tensor, position: Tensor) -> Reduction:
     return Reduction(assign, weight, position, position < assign.size(1))
 
 
-def most_of(*keeps) -> list:
-    """Of each (B, N) bool the most that a sample keeps. Waits for the device once: sizes are data."""
-    return torch.stack([keep.sum(1).max() for keep in keeps]).tolist()
-
-
 def pack(keep: Tensor, M: int = None) -> Reduction:
-    """Keep some tokens, drop the others: keep (B, N) bool. M: the most that a sample keeps, if known."""
-    N, M = keep.size(1), most_of(keep)[0] if M is None else M
+    """Keep some tokens, drop the others: keep (B, N) bool. M: the most of a sample, if it is known."""
+    N, M = keep.size(1), int(keep.sum(1).max()) if M is None else M
     assign = torch.where(keep, keep.cumsum(1) - 1, -1)                         # (B, N)
     position = first_members(assign, M)                                        # (B, M)
     return Reduction(assign, keep.float(), position, position < N)
@@ -998,17 +981,17 @@ class Budgeted(Reducer):
     def __init__(self, dim: int, *,
                  budget: Annotated[int, 'the most vision tokens of a clip, 0 = a quarter'] = 0):
         super().__init__(dim)
-        self.dim, self.budget = dim, budget
+        if budget < 0:
+            raise ValueError(f'budget must be at least 1, or 0 for a quarter of them, got {budget}')
+        self.budget = budget
 
     @staticmethod
     def leaving(share: float, T: int, P: int) -> dict:
         return dict(budget=max(1, round(share * T * P)))
 
     def most(self, x: Tensor) -> int:
-        """The most tokens of a clip of x (B, T, P, C). ValueError: a negative budget."""
+        """The most tokens of a clip of x (B, T, P, C)."""
         N = x.size(1) * x.size(2)
-        if self.budget < 0:
-            raise ValueError(f'budget must be at least 1, or 0 for a quarter of them, got {self.budget}')
         return min(N, self.budget) or max(1, N // 4)
 
 
@@ -1054,8 +1037,7 @@ def side_of(P: int) -> int:
 
 
 def pool_grid(T: int, side: int, budget: int) -> Tensor:
-    """(T * side * side,) int64: the cell of each patch in a grid of as many cells as the budget allows."""
-    # Of grids with as many cells the one with the most parts of time.
+    """(T * side * side,) int64: the cell of each patch in a grid of as many cells as fit, first over time."""
     b = max(range(1, side + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
     return grid_cells(T, side, min(T, budget // b ** 2), b)
 
@@ -1070,7 +1052,7 @@ class Gaps(Reducer):
     """Every token; but in training most batches lose some, so that the model learns to read what is left.
 
     Patches (PatchDropout, Liu et al., arXiv 2208.07220), whole frames, or detail: means over a coarse grid of
-    time and space stand for all. So do images and clips of every length in the training of large models.
+    time and space. So do images and clips of every length in the training of large models.
     """
 
     def __init__(self, dim: int, *,
@@ -1157,43 +1139,33 @@ ROUTINGS['frame'] = RaggedRouting        # in the place of FrameRouting, which i
 # the most similar one in the other half, and the best pairs become one token.
 # needs sections 1, 2, 4, 5, 7
 
-@exact
-def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor = None,
-                            pairing='parity', mask: Tensor = None) -> Reduction:
+@exact()
+def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor = None,
+                            pairing='parity') -> Reduction:
     """ToMe: merge the r sources that resemble a destination most, at most half: N tokens -> N - r.
 
-    metric (B, N, C), r int or (B,), the first `protected` tokens never merge. pairing: 'parity', even places
-    are sources, odd ones destinations; or the places of both (A,), (D,). size (B, N): what tokens stand for
-    already. mask (B, N) bool: False is dropped. Slots: protected, sources that stay, destinations.
+    metric (B, N, C); the first `protected` tokens never merge. pairing: 'parity', even places are sources,
+    odd ones destinations; or the places of both (A,), (D,). size (B, N): what tokens stand for already.
+    Slots: protected, sources that stay, destinations.
     """
     (B, N, _), device = metric.shape, metric.device
     if pairing == 'parity':
         place = torch.arange(N, device=device)[protected:]
         pairing = place[protected % 2::2], place[1 - protected % 2::2]
-    sources, targets = pairing                                                 # (A,), (D,) places
-    real, M = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask, None
-    if not len(targets) or not len(sources) or isinstance(r, int) and r <= 0:  # nothing to merge
-        return pack(real)
+    (sources, targets), every = pairing, torch.ones(B, N, dtype=torch.bool, device=device)     # (A,), (D,)
+    r = min(r, len(sources), (N - protected) // 2)
+    if r <= 0 or not len(targets):                                             # nothing to merge
+        return pack(every, N)
     u = unit(metric.detach())
-    score = u[:, sources] @ u[:, targets].mT                                   # (B, A, D)
-    if isinstance(r, int) and mask is None:                               # all sizes known without the device
-        r = max(0, min(r, len(sources), (N - protected) // 2))
-        M = N - r
-    else:
-        score = score.masked_fill(~real[:, None, targets], -math.inf)
-        most = torch.minimum(real[:, sources].sum(1), (real.sum(1) - protected) // 2)          # (B,)
-        most = most * real[:, targets].any(1)
-        r = torch.minimum(torch.as_tensor(r, device=device), most).clamp(min=0)[:, None]       # (B, 1)
-    best, choice = score.max(-1)                                              # (B, A) the most similar target
-    gone = best_of(best, r, real[:, sources])                                  # (B, A) sources that merge
-    stays = real.index_copy(1, sources, real[:, sources] & ~gone)            # (B, N) with a slot of their own
+    best, choice = (u[:, sources] @ u[:, targets].mT).max(-1)                # (B, A) the most similar target
+    gone = best_of(best, r, every[:, sources])                                 # (B, A) sources that merge
+    stays = every.index_copy(1, sources, ~gone)                              # (B, N) with a slot of their own
     front = torch.cat([torch.arange(protected, device=device), sources, targets])      # (N,) in slot order
     slot = (stays[:, front].cumsum(1) - 1)[:, front.argsort()].where(stays, -1)        # (B, N)
-    position = first_members(slot, int(stays.sum(1).max()) if M is None else M)        # (B, M)
     joined = torch.where(gone, slot[:, targets].gather(1, choice), slot[:, sources])   # (B, A)
-    assign = slot.index_copy(1, sources, joined)                               # (B, N)
-    size = real.float() if size is None else size.float() * real
-    total = look_up(slot_sums(size, assign, position.size(1)), assign, 1)      # (B, N)
+    assign, position = slot.index_copy(1, sources, joined), first_members(slot, N - r)     # (B, N), (B, N-r)
+    size = every.float() if size is None else size.float()
+    total = look_up(slot_sums(size, assign, N - r), assign, 1)                 # (B, N)
     return Reduction(assign, size / total.clamp(min=1e-6), position, position < N)
 
 
@@ -1232,7 +1204,7 @@ REDUCERS['tome'] = ToMe
 # al., 2016) thin those out. It looks at the whole clip: for offline use only.
 # needs sections 1, 2, 4, 5, 7
 
-@exact
+@exact()
 def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int = None):
     """Density-peak clustering: centres have the highest density * distance to the nearest denser token.
 
@@ -1287,7 +1259,7 @@ def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
     return begins[:, T].cumsum(1) - 1, best[:, T]
 
 
-@exact
+@exact()
 @torch.no_grad()
 def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float = 0.8,
             beta: float = 0.6, k: int = 7, max_len: int = None) -> Reduction:
@@ -1401,7 +1373,7 @@ class Stage(nn.Module):
         return x, torch.cat([place, position[:, N:]], 1), place.size(1), reduced
 
 
-@exact
+@exact()
 def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 0.5,
                   mask: Tensor = None, rows: int = 1024) -> Reduction:
     """HoliTom inside the decoder: of the vision tokens the best by score stay and take in the others.
@@ -1414,7 +1386,8 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     kept = best_of(score, keep, vision)                                        # (B, S)
     goes = vision & ~kept
     stays = ~goes if mask is None else ~goes & mask
-    slots, goer, host = (pack(*a) for a in zip((stays, goes, kept), most_of(stays, goes, kept)))
+    most = torch.stack([a.sum(1).max() for a in (stays, goes, kept)]).tolist()         # waits for the device
+    slots, goer, host = map(pack, (stays, goes, kept), most)
     goer, host = goer.position, F.pad(host.position, (0, 1), value=S)          # (B, G), (B, K) S = nobody
     u = unit(h)
     hosts, nobody = look_up(u, host, 0).mT, (host == S)[:, None]               # (B, C, K), (B, 1, K)
@@ -1454,7 +1427,7 @@ def cluster_sums(x: Tensor, assign: Tensor, K: int):
     return slot_sums(x, assign, K), slot_sums(torch.ones_like(x[..., 0]), assign, K)
 
 
-@exact
+@exact()
 def nearest(x: Tensor, centers: Tensor, metric: str) -> Tensor:
     """The centre of each token: x (B, N, C), centers (B, K, C) -> (B, N) int64. Ties: the first."""
     if metric == 'cosine':                             # the angle is smallest where x·c/|c| is largest
@@ -1463,56 +1436,49 @@ def nearest(x: Tensor, centers: Tensor, metric: str) -> Tensor:
     return torch.baddbmm(-0.5 * centers.square().sum(-1)[:, None], x, centers.mT).argmax(-1)
 
 
-def spread_centers(x: Tensor, K: int, mask: Tensor, generator: torch.Generator = None,
-                   trials: int = 8) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii, 2007), greedy: x (B, N, C), mask (B, N) -> (B, K, C).
+def spread_centers(x: Tensor, K: int, trials: int = 8) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii, 2007), greedy: x (B, N, C) -> (B, K, C).
 
     The chance of a token to be the next centre is in proportion to its squared distance to the nearest so
     far; of `trials` such tokens the one stays that leaves the smallest sum of them. Chances are the same for
     each sample of a batch, and the first k centres are what K = k would give.
     """
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    luck = torch.rand(K, trials, generator=generator).to(precise(x[:0]))       # in [0, 1)
+    luck = torch.rand(K, trials, generator=torch.Generator().manual_seed(0)).to(precise(x[:0]))    # in [0, 1)
     square, rows = x.square().sum(-1), torch.arange(len(x), device=x.device)   # (B, N), (B,)
-    last = (mask.cumsum(1) * mask).argmax(1, keepdim=True)                    # (B, 1) taken if all gaps are 0
-    far, chosen = mask.to(x.dtype), []                     # (B, N) squared distance; at first any token
+    far, chosen = torch.ones_like(square), []              # (B, N) squared distance; at first any token
     for k in range(K):
         edge = precise(far).cumsum(1)                                          # (B, N)
-        pick = torch.searchsorted(edge, luck[k] * edge[:, -1:], right=True).minimum(last)
+        pick = torch.searchsorted(edge, luck[k] * edge[:, -1:], right=True).clamp(max=x.size(1) - 1)
         tried = x[rows[:, None], pick]                                         # (B, trials, C)
         gap = square[..., None] - 2 * x @ tried.mT + square.gather(1, pick)[:, None]
-        gap = gap.clamp(min=0).masked_fill(~mask[..., None], 0)                # (B, N, trials)
-        gap = torch.minimum(gap, far[..., None]) if k else gap
+        gap = torch.minimum(gap.clamp(min=0), far[..., None] if k else gap.new_tensor(math.inf))
         best = gap.sum(1).argmin(-1)                                           # (B,)
         far = gap[rows, :, best]
         chosen.append(tried[rows, best])
     return torch.stack(chosen, 1)
 
 
-@exact
+@exact()
 @torch.no_grad()
-def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, metric: str = 'l2',
-           generator: torch.Generator = None, mask: Tensor = None):
+def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, metric: str = 'l2'):
     """Lloyd's algorithm: x (B, N, C) -> centroids (B, K, C) float32, assign (B, N) int64.
 
     init (B, K, C), None: spread_centers. metric 'l2', or 'cosine': of tokens of length one, but means as they
-    come. mask (B, N) bool: tokens that take part, the others get -1. Clusters are in order of their first
-    token; an empty one keeps its centre and stands last. ValueError: another metric.
+    come. Clusters are in order of their first token; an empty one keeps its centre and stands last.
     """
     if metric not in ('l2', 'cosine'):
         raise ValueError(f"metric must be 'l2' or 'cosine', got {metric!r}")
     K, x = num_clusters, unit(x) if metric == 'cosine' else x.float()
-    mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-    centers = spread_centers(x, K, mask, generator) if init is None else init.float()
+    centers = spread_centers(x, K) if init is None else init.float()
     for _ in range(iters):
-        sums, count = cluster_sums(x, nearest(x, centers, metric).where(mask, -1), K)
+        sums, count = cluster_sums(x, nearest(x, centers, metric), K)
         centers = torch.where(count[..., None] > 0, sums / count[..., None].clamp(min=1), centers)
-    assign = nearest(x, centers, metric).where(mask, -1)                       # (B, N)
+    assign = nearest(x, centers, metric)                                       # (B, N)
     order = first_members(assign, K).argsort(dim=1, stable=True)               # (B, K)
     return centers.take_along_dim(order[..., None], 1), look_up(order.argsort(1), assign, -1)
 
 
-@exact
+@exact()
 @torch.no_grad()
 def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     """Mean silhouette by cosine distance, exact in O(N K C): x (B, N, C), assign (B, N) -> (B,).
@@ -1520,20 +1486,18 @@ def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     (b - a) / max(a, b): a, mean distance to the others of its cluster; b, to the nearest other cluster
     (Rousseeuw, 1987). A mean of 1 - u·v over v is 1 - u·(sum of v)/n.
     """
-    u, real = unit(x), assign >= 0
+    u, own = unit(x), F.one_hot(assign, K)                                     # (B, N, C), (B, N, K)
     sums, count = cluster_sums(u, assign, K)                                   # (B, K, C), (B, K)
-    own = F.one_hot(assign.clamp(min=0), K)                                    # (B, N, K)
     others = count[:, None] - own                                              # (B, N, K) without itself
     along = u @ sums.mT - own * u.square().sum(-1, keepdim=True)
     distance = 1 - along / others.clamp(min=1)                                 # (B, N, K)
     a = (distance * own).sum(-1)                                               # (B, N)
     b = distance.masked_fill((own > 0) | (count == 0)[:, None], math.inf).amin(-1)
     alone = (others * own).sum(-1) == 0                                        # (B, N) 0 by definition
-    score = ((b - a) / torch.maximum(a, b).clamp(min=1e-6)).masked_fill(~real | alone | b.isinf(), 0)
-    return score.sum(1) / real.sum(1).clamp(min=1)
+    return ((b - a) / torch.maximum(a, b).clamp(min=1e-6)).masked_fill(alone | b.isinf(), 0).mean(1)
 
 
-@exact
+@exact()
 @torch.no_grad()
 def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     """k-means by cosine with the number of clusters that has the best silhouette, for each sample.
@@ -1542,7 +1506,7 @@ def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     the same k-means++ centres, so few iterations do.
     """
     u, fits = unit(x), []
-    init = spread_centers(u, most, torch.ones_like(u[..., 0], dtype=torch.bool))
+    init = spread_centers(u, most)
     for k in range(least, most + 1):
         centers, assign = kmeans(u, k, iters, init[:, :k], 'cosine')
         fits.append((silhouette(u, assign, k), F.pad(centers, (0, 0, 0, most - k)), assign))
@@ -1725,7 +1689,7 @@ REDUCERS.update(vqtoken=VQToken, vq=LearnedCodes)
 # each, as many as a budget says. It looks at the whole clip: for offline use only.
 # needs sections 1, 2, 4, 5, 7
 
-@exact
+@exact()
 def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
     """Rows alike by (1 + cosine) / 2 above threshold become one: selector (B, K, T) -> Reduction of rows."""
     u, K = unit(selector), selector.size(1)
@@ -1770,7 +1734,8 @@ class FrameSelector(Budgeted):
         position = F.pad(torch.arange(L, device=words.device), (n, 0))                 # queries at 0
         seen = F.pad(known, (n, 0), value=False)[:, None, None]                # words alone are read
         both = both + self.blocks[0](both, position, seen)
-        return exact(F.linear)(self.norm(both[:, :n]).float(), self.wish.weight.float())
+        with exact():
+            return F.linear(self.norm(both[:, :n]).float(), self.wish.weight.float())
 
     def near(self, own: Tensor, width, S: int) -> Tensor:
         """own (..., 1) in (0, 1) -> (..., S): 1 at this place among S, less beside it, 0 far from it."""
@@ -1779,7 +1744,8 @@ class FrameSelector(Budgeted):
 
     def alike(self, wish: Tensor, x: Tensor) -> Tensor:
         """Of wish (..., K, C) and x (..., S, C), less its mean: 1.5 * cosine, more than `near` can be."""
-        return 1.5 * exact(torch.matmul)(unit(wish), unit(x - x.mean(-2, keepdim=True)).mT)
+        with exact():
+            return 1.5 * (unit(wish) @ unit(x - x.mean(-2, keepdim=True)).mT)
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> M tokens, info 'selector' (B, K, T).
@@ -2072,7 +2038,8 @@ class Retriever(nn.Module):
     def forward(self, video: Tensor, text: Tensor):
         """Similarity (B, B), rows are sentences, and InfoNCE loss (van den Oord et al., arXiv 1807.03748)."""
         sentences, clips = self.encode_text(text), self.encode_video(video)    # (B, C) each
-        similarity = exact(torch.matmul)(sentences, clips.T)                   # (B, B) in [-1, 1], float32
+        with exact():
+            similarity = sentences @ clips.T                                   # (B, B) in [-1, 1], float32
         same = (text[:, None] == text[None]).all(-1).fill_diagonal_(False)     # no negatives
         logits = (self.log_scale.exp() * similarity).masked_fill(same, -math.inf)
         own = torch.arange(len(text), device=text.device)
@@ -2221,9 +2188,8 @@ def init_from(model: nn.Module, dense: nn.Module):
 
 
 # ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
-# What a forward pass costs: a multiply-add is two FLOPs, attention is counted in full, although causal kernels
-# skip half of it, and element-wise work is not. What became of each patch, as a picture. And Muon (Jordan et
-# al., 2024), which trains the matrices of the blocks.
+# What a pass costs: a multiply-add is two FLOPs, causal attention counts in full, element-wise work does not.
+# What became of each patch, as a picture. Muon (Jordan et al., 2024), which trains the matrices of the blocks.
 # needs sections 1 to 5
 
 def num_params(model: nn.Module) -> int:
@@ -2233,7 +2199,7 @@ def num_params(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, run):
-    """FLOPs of run(), which calls the model -> those of each part, of the 'rest' and 'total'; what run gave."""
+    """FLOPs of run(), which calls the model -> of each part, of the 'rest', the 'total'; what run gave."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
     aten, matrix_vector = torch.ops.aten, lambda a, b, **more: 2 * math.prod(a)
     attention = lambda q, k, v, *args, **more: sdpa_flop_count(q, k, v)

@@ -51,6 +51,7 @@ from typing import Annotated, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.module_tracker import ModuleTracker
 
 # ---- 1. Configuration --------------------------------------------------------------------------------------
 # All that decides the model's shape, its vocabulary too, so that a checkpoint explains itself. Five parts are
@@ -440,11 +441,8 @@ class Router(nn.Module):
         frame; group = 1: of the clip (a later token can then push out an earlier one: offline use only).
         forced (N,) bool: tokens that are selected, and count in their run's k. Ties: the earlier token.
         """
-        logits, N = self.score(x), x.size(1) - words                           # (B, S)
-        index = select_tokens(logits.detach()[:, :N], group, capacity(ratio, N // group), forced)
-        gate = GATES[self.gate](logits.gather(1, index))                       # (B, group * k)
-        text = torch.arange(N, N + words, device=x.device).expand(len(x), -1)  # (B, words)
-        return Route(torch.cat([index, text], 1), F.pad(gate, (0, words), value=1.0), logits)
+        N = x.size(1) - words
+        return best_route(self.score(x), N, group, capacity(ratio, N // group), forced, GATES[self.gate])
 
 
 def capacity(ratio: float, n: int) -> int:
@@ -462,6 +460,14 @@ def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> T
     rank = score.view(B, group, -1).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
     start = torch.arange(group, device=score.device) * (N // group)            # (group,) first of each
     return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)         # (B, group * k)
+
+
+def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor, gate) -> Route:
+    """The k best of each of `group` runs of the first N tokens, and all words: score (B, S) -> Route."""
+    index = select_tokens(score.detach()[:, :N], group, k, forced)             # (B, group * k)
+    factor = F.pad(gate(score.gather(1, index)), (0, score.size(1) - N), value=1.0)
+    words = torch.arange(N, score.size(1), device=score.device).expand(len(score), -1)     # (B, words)
+    return Route(torch.cat([index, words], 1), factor, score)
 
 
 def mod_layers(placement: str, depth: int) -> list:
@@ -483,13 +489,13 @@ class FrameRouting(nn.Module):
     whole_clip = False     # True: it looks at the whole clip, so a stream cannot have it
     ragged = False         # False: it wants all tokens of every frame
     last_layer = False     # True: the last layer may route even where no loss reads its vision tokens
-    router = Router
+    kind = Router          # of the routers
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
                  gate: Annotated[str, 'factor of updates: raposo, the score; zero, one at first'] = 'raposo'):
         super().__init__()
         self.keep_ratio, self.patches, self.streaming = keep_ratio, patches, streaming
-        self.routers = nn.ModuleDict({str(i): self.router(dim, gate) for i in layers})
+        self.routers = nn.ModuleDict({str(i): self.kind(dim, gate) for i in layers})
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         """The Route of layer i for x (B, S, C), its first N tokens vision; None: all tokens go through."""
@@ -758,8 +764,8 @@ class ModVideo(nn.Module):
 
         frames: any iterable of (frame (B, 3, height, width), question (B, L) int64 or None), asked after it;
         prompt (B, L): read first; 0 pads words. Yields a dict a frame: 'silence' (B,), its probability, ids
-        'said' and 'answer' (B, n), or None, 'held', the keys of each layer. With config.window = W all but the
-        prompt and the last W frames is forgotten: memory stays level.
+        'said' and 'answer' (B, n), or None, 'held', the keys of each layer. With config.window = W all but
+        the prompt and the last W frames is forgotten: memory stays level.
         """
         if not self.config.streaming:
             raise ValueError('this model was not made for streams; wanted config.streaming = True')
@@ -1122,7 +1128,7 @@ class RaggedBlock(MoDBlock):
 
 class RaggedRouting(FrameRouting):
     """FrameRouting that also takes clips whose frames have unequal numbers of tokens left."""
-    layer, router, ragged = RaggedBlock, RaggedRouter, True
+    layer, kind, ragged = RaggedBlock, RaggedRouter, True
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0 or self.streaming or position.dim() == 1:                    # whole frames
@@ -1568,11 +1574,6 @@ class VQToken(Reducer):
         tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
         return reduced._replace(tokens=tokens * mask[..., None])
 
-def token_density(accuracy_percent: float, tokens: float) -> float:
-    """TokDense of VQToken: percentage points of accuracy for each token that the decoder is given."""
-    return accuracy_percent / tokens
-
-
 def code_usage(indices: Tensor, num_codes: int):
     """Share of the codes that occur, and their perplexity, exp(-sum p log p): 0-dim tensors."""
     count = torch.bincount(indices.flatten(), minlength=num_codes).float()
@@ -1619,7 +1620,7 @@ class VectorQuantizer(nn.Module):
         if not len(flat):
             raise ValueError(f'wanted at least one vector, got {tuple(x.shape)}')
         # Checkpointing computes this again while the gradient is computed, and wants what it had before.
-        again = self.training and torch._C._current_graph_task_id() >= 0
+        again = self.training and ModuleTracker().is_bw
         if self.training and not again and not self.calls:                     # waits for the device
             centers = together(kmeans(flat[None], len(self.codebook))[0], 'first')
             self.move(flat, nearest(flat.detach()[None], centers, 'l2')[0], 0.0)
@@ -2065,14 +2066,14 @@ class GammaBlock(MoDBlock):
         return a + (route.gate[..., None] * m).to(m.dtype)
 
 
-class GammaRouting(nn.Module):
+class GammaRouting(FrameRouting):
     """One router for all layers: the best of the clip, by what a layer will see; words go through, gated."""
-    layer, whole_clip, ragged, last_layer = GammaBlock, True, False, False
+    layer, whole_clip = GammaBlock, True
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
                  routing_loss: Annotated[float, "weight of the router's own loss"] = 0.01):
-        super().__init__()
-        self.keep_ratio, self.weight = keep_ratio, routing_loss
+        super().__init__(dim, [], keep_ratio, patches)
+        self.weight = routing_loss
         self.router = Router(dim) if layers else None
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int) -> Route:
@@ -2095,11 +2096,11 @@ def routing_loss(route: Route) -> Tensor:
 
 class UniformRouting(FrameRouting):
     """Evenly spaced tokens of a frame, its last among them. The base of ways without a router, gate one."""
-    ragged = False
+    ragged, count = False, staticmethod(capacity)
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False):
-        nn.Module.__init__(self)
-        self.patches, self.streaming, self.k = patches, streaming, capacity(keep_ratio, patches)
+        super().__init__(dim, [], keep_ratio, patches, streaming)
+        self.k = self.count(keep_ratio, patches)               # tokens of each frame
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0:
@@ -2107,10 +2108,8 @@ class UniformRouting(FrameRouting):
         position = position.expand(x.shape[:2])[:, :N]                         # (B, N)
         place = torch.arange(N, device=x.device) % self.patches                # (N,) in its frame
         score = self.score(i, position, place).float().expand(len(x), N)       # (B, N)
-        index = select_tokens(score, N // self.patches, self.k, self.deciding(place))
-        words = torch.arange(N, x.size(1), device=x.device).expand(len(x), -1)
-        index = torch.cat([index, words], 1)                                   # (B, K + words)
-        return Route(index, torch.ones(index.shape, device=x.device), F.pad(score, (0, words.size(1))))
+        score = F.pad(score, (0, x.size(1) - N))                               # (B, S)
+        return best_route(score, N, N // self.patches, self.k, self.deciding(place), torch.ones_like)
 
     def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
         """Which tokens layer i prefers: position (B, N), place (N,) in its frame -> (N,) or (B, N)."""
@@ -2126,11 +2125,7 @@ class RandomRouting(UniformRouting):
 
 class SkipRouting(UniformRouting):
     """No vision token at all: with placement all-deep early exit, with interleaved layer skipping."""
-    last_layer = True
-
-    def __init__(self, *numbers):
-        super().__init__(*numbers)
-        self.k = 0
+    last_layer, count = True, staticmethod(lambda ratio, n: 0)
 
 
 ROUTINGS.update(gamma=GammaRouting, uniform=UniformRouting, random=RandomRouting, skip=SkipRouting)
@@ -2189,7 +2184,7 @@ def init_from(model: nn.Module, dense: nn.Module):
 
 # ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
 # What a pass costs: a multiply-add is two FLOPs, causal attention counts in full, element-wise work does not.
-# What became of each patch, as a picture. Muon (Jordan et al., 2024), which trains the matrices of the blocks.
+# What became of each patch, as a picture. Muon (Jordan et al., 2024) trains the matrices of the blocks.
 # needs sections 1 to 5
 
 def num_params(model: nn.Module) -> int:
@@ -2304,28 +2299,23 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
 
 def main():
     """Self-check: shapes, parameters, FLOPs dense and routed, what an untrained router picks."""
-    vocab, models = ['<pad>', '<eos>', 'what', 'moves', 'square'], {}
-    video = torch.full((2, 8, 3, 32, 32), 0.3)
+    text, video = torch.tensor([[2, 3, 4], [2, 3, 0]]).expand(2, 2, 3), torch.full((2, 8, 3, 32, 32), 0.3)
     for t in range(8):                                                         # a white square moves right
         video[:, t, :, 10:18, 2 + 2 * t:10 + 2 * t] = 0.9
-    text = torch.tensor([[2, 3, 4], [2, 3, 0]]).expand(2, 2, 3)                # (B, Q, L)
-    for placement in ('none', 'all'):
+    for name, placement in (('dense', 'none'), ('MoD', 'all')):
         torch.manual_seed(0)
-        model = ModVideo(ModVideoConfig(**PRESETS['cpu'], vocab=vocab, placement=placement))
-        models[placement], (logits, _, aux) = count_flops(model, lambda: model(video, text))
-    route, answer = aux['routes'][0], model.generate(video, text, max_new_tokens=2)
+        config = ModVideoConfig(['<pad>', '<eos>', 'what', 'moves', 'square'], placement=placement)
+        model = ModVideo(config)
+        flops, (logits, _, aux) = count_flops(model, lambda: model(video, text))
+        print(f'MFLOPs, {name:5}', *(f'{part} {n / 1e6:.1f}' for part, n in flops.items() if n), sep='   ')
     shapes = {'video (B, T, 3, height, width)': video, 'vision tokens (B, N, C)': aux['reduced'].tokens,
-              'route (B, K + Q*L)': route.index, 'logits (B, Q, L, V)': logits, 'answer (B, Q, new)': answer}
+              'route (B, K + Q*L)': aux['routes'][0].index, 'logits (B, Q, L, V)': logits,
+              'answer (B, Q, new)': model.generate(video, text, max_new_tokens=2)}
     for name, tensor in shapes.items():
         print(f'{name:32}{tuple(tensor.shape)}')
-    print(f'{"parameters":32}{num_params(model):,}\n')
-    print('MFLOPs           dense      MoD     2 clips, 2 questions of 3 words each')
-    for part, routed in models['all'].items():
-        if routed:
-            print(f'{part:12} {models["none"][part] / 1e6:9.1f} {routed / 1e6:8.1f}')
     os.makedirs('out', exist_ok=True)
-    draw_tokens(video[0], route).save('out/modvideo.png')
-    print('what the untrained router of layer 0 picks: out/modvideo.png')
+    draw_tokens(video[0], aux['routes'][0]).save('out/modvideo.png')
+    print(f'{num_params(model):,} parameters; what the untrained router of layer 0 picks: out/modvideo.png')
 
 
 if __name__ == '__main__':

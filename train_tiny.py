@@ -60,7 +60,7 @@ from data.shapes import PROMPT, Batch, ShapeWorld
 from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCache, ModVideoConfig,
                       choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens, init_from,
                       layer_ranks, load_checkpoint, merge_lora, num_params, options_of, pack,
-                      save_checkpoint, token_density)
+                      save_checkpoint)
 
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
@@ -919,7 +919,7 @@ def scores_of(task, model) -> dict:
     scores = task.evaluate(model.eval(), 'test', EVAL_CLIPS if task.s.data == 'shapes' else 10 ** 9)
     scores.update(task.cost(model))
     if 'decoder_tokens' in scores:
-        density = token_density(100 * scores['accuracy'], scores['decoder_tokens'])
+        density = 100 * scores['accuracy'] / scores['decoder_tokens']             # VQToken's TokDense
         scores['tok_density'] = round(density, 3)
     return scores
 

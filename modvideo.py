@@ -223,7 +223,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. `causal`: a token sees itself and the past if no mask is set."""
+    """Multi-head self-attention. `causal`: a token for which no mask is set sees itself and the past."""
 
     def __init__(self, dim: int, n_head: int, causal: bool = True):
         super().__init__()
@@ -257,8 +257,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C), position (S,), (B, S) or None (no rotary) -> (B, S, C).
 
-        mask (R, S) or (B, 1, R, S), of the last R tokens; others see the past if causal. bool: True where a
-        row sees a column; float: added to the scores.
+        mask (R, S) or (B, 1, R, S), of the last R tokens, bool (True: seen) or float, added to the scores.
         """
         q, k, v = self.project(x, position)
         if cache is not None:                                          # a filled cache makes the mask itself
@@ -450,21 +449,14 @@ def capacity(ratio: float, n: int) -> int:
     return max(1, math.ceil(ratio * n - 1e-9))
 
 
-def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> Tensor:
-    """The k best of each of `group` equal runs of tokens: score (B, N) -> (B, group * k) ascending."""
-    B, N = score.shape
+def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor, gate) -> Route:
+    """The k best of each of `group` equal runs of the first N tokens, and all words, by score (B, S)."""
     if N % group:
         raise ValueError(f'{N} tokens do not divide into {group} groups of equal size')
-    if forced is not None:
-        score = score.masked_fill(forced, math.inf)
-    rank = score.view(B, group, -1).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
-    start = torch.arange(group, device=score.device) * (N // group)            # (group,) first of each
-    return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)         # (B, group * k)
-
-
-def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor, gate) -> Route:
-    """The k best of each of `group` runs of the first N tokens, and all words: score (B, S) -> Route."""
-    index = select_tokens(score.detach()[:, :N], group, k, forced)             # (B, group * k)
+    vision, first = score.detach()[:, :N], torch.arange(group, device=score.device) * (N // group)
+    vision = vision if forced is None else vision.masked_fill(forced, math.inf)
+    rank = vision.unflatten(1, (group, -1)).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
+    index = (rank[..., :k].sort(-1).values + first[:, None]).flatten(1)        # (B, group * k) ascending
     factor = F.pad(gate(score.gather(1, index)), (0, score.size(1) - N), value=1.0)
     words = torch.arange(N, score.size(1), device=score.device).expand(len(score), -1)     # (B, words)
     return Route(torch.cat([index, words], 1), factor, score)
@@ -749,7 +741,7 @@ class ModVideo(nn.Module):
         reduced = self.encode_video(video, question=words)
         if self.stage is None:
             place = reduced.position                           # two tokens may stand at one: no plain past
-            mask = additive(visible(place), reduced.tokens) if place.dim() == 2 else None
+            mask = visible(place) if place.dim() == 2 else None
             self.decode(reduced.tokens, place, reduced.tokens.size(1), mask, caches)
             for cache in caches:
                 cache.repeat(B * Q // len(reduced.tokens))
@@ -949,14 +941,9 @@ def compose(first: Reduction, second: Reduction) -> Reduction:
     return Reduction(assign, weight, position, second.mask)
 
 
-def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) -> Reduction:
-    """The means of clusters: assign (B, N) int64 in [0, num_clusters), -1 = dropped. Empty ones are padding.
-
-    position (B, num_clusters): where each stands, None: at its first member. Slots are put in this order.
-    """
-    N, first = assign.size(1), first_members(assign, num_clusters)             # (B, K)
-    position = first if position is None else torch.where(first < N, position, N)
-    position, order = position.sort(dim=1, stable=True)          # (B, K) ascending, empty ones last
+def from_clusters(assign: Tensor, num_clusters: int) -> Reduction:
+    """The means of clusters, by first member: assign (B, N) int64 below num_clusters, -1 = dropped."""
+    position, order = first_members(assign, num_clusters).sort(dim=1, stable=True)     # (B, K) empty last
     return mean_of(look_up(order.argsort(1), assign, -1), position)
 
 
@@ -1023,7 +1010,8 @@ class Prune(Budgeted):
     wants_saliency = True
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
-        position = select_tokens(saliency.flatten(1), 1, self.most(x))         # (B, M)
+        order = saliency.flatten(1).argsort(dim=1, descending=True, stable=True)       # (B, N)
+        position = order[:, :self.most(x)].sort(dim=1).values                  # (B, M)
         return Reduced(x.flatten(1, 2).take_along_dim(position[..., None], 1), position)
 
 
@@ -1031,8 +1019,7 @@ class Pool(Budgeted):
     """Means over a grid of time and space: its cells are the same in every clip."""
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
-        cell = pool_grid(x.size(1), side_of(x.size(2)), self.most(x))       # (N,) on the host
-        return reduced_by(x, from_clusters(cell.to(x.device).expand(len(x), -1), int(cell.max()) + 1))
+        return pool(x, self.most(x))
 
 
 def side_of(P: int) -> int:
@@ -1042,13 +1029,15 @@ def side_of(P: int) -> int:
     return math.isqrt(P)
 
 
-def pool_grid(T: int, side: int, budget: int) -> Tensor:
-    """(T * side * side,) int64: the cell of each patch in a grid of as many cells as fit, first over time."""
+def pool(x: Tensor, budget: int) -> Reduced:
+    """Means of the cells of a grid, as many as fit, first over time: x (B, T, P, C) -> (B, M, C)."""
+    T, side = x.size(1), side_of(x.size(2))
     b = max(range(1, side + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
-    return grid_cells(T, side, min(T, budget // b ** 2), b)
+    a = min(T, budget // b ** 2)
+    return reduced_by(x, from_clusters(grid_cells(T, side, a, b, x.device).expand(len(x), -1), a * b * b))
 
 
-def grid_cells(T: int, side: int, a: int, b: int, device=None) -> Tensor:
+def grid_cells(T: int, side: int, a: int, b: int, device) -> Tensor:
     """(T * side * side,) int64: which of a * b * b equal cells of time, height and width each patch is in."""
     time, place = (torch.arange(n, device=device) * m // n for n, m in ((T, a), (side, b)))
     return ((time[:, None, None] * b + place[:, None]) * b + place).flatten()
@@ -1076,14 +1065,13 @@ class Gaps(Reducer):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         if not self.training:
             return super().forward(x)
-        generator, (B, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
+        generator, (_, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
         self.calls += 1
         luck, share, kind = torch.rand(3, generator=generator).tolist()
         share = self.least + (1 - self.least) * share if luck < self.gaps else 1.0
         n = math.ceil(share * T * P)
-        if share < 1 and kind < 1 / 3:                                         # the same cells in all clips
-            cell = pool_grid(T, math.isqrt(P), n).to(x.device)                 # (N,)
-            return reduced_by(x, from_clusters(cell.expand(B, -1), int(cell.max()) + 1))
+        if share < 1 and kind < 1 / 3:
+            return pool(x, n)
         group = P if kind < 2 / 3 else 1                                       # whole frames, or patches
         chance = torch.rand(T * P // group, generator=generator).repeat_interleave(group)
         position = chance.argsort(stable=True)[:max(1, n // group) * group].sort().values.to(x.device)
@@ -1216,8 +1204,7 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int 
 
     x (B, N, C), num_clusters int or (B,), mask (B, N): who takes part -> centers (B, K), ascending, N at
     padding; assign (B, N): the nearest centre's place in the list, -1 outside the mask. density =
-    exp(-mean squared distance to the k nearest that take part, itself included). Ties: the earlier token.
-    most: K, if it is known.
+    exp(-mean squared distance to the k nearest that take part, itself included). most: K, if it is known.
     """
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -1766,17 +1753,13 @@ class FrameSelector(Budgeted):
         if self.hard:                                                # straight-through: one frame each
             one = F.one_hot(selector.argmax(-1), T).to(selector.dtype)
             selector = one + selector - selector.detach()
-        shares, frame = self.distinct(selector)                                # (B, K, T), (B, K)
+        kept = merge_duplicates(selector.detach())
+        shares = reduce_tokens(selector, kept)                                 # (B, K, T)
+        frame, order = shares.argmax(-1).where(kept.mask, T).sort(dim=1, stable=True)      # (B, K)
+        shares = shares.take_along_dim(order[..., None], 1)                    # those that differ, in time order
         mixed = (shares.to(x.dtype) @ x.flatten(2)).unflatten(2, (P, C))       # (B, K, P, C)
         tokens, position = self.sample(mixed, frame, wish[:, K:], self.most(x), T)
         return Reduced(tokens, position, info=dict(selector=selector, patches=P))
-
-    def distinct(self, selector: Tensor):
-        """(B, K, T) -> those that differ (B, K, T), by their strongest frame (B, K); T at padding."""
-        kept = merge_duplicates(selector.detach())
-        shares = reduce_tokens(selector, kept)
-        frame, order = shares.argmax(-1).where(kept.mask, selector.size(2)).sort(dim=1, stable=True)
-        return shares.take_along_dim(order[..., None], 1), frame
 
     def sample(self, mixed: Tensor, frame: Tensor, wish: Tensor, M: int, T: int):
         """M tokens, as many of each of mixed (B, K, P, C) whose frame (B, K) is below T, and their places."""
@@ -1802,7 +1785,6 @@ class FrameSelector(Budgeted):
         return pack(taken.repeat_interleave(reduced.info['patches'], 1))
 
     def facts(self, reduced: Reduced) -> dict:
-        """How many mixtures of frames differ, on average."""
         return dict(frames=merge_duplicates(reduced.info['selector']).mask.sum(1).float().mean().item())
 
 
@@ -1818,6 +1800,7 @@ class MergeStep(NamedTuple):
     """What a layer merges."""
     joins: tuple    # before attention, in turn: (M, r), M neighbouring clips become one, then r tokens merge
     inner: int      # tokens that merge after attention
+    tokens: int     # of each clip in attention
 
 
 def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04, cross: float = 0.3,
@@ -1826,8 +1809,7 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04,
 
     The prime factors of `frames` are dealt to at most three layers, the last but one and those before it:
     12 -> 2, 2, 3. Earlier layers merge `image` of a frame's patches; these `cross` of all tokens at each join
-    and `intra` of the rest inside; the last `intra`. At most half of the patches merge at once. ValueError: a
-    single layer, as frames are seen one by one before they are joined.
+    and `intra` of the rest inside; the last `intra`. At most half of the patches merge at once.
     """
     if n_layer < 2 and frames > 1:
         raise ValueError(f'merging frames wants 2 layers, the first for each frame alone, got {n_layer}')
@@ -1849,7 +1831,7 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04,
             joins.append((M, min((n - c) // 2, share(n, cross))))
             n -= joins[-1][1]
         inside = min((n - c) // 2, share(patches, image) if i < first else share(n, intra))
-        steps.append(MergeStep(tuple(joins), inside))
+        steps.append(MergeStep(tuple(joins), inside, n))
         n -= inside
     return steps
 
@@ -1904,7 +1886,7 @@ class TempMeEncoder(VisionEncoder):
         self.frames = frames
         self.cls = nn.Parameter(0.2 * torch.randn(dim))                        # (C,)
         self.steps = (merge_schedule(n_layer, frames, patches, *shares) if joins
-                      else [MergeStep((), 0)] * n_layer)
+                      else [MergeStep((), 0, patches + 1)] * n_layer)
         self.clip_place = nn.ParameterList()               # of the clips before each join
         for M in [M for step in self.steps for M, _ in step.joins]:
             self.clip_place.append(nn.Parameter(place_std * torch.randn(frames, dim)))
@@ -1912,12 +1894,10 @@ class TempMeEncoder(VisionEncoder):
 
     def counts(self, T: int) -> list:
         """Of each layer: how many clips, tokens of each in attention, tokens of each in the MLP."""
-        rows, clips, n = [], T, len(self.place) + 1
+        rows = []
         for step in self.steps:
-            for M, r in step.joins:
-                clips, n = clips // M, n * M - r
-            rows.append((clips, n, n - step.inner))
-            n -= step.inner
+            T //= math.prod(M for M, _ in step.joins)
+            rows.append((T, step.tokens, step.tokens - step.inner))
         return rows
 
     def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
@@ -2131,16 +2111,16 @@ class SkipRouting(UniformRouting):
 ROUTINGS.update(gamma=GammaRouting, uniform=UniformRouting, random=RandomRouting, skip=SkipRouting)
 
 
-def attention_rank(attention: Tensor, rtol: float = None):
+def attention_rank(attention: Tensor):
     """gamma-MoD's ARank, and the effective rank: attention (B, H, S, S) -> two of (H,), mean over B.
 
-    ARank: how many singular values of the map below its diagonal are above rtol (None: S * 2**-23) * the
-    largest. A *uniform* map has S - 1, the most: it tells how far attention sinks stretch the values, not
-    redundancy. Effective rank: exp(entropy of the normalized singular values).
+    ARank: how many singular values of the map below its diagonal are above S * 2**-23 * the largest. A
+    *uniform* map has S - 1, the most: it tells how far attention sinks stretch the values, not redundancy.
+    Effective rank: exp(entropy of the normalized singular values).
     """
     values = torch.linalg.svdvals(attention.float().tril(-1))                  # (B, H, S)
-    rtol = attention.size(-1) * torch.finfo(torch.float32).eps if rtol is None else rtol
-    rank = (values > rtol * values[..., :1]).sum(-1).float()                   # (B, H)
+    least = attention.size(-1) * torch.finfo(torch.float32).eps * values[..., :1]
+    rank = (values > least).sum(-1).float()                                    # (B, H)
     share = values / values.sum(-1, keepdim=True).clamp(min=1e-30)             # (B, H, S)
     return rank.mean(0), torch.special.entr(share).sum(-1).exp().mean(0)
 
@@ -2153,12 +2133,12 @@ def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
 
 
 @torch.no_grad()
-def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None) -> Tensor:
+def layer_ranks(model: ModVideo, video: Tensor, text: Tensor) -> Tensor:
     """ARank and effective rank of every decoder layer of a dense model: (2, layers)."""
     rows = []
 
     def look(attention, args):
-        rows.append(torch.stack(attention_rank(attention.weights(*args[:3]), rtol)).mean(1))
+        rows.append(torch.stack(attention_rank(attention.weights(*args[:3]))).mean(1))
 
     hooks = [layer.block.attention.register_forward_pre_hook(look) for layer in model.blocks]
     try:
@@ -2209,12 +2189,12 @@ def count_flops(model: nn.Module, run):
     return {**flops, 'rest': total - sum(flops.values()), 'total': total}, result
 
 
-def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None, grid=None):
+def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, grid=None):
     """Draw what became of the patches of a clip: a PIL image, the frames in a row.
 
     video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route (skipped patches are dimmed) or a
-    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). segment (T,): a black gap
-    where it changes. grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
+    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). grid: rows, columns of
+    patches in a frame; None: 8 pixels a side. ValueError: no fit.
     """
     from PIL import Image
     (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
@@ -2237,8 +2217,6 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment:
     frames[:, :, ::height * scale // rows] *= 0.6                              # the grid of patches
     frames[..., ::width * scale // columns] *= 0.6
     frames = F.pad(frames, (0, 2), value=1.0)                                  # a white gap after each frame
-    if segment is not None:
-        frames[:-1][(segment[1:] != segment[:-1]).cpu(), :, :, -2:] = 0.0
     picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-2]                 # (height, width of all, 3)
     return Image.fromarray((picture * 255).round().byte().numpy())
 

@@ -492,7 +492,6 @@ def test_attention_rank_equals_gamma_mods_code():
     assert mv.attention_rank(both)[0].tolist() == [3.5, 3.5]                   # mean of 0 and S - 1
     orthogonal = torch.eye(9)[None, None].roll(-1, -1)                         # 8 equal values
     assert abs(mv.attention_rank(orthogonal)[1] - 8) < 1e-4
-    assert mv.attention_rank(torch.ones(1, 1, 9, 9), rtol=0.9)[0].item() == 1
     assert mv.choose_mod_layers(torch.tensor([5.0, 2.0, 9.0, 2.0, 7.0]), 2) == [1, 3, 0]
 
 
@@ -804,11 +803,11 @@ def test_gaps_take_tokens_away_in_training_alone():
 def test_baselines_keep_to_the_budget():
     """Catches a grid over the budget, ToMe that drops tokens or sizes, pruning by frame, the first frames."""
     for grid in ((8, 4, 12), (8, 4, 64), (8, 4, 500), (3, 5, 1), (16, 8, 7), (7, 3, 20)):
-        (T, side, budget), cell = grid, mv.pool_grid(*grid)
-        used = cell.unique()
-        assert len(cell) == T * side ** 2 and torch.equal(used, torch.arange(len(used)))
-        assert min(budget, T * side ** 2) / 2.3 < len(used) <= budget, (T, side, budget, len(used))
-    assert len(mv.pool_grid(8, 4, 12).unique()) == 12 and len(mv.pool_grid(8, 4, 500).unique()) == 128
+        T, side, budget = grid
+        made = mv.pool(torch.randn(1, T, side ** 2, 4), budget)
+        M = made.tokens.size(1)
+        assert (made.reduction.assign >= 0).all() and made.reduction.mask.all()
+        assert min(budget, T * side ** 2) / 2.3 < M <= budget and grid[2] not in (12, 500) or M in (12, 128)
     x = torch.randn(2, 50, 8)
     for n in (50, 30, 7, 1):
         merged = mv.tome(x, n)
@@ -1529,7 +1528,7 @@ def test_checkpoints_are_exact_and_atomic_and_cannot_run_code(tmp_path, monkeypa
 
 @pytest.mark.parametrize('words', [0, 10])
 def test_pictures_show_what_was_processed(words):
-    """Catches bright patches that are not routed, another sample, a cut without a gap, words drawn."""
+    """Catches bright patches that are not routed, another sample, words drawn."""
     video = torch.full((2, 3, 16, 16), 0.8)
     value = lambda image, t, patch: image.getpixel((t * 34 + patch % 4 * 8 + 4, patch // 4 * 8 + 4))
     index = torch.tensor([[0, 21, *range(32, 32 + words)]])
@@ -1540,10 +1539,9 @@ def test_pictures_show_what_was_processed(words):
     assert bright == [(0, 0), (1, 5)]
     assign = torch.full((2, 32), -1)
     assign[1, [2, 18, 6]] = torch.tensor([0, 0, 1])
-    picture = mv.draw_tokens(video, mv.from_clusters(assign, 2), 1, 2, torch.tensor([0, 1]), (4, 4))
+    picture = mv.draw_tokens(video, mv.from_clusters(assign, 2), 1, 2, (4, 4))
     assert value(picture, 0, 2) == value(picture, 1, 2) != value(picture, 0, 6) == (204, 204, 204)
-    assert picture.getpixel((33, 20)) == (0, 0, 0)
-    picture = mv.draw_tokens(video, mv.pack(torch.arange(32)[None] % 3 == 0), 0, 2, None, (4, 4))
+    picture = mv.draw_tokens(video, mv.pack(torch.arange(32)[None] % 3 == 0), 0, 2, (4, 4))
     assert value(picture, 0, 0) == value(picture, 0, 3) == (204, 204, 204), 'dropped ones are no slot 0'
 
 

@@ -1756,7 +1756,7 @@ class FrameSelector(Budgeted):
         kept = merge_duplicates(selector.detach())
         shares = reduce_tokens(selector, kept)                                 # (B, K, T)
         frame, order = shares.argmax(-1).where(kept.mask, T).sort(dim=1, stable=True)      # (B, K)
-        shares = shares.take_along_dim(order[..., None], 1)                    # those that differ, in time order
+        shares = shares.take_along_dim(order[..., None], 1)                    # those that differ, in time
         mixed = (shares.to(x.dtype) @ x.flatten(2)).unflatten(2, (P, C))       # (B, K, P, C)
         tokens, position = self.sample(mixed, frame, wish[:, K:], self.most(x), T)
         return Reduced(tokens, position, info=dict(selector=selector, patches=P))

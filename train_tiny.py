@@ -17,6 +17,7 @@
 A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.webp and pictures.
 """
 import argparse
+import copy
 import difflib
 import functools
 import itertools
@@ -57,9 +58,9 @@ from tqdm import tqdm
 from data.clips import ClipFolder, read_clip, read_rows, save_clip, words
 from data.shapes import PROMPT, Batch, ShapeWorld
 from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCache, ModVideoConfig,
-                      block_flops, choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens,
-                      encoder_flops, init_from, layer_ranks, load_checkpoint, merge_lora, num_params,
-                      options_of, pack, save_checkpoint, token_density)
+                      choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens, init_from,
+                      layer_ranks, load_checkpoint, merge_lora, num_params, options_of, pack,
+                      save_checkpoint)
 
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
@@ -273,16 +274,15 @@ class Questions:
         paper_share: of dense, as papers that merge count it, the blocks on vision tokens alone.
         """
         c, found = model.config, []
-        paper = lambda tokens: sum(block_flops(n, c.dim) for n in tokens)
+        paper = lambda tokens: sum(24 * n * c.dim ** 2 + 4 * n * n * c.dim for n in tokens)
         for step in range(clips if c.merges else 1):
             batch = self.draw('test', step, 1)
             if not len(batch.text):                            # a small folder
                 break
-            aux = self.forward(model.eval(), batch)[2]
+            flops, (_, _, aux) = count_flops(model, functools.partial(self.forward, model.eval(), batch))
             Q, L = batch.text.shape[1:]
-            flops = count_flops(model, batch.video.shape, L, Q, aux)
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
-            found.append([flops['total'] / 1e9, flops['decoder'] / 1e9, aux['reduced'].tokens.size(1),
+            found.append([flops['total'] / 1e9, flops['blocks'] / 1e9, aux['reduced'].tokens.size(1),
                           paper(layers), *layers])
         total, decoder, enter, share, *layers = map(statistics.mean, zip(*found))
         return dict(vision_by_layer=[round(n, 1) for n in layers], decoder_tokens=round(enter, 1),
@@ -500,9 +500,13 @@ class Retrieval(Questions):
 
     def cost(self, model) -> dict:
         """Tokens of each layer of the encoder, GFLOPs of encoding a clip, or a single frame."""
-        T = 1 if self.single else model.config.frames
+        c, T = model.config, 1 if self.single else model.config.frames
+        video = next(model.parameters()).new_zeros(1, T, 3, c.frame_size, c.frame_size)
+        encoder = copy.deepcopy(model.encoder)
+        merge_lora(encoder)                                    # as it is used
+        flops, _ = count_flops(encoder, lambda: encoder(video))
         return dict(vision_by_layer=[clips * n for clips, _, n in model.encoder.counts(T)],
-                    gflops=round(encoder_flops(model.encoder, T, model.config.frame_size) / 1e9, 4))
+                    gflops=round(flops['total'] / 1e9, 4))
 
     def timed(self, model, batch) -> dict:
         return dict(encode=lambda: model.encode_video(batch.video))
@@ -915,7 +919,7 @@ def scores_of(task, model) -> dict:
     scores = task.evaluate(model.eval(), 'test', EVAL_CLIPS if task.s.data == 'shapes' else 10 ** 9)
     scores.update(task.cost(model))
     if 'decoder_tokens' in scores:
-        density = token_density(100 * scores['accuracy'], scores['decoder_tokens'])
+        density = 100 * scores['accuracy'] / scores['decoder_tokens']             # VQToken's TokDense
         scores['tok_density'] = round(density, 3)
     return scores
 

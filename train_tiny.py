@@ -156,11 +156,6 @@ def is_right(logits, targets):
     return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)
 
 
-def asked_words(targets):
-    """(B, Q, L) -> (B, Q): words of each question; the last of them predicts the answer's first."""
-    return (targets != IGNORE).int().argmax(-1) + 1
-
-
 def nanmean(values) -> float:
     """Mean of numbers, those aside that are none."""
     return torch.tensor(values).nanmean().item()
@@ -172,6 +167,16 @@ def means(values: list, keys: list) -> dict:
     for key, value in zip(keys, values):
         groups[key].append(value)
     return {key: nanmean(group) for key, group in groups.items()}
+
+
+def average(values: list):
+    """Mean of numbers; of lists, rounded, and of dicts part by part; of anything else the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: average([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [round(average(part), 1) for part in zip(*values)]
+    return statistics.mean(values) if all(isinstance(value, (int, float)) for value in values) else first
 
 
 class Questions:
@@ -202,14 +207,10 @@ class Questions:
             yield batch
 
     def liveliest(self):
-        """Video, text and targets of the held-out clip that moves most, cuts and flashes aside."""
+        """Held-out clip that moves most (T, 3, height, width), a question's ids (L,), words, its answer."""
         batch = self.draw('test', 0, 64)
         change = (batch.video[:, 1:] - batch.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
-        return [a[int(change.median(1).values.argmax())] for a in batch[:3]]
-
-    def liveliest_question(self):
-        """That clip (T, 3, height, width), its first question as ids (L,) and words, the answer in words."""
-        video, text, targets = self.liveliest()
+        video, text, targets = (a[int(change.median(1).values.argmax())] for a in batch[:3])
         asked, told = split_question(text[0], targets[0])
         return video, asked, in_words(asked, self.vocab), in_words(told, self.vocab)
 
@@ -219,7 +220,8 @@ class Questions:
 
     def forward(self, model, batch, targets=None):
         """What the model makes of a batch: logits, loss, aux."""
-        return model(batch.video, batch.text, targets, asked_words(batch.targets))
+        asked = (batch.targets != IGNORE).int().argmax(-1) + 1         # (B, Q) words of each question
+        return model(batch.video, batch.text, targets, asked)
 
     def loss(self, model, batch):
         """-> loss, share of what is right: 0-dim tensors; of processes, what this one adds to the sum."""
@@ -278,16 +280,13 @@ class Questions:
             batch = self.draw('test', step, 1)
             if not len(batch.text):                            # a small folder
                 break
-            aux = self.forward(model.eval(), batch)[2]
-            Q, L = batch.text.shape[1:]
-            flops = count_flops(model, batch.video.shape, L, Q, aux)
+            aux, (Q, L) = self.forward(model.eval(), batch)[2], batch.text.shape[1:]
+            flops, N = count_flops(model, batch.video.shape, L, Q, aux), batch.video.size(1) * c.patches
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
-            found.append([flops['total'] / 1e9, flops['decoder'] / 1e9, aux['reduced'].tokens.size(1),
-                          paper(layers), *layers])
-        total, decoder, enter, share, *layers = map(statistics.mean, zip(*found))
-        return dict(vision_by_layer=[round(n, 1) for n in layers], decoder_tokens=round(enter, 1),
-                    gflops=round(total, 4), decoder_gflops=round(decoder, 4),
-                    paper_share=round(share / paper([batch.video.size(1) * c.patches] * c.n_layer), 4))
+            found.append(dict(vision_by_layer=layers, decoder_tokens=aux['reduced'].tokens.size(1),
+                              gflops=flops['total'] / 1e9, decoder_gflops=flops['decoder'] / 1e9,
+                              paper_share=paper(layers) / paper([N] * c.n_layer)))
+        return average(found)
 
     @torch.no_grad()
     def timed(self, model, batch) -> dict:
@@ -305,15 +304,13 @@ class Questions:
 
     def print_table(self, result: dict):
         """The scores, by type of question."""
-        tables = [result[f'{key}_by_type'] for key in ('accuracy', 'balanced_accuracy', 'blind', 'chance')]
-        total = [result['accuracy'], '', result['blind_accuracy'], result['chance']]
-        print_columns([['type', 'accuracy', 'balanced', 'blind', 'chance'],
-                       *([name, *(table[name] for table in tables)] for name in tables[0]), ['all', *total]])
-        line = ('{questions} questions about held-out clips\n{decoder_tokens:.1f} vision tokens enter the '
-                'decoder, TokDense {tok_density:.3f}')
-        if 'codes_used' in result:
-            line += ', codes in use {codes_used:.1%}, perplexity {perplexity:.1f}'
-        print(line.format(**result))
+        found = [result[f'{key}_by_type'] for key in ('accuracy', 'balanced_accuracy', 'blind', 'chance')]
+        codes = ', codes in use {codes_used:.1%}, perplexity {perplexity:.1f}' * ('codes_used' in result)
+        print('', table([['type', 'accuracy', 'balanced', 'blind', 'chance'],
+                         *([name, *(of[name] for of in found)] for name in found[0]),
+                         ['all', result['accuracy'], '', result['blind_accuracy'], result['chance']]]),
+              ('{questions} questions about held-out clips\n{decoder_tokens:.1f} vision tokens enter the '
+               'decoder, TokDense {tok_density:.3f}' + codes).format(**result), sep='\n')
 
     @torch.no_grad()
     def show(self, model, run: Path) -> str:
@@ -331,7 +328,7 @@ class Questions:
                 wrong.append(f'  {question}? {said}   <- wrong, it is: {truth}')
         # Five, a mistake among them if there is one.
         print('', *right[::max(1, len(right) // 5)][:5 - len(wrong[:1])], *wrong[:1], sep='\n')
-        video, asked, question, answer = self.liveliest_question()
+        video, asked, question, answer = self.liveliest()
         whole(run / 'clip.webp', functools.partial(save_clip, video))
         draw_clip(model, video, asked[None], run / 'tokens', f'{question}? {answer}')
         return shlex.join(['--ask', str(run / 'clip.webp'), question])
@@ -368,9 +365,9 @@ class Streams(Questions):
             rows.append(dict(scores[0], blind_accuracy=scores[1]['accuracy']))
             spoke.append(torch.stack(silence, 1).cpu() < self.s.theta)
             due.append(batch.decisions.cpu() != EOS)
-        mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
-        return {**mean, 'lm_ppl': math.exp(mean.pop('nll')), 'clips': sum(map(len, spoke)),
-                **timing_scores(torch.cat(spoke), torch.cat(due))}
+        mean = average(rows)
+        return dict(mean, lm_ppl=math.exp(mean['nll']), clips=sum(map(len, spoke)),
+                    **timing_scores(torch.cat(spoke), torch.cat(due)))
 
     def timed(self, model, batch) -> dict:
         """A function to be timed: watching the clips frame by frame."""
@@ -389,21 +386,21 @@ class Streams(Questions):
         return dict(super().cost(model, clips), cache_kb=held / 1000)
 
     def print_table(self, result: dict):
-        print_columns([[f'{result["clips"]} held-out streams'],
-                       ['LM-PPL', f'{result["lm_ppl"]:.3f}'], ['LM-Correctness', result['lm_correctness']],
-                       ['Fluency', result['fluency']], ['turns without a mistake', result['accuracy']],
-                       ["the same, shown another clip's video", result['blind_accuracy']],
-                       ['TimeDiff, frames', f'{result["time_diff"]:.3f}'],
-                       ['narrated in the very frame', result['spoken']],
-                       ['silent when nothing happens', result['silence']]])
+        print('', table([[f'{result["clips"]} held-out streams', ''],
+                         ['LM-PPL', f'{result["lm_ppl"]:.3f}'], ['LM-Correctness', result['lm_correctness']],
+                         ['Fluency', result['fluency']], ['turns without a mistake', result['accuracy']],
+                         ["the same, shown another clip's video", result['blind_accuracy']],
+                         ['TimeDiff, frames', f'{result["time_diff"]:.3f}'],
+                         ['narrated in the very frame', result['spoken']],
+                         ['silent when nothing happens', result['silence']]]), sep='\n')
 
     @torch.no_grad()
     def show(self, model, run: Path) -> str:
-        video, text, _ = (a.cpu() for a in self.liveliest())
+        video = self.liveliest()[0].cpu()
         whole(run / 'clip.webp', functools.partial(save_clip, video))
         print()
         narrate(model.cpu(), video, run / 'narration.png', self.s.theta, {})
-        draw_clip(model, video, text[:, :1], run / 'tokens', PROMPT)
+        draw_clip(model, video, torch.tensor([[self.vocab.index(PROMPT)]]), run / 'tokens', PROMPT)
         return shlex.join(['--stream', str(run / 'clip.webp')])
 
 
@@ -414,31 +411,24 @@ def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
     lm_correctness: index of a turn's first wrong word / its words. fluency: what is right before the first
     mistake of its turn, of all that is supervised. accuracy: turns whose every word is right.
     """
-    order = position.argsort(dim=1, stable=True)
     chosen, chance = logits.argmax(-1), logits.softmax(-1)[..., EOS]
     speech = logits.index_fill(-1, torch.tensor([PAD, EOS], device=logits.device), -math.inf)
     chosen[:, :T] = torch.where(chance[:, :T] >= theta, EOS, speech[:, :T].argmax(-1))
-    decision = torch.zeros_like(wanted, dtype=torch.bool)
-    decision[:, :T] = True
     nll = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORE, reduction='none')
-    chosen, wanted, decision, nll = (a.gather(1, order) for a in (chosen, wanted, decision, nll))
-    known = wanted != IGNORE
-    word = known & ~(decision & (wanted == EOS))                               # (B, n)
-    ends = word & (wanted == EOS)
-    turn = ends.cumsum(1) - ends.long()                                        # (B, n) its number
-
-    def good(among):
-        """Those among (B, n) before the first mistake of their turn."""
-        wrong = (among & (chosen != wanted)).long()
-        before = wrong.cumsum(1) - wrong
-        at_start = torch.full_like(before, before.size(1)).scatter_reduce(1, turn, before, 'amin')
-        return among & (wrong.cumsum(1) == at_start.gather(1, turn))
-
-    count = lambda a: torch.zeros_like(turn).scatter_add(1, turn, a.long())    # (B, turns)
-    said, words_of = count(good(word)), count(word)
-    share = (said / words_of)[words_of > 0]
-    return dict(nll=nll[word].mean().item(), lm_correctness=share.mean().item(),
-                fluency=(good(known).sum() / known.sum()).item(), accuracy=(share == 1).float().mean().item())
+    word = wanted != IGNORE                                                    # (B, T + L)
+    word[:, :T] &= wanted[:, :T] != EOS
+    nll, shares, fluent = nll[word].mean().item(), [], 0
+    right, wanted, word = (chosen == wanted).cpu(), wanted.cpu(), word.cpu()
+    for i, order in enumerate(position.argsort(dim=1, stable=True).cpu()):
+        order = order[wanted[i, order] != IGNORE]                              # in time
+        ends = (word[i] & (wanted[i] == EOS))[order].nonzero()[:, 0] + 1
+        for turn in order.tensor_split(ends):
+            fluent += int(right[i, turn].cumprod(0).sum())
+            words_right = right[i, turn[word[i, turn]]]
+            shares += [words_right.cumprod(0).float().mean()] if len(words_right) else []
+    share = torch.stack(shares)
+    return dict(nll=nll, lm_correctness=share.mean().item(), fluency=fluent / int((wanted != IGNORE).sum()),
+                accuracy=(share == 1).float().mean().item())
 
 
 def timing_scores(spoke, should) -> dict:
@@ -512,10 +502,11 @@ class Retrieval(Questions):
 
     def print_table(self, result: dict):
         ways = result['recall']
-        print_columns([[f'{result["clips"]} held-out clips', *ways['sentence to clip']],
-                       *([way, *(f'{n:.1f}' for n in row.values())] for way, row in ways.items())])
-        print('R-Sum {r_sum:.1f}; the right one of two sentences that differ in a direction '
-              '{direction_pairs:.1%}, in the order of events {order_pairs:.1%} (chance 50%)'.format(**result))
+        print('', table([[f'{result["clips"]} held-out clips', *ways['sentence to clip']],
+                         *([way, *(f'{n:.1f}' for n in row.values())] for way, row in ways.items())]),
+              'R-Sum {r_sum:.1f}; the right one of two sentences that differ in a direction '
+              '{direction_pairs:.1%}, in the order of events {order_pairs:.1%} (chance 50%)'.format(**result),
+              sep='\n')
 
     @torch.no_grad()
     def show(self, model, run: Path) -> str:
@@ -955,12 +946,12 @@ def encode_question(question: str, vocab: list) -> list:
     return [known[w] for w in asked]
 
 
-def print_columns(rows: list):
-    """An empty line, then rows of words and shares, the first cell at the left."""
-    print()
-    for first, *cells in rows:
-        cells = [cell if isinstance(cell, str) else f'{cell:.1%}' for cell in cells]
-        print(f'{first[:36]:36}' + ''.join(f' {cell:>11}' for cell in cells))
+def table(lines: list) -> str:
+    """A table in Markdown, its columns as wide as their cells, words or shares. The first line: its head."""
+    lines = [[cell if isinstance(cell, str) else f'{cell:.1%}' for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * max(3, width) for width in widths])
+    return '\n'.join(f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines)
 
 
 def stack(rows: list) -> Image.Image:
@@ -1050,31 +1041,41 @@ def rank_clips(model, video, names: list, sentence: str, path: Path, best: int =
     whole(path, stack([(f'{sentence}:', stack(rows[:1])), *rows[1:]]).save)
 
 
-def chart(size: tuple, across: dict, up: dict, caption: str):
-    """A white image with marks {place in [0, 1]: text} -> image, draw, place(x, y) -> pixels."""
-    image = Image.new('RGB', size, 'white')
-    draw, (width, height) = ImageDraw.Draw(image), size
-    place = lambda x, y: (50 + (width - 70) * x, 10 + (height - 60) * (1 - y))
+def chart(path: Path, size: tuple, across: dict, up: dict, caption: str, lines=(), dots=(), labels=()):
+    """Draw marks {place: text} of both axes, lines (points, colour, width), dots (point, colour), and labels
+    (point, text, colour), which stand in a column at the right, the highest point's first."""
+    image, (width, height) = Image.new('RGB', size, 'white'), size
+    xs, ys = zip(*(point for points, *_ in lines for point in points), *(point for point, _ in dots))
+    (left, right), (low, high) = ((min(all_of), max(all_of)) for all_of in ([*xs, *across], [*ys, *up]))
+    end, draw = width - (150 if labels else 20), ImageDraw.Draw(image)
+    place = lambda point: (50 + (end - 50) * (point[0] - left) / (right - left or 1),
+                           height - 50 - (height - 60) * (point[1] - low) / (high - low or 1))
     for y, text in up.items():
-        draw.line([place(0, y), place(1, y)], fill='#dddddd')
-        draw.text((4, place(0, y)[1] - 6), text, fill='#666666')
+        draw.line([place((left, y)), place((right, y))], fill='#dddddd')
+        draw.text((4, place((left, y))[1] - 6), text, fill='#666666')
     for x, text in across.items():
-        draw.text((place(x, 0)[0] - 8, height - 36), text, fill='#666666')
+        draw.text((place((x, low))[0] - 8, height - 36), text, fill='#666666')
     draw.text((50, height - 18), caption, fill='black')
-    return image, draw, place
+    for i, (point, text, colour) in enumerate(sorted(labels, key=lambda label: -label[0][1])):
+        y = 10 + (height - 60) * i / len(labels)
+        draw.line([place(point), (end + 20, y + 6)], fill='#cccccc')
+        draw.text((end + 22, y), text, fill=colour)
+    for points, colour, thick in lines:
+        draw.line([*map(place, points)], fill=colour, width=thick)
+    for (x, y), colour in ((place(point), colour) for point, colour in dots):
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
+    whole(path, image.save)
 
 
 def draw_curve(log: list, path: Path):
     """Loss (grey, own scale), accuracy in training (blue), held out (red dots) over the steps."""
-    last, top = log[-1]['step'], max(row['loss'] for row in log) or 1.0
-    image, draw, place = chart((640, 260), {0: '0', 1: f'{last}'}, {y / 4: f'{y / 4:.0%}' for y in range(5)},
-                               f'blue: accuracy in training, red: held out, grey: loss (top = {top:.2f})')
-    point = lambda row, y: place(row['step'] / last, y)
-    draw.line([point(row, row['loss'] / top) for row in log], fill='#888888', width=2)
-    draw.line([point(row, row['accuracy']) for row in log], fill='#2060d0', width=2)
-    for x, y in (point(row, row['val_accuracy']) for row in log if row['val_accuracy'] != ''):
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill='#d03020')
-    whole(path, image.save)
+    top = max(row['loss'] for row in log) or 1.0
+    points = lambda key, of=1.0: [(row['step'], row[key] / of) for row in log if row[key] != '']
+    chart(path, (640, 260), {0: '0', log[-1]['step']: f'{log[-1]["step"]}'},
+          {y / 4: f'{y / 4:.0%}' for y in range(5)},
+          f'blue: accuracy in training, red: held out, grey: loss (top = {top:.2f})',
+          [(points('loss', top), '#888888', 2), (points('accuracy'), '#2060d0', 2)],
+          [(point, '#d03020') for point in points('val_accuracy')])
 
 
 # ---- 6. Measuring and comparing ----------------------------------------------------------------------------
@@ -1131,7 +1132,7 @@ def measure(s, task, make: dict) -> dict:
         return functools.partial(step, model, configure_optimizer(model, s.lr))
 
     for name, new in make.items():                             # before others fill the device
-        rows[name] = dict(task.cost(new()), memory_mb=step_memory_mb(s.device, training(new())))
+        rows[name] = dict(memory_mb=step_memory_mb(s.device, training(new())))
     for name, new in make.items():
         runs[name, 'step'], asked = training(new()), new()
         for what, function in task.timed(asked, batch).items():
@@ -1151,30 +1152,23 @@ def measure(s, task, make: dict) -> dict:
     return rows
 
 
-def markdown(rows: list) -> str:
-    """A table; the first row is its head."""
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (rows[0], ['---'] * len(rows[0]), *rows[1:]))
-
-
 def table_of(rows: dict, columns) -> str:
     """Results in Markdown; times, memory and speed as they are, and as a share of the first row."""
-    lines, first = [['recipe', *columns]], next(iter(rows.values()))
-    for name, row in rows.items():
-        lines.append([name])
-        for key in columns:
-            value = row.get(key)
-            if value is None:
-                text = ''
-            elif isinstance(value, list):
-                text = ' '.join(f'{n:g}' for n in (value if len({*value}) > 1 else value[:1]))
-            elif key in ('accuracy', 'fluency') or key.endswith('pairs'):
-                text = f'{100 * value:.1f} %'
-            elif key.endswith(('_ms', '_mb', '_s', '_kb', 'gflops')) and first.get(key):
-                text = f'{value:.3g} ({value / first[key]:.2f})'
-            else:
-                text = f'{value:.4g}'
-            lines[-1].append(text)
-    return markdown(lines)
+    first = next(iter(rows.values()))
+
+    def cell(key, value) -> str:
+        if value is None:
+            return ''
+        if isinstance(value, list):
+            return ' '.join(f'{n:g}' for n in (value if len({*value}) > 1 else value[:1]))
+        if key in ('accuracy', 'fluency') or key.endswith('pairs'):
+            return f'{100 * value:.1f} %'
+        if key.endswith(('_ms', '_mb', '_s', '_kb', 'gflops')) and first.get(key):
+            return f'{value:.3g} ({value / first[key]:.2f})'
+        return f'{value:.4g}'
+
+    return table([['recipe', *columns], *([name, *(cell(key, row.get(key)) for key in columns)]
+                                          for name, row in rows.items())])
 
 
 def rows_of(s) -> list:
@@ -1201,10 +1195,11 @@ def run_bench(s):
     names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
     data, frames = load_data(s)
     make = {name: functools.partial(untrained, replace(s, recipe=name), data, frames) for name in names}
-    rows = measure(s, kind(s, data), make)
-    table = table_of(rows, ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])])
-    print(f'\n{table}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} rounds in turn; in '
-          'brackets: of the first row')
+    task = kind(s, data)
+    rows = {name: {**task.cost(make[name]()), **found} for name, found in measure(s, task, make).items()}
+    columns = ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])]
+    print(f'\n{table_of(rows, columns)}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} '
+          'rounds in turn; in brackets: of the first row')
 
 
 # What a paper says of its method: paper, row here, the row it is compared with, what, the paper's figure, how
@@ -1253,20 +1248,11 @@ def claims(rows: dict) -> list:
 
 def summarize(results: list) -> dict:
     """Means over seeds of what a row's runs measured, and what the claims want of them."""
-    first, mean = results[0], lambda get: statistics.mean(map(get, results))
-    row = {key: mean(lambda r: r[key]) for key, value in first.items()
-           if isinstance(value, float) and key not in ('step_ms', 'peak_memory_mb')}
-    accuracy, N = [r['accuracy'] for r in results], first['vision_tokens']
-    layers = [statistics.mean(layer) for layer in zip(*(r['vision_by_layer'] for r in results))]
-    layers = [round(n, 1) for n in layers]
-    row.update(std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0, learns=first['learns'],
-               learning=first['learns'] / first['parameters'], tokens=first['vision_by_layer'][-1],
-               vision_tokens=N, vision_by_layer=layers)
-    if 'accuracy_by_type' in first:
-        by_type = {name: mean(lambda r: r['accuracy_by_type'][name]) for name in first['accuracy_by_type']}
-        row.update(by_type=by_type, moment=by_type.get('moment'), token_share=layers[0] / N,
-                   converted=sum(n < N for n in layers) / len(layers))
-    return row
+    row, accuracy = average(results), [result['accuracy'] for result in results]
+    by_type, layers, N = row.pop('accuracy_by_type', {}), row['vision_by_layer'], row['vision_tokens']
+    return dict(row, std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0, by_type=by_type,
+                moment=by_type.get('moment'), learning=row['learns'] / row['parameters'], tokens=layers[-1],
+                token_share=layers[0] / N, converted=sum(n < N for n in layers) / len(layers))
 
 
 def model_of(s, name: str) -> dict:
@@ -1310,11 +1296,11 @@ def run_compare(s):
         load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
         task = kind(s, data)
         for name, found in measure(s, task, {name: functools.partial(load, name) for name in names}).items():
-            rows[name] = {**found, **rows[name]}
+            rows[name] |= found
         if kind is Questions:
             bases = {'dense', 'gaps'} & {*names}
             curves = {base: untrained_curves(s, task, load(base)) for base in sorted(bases)}
-            video, ids, question, _ = task.liveliest_question()
+            video, ids, question, _ = task.liveliest()
             for name in names:
                 draw_clip(load(name).eval(), video, ids[None], folder / name, f'{name}: {question}')
     report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
@@ -1366,8 +1352,8 @@ def write_report(report: dict) -> str:
             points = {f'{name} %': 100 * row['by_type'][name] for name in types}
             own[name] = dict(row, std=100 * row['std'], **points)
         out += [table_of(own, [*columns, 'learns']), '']
-    out += [markdown([['paper', 'claim', 'its figure', 'here', 'reached'],
-                      *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])]), '']
+    out += [table([['paper', 'claim', 'its figure', 'here', 'reached'],
+                   *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])]), '']
     out += [f'- {name}: `{row["command"]}`' for name, row in rows.items()]
     head = '{device}, torch {torch}, {dtype}, preset {preset}, seeds {seeds}'.format(**report)
     head += '; std in points; times and commands of the first seed; in brackets: of the first row\n'
@@ -1379,39 +1365,26 @@ def draw_results(rows: dict, curves: dict, path: Path):
 
     The front that nothing beats is red. Lines are thick where the model has seen gaps, thin where not.
     """
-    full = rows['dense']['decoder_gflops']
-    points = {name: (row['decoder_gflops'] / full, row['accuracy']) for name, row in rows.items()
+    full, rise = rows['dense']['decoder_gflops'], lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
+    place = lambda flops, accuracy: (math.log(flops / full), rise(accuracy))
+    points = {name: place(row['decoder_gflops'], row['accuracy']) for name, row in rows.items()
               if not RECIPES[name].blind}
-    lines = {(base, name): [(x / full, y) for x, y in line] for base, found in curves.items()
+    front = [(x, y) for x, y in sorted(points.values())
+             if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points.values())]
+    colours = dict(zip(REDUCERS, itertools.cycle('#20a040 #c07000 #8040c0 #008090 #a03070 #707000'.split())))
+    lines = {(name, base): [place(*point) for point in line] for base, found in curves.items()
              for name, line in found.items()}
-    every = [*points.values(), *itertools.chain(*lines.values())]
-    rise = lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
-    left, right = (math.log(f(x for x, _ in every)) for f in (min, max))
-    low, high = (f(rise(y) for _, y in every) for f in (min, max))
-    left, right, low, high = left - 0.05, right + 0.3 * (right - left) + 0.1, low - 0.1, high + 0.1
-    marks = [0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995]
-    up = {(rise(y) - low) / (high - low): f'{y:.1%}' for y in marks if low < rise(y) < high}
-    image, draw, place = chart(
-        (720, 480), {i / 5: f'{math.exp(left + (right - left) * i / 5):.2f}' for i in range(5)}, up,
-        'decoder FLOPs as a share of dense (log); red: nothing is cheaper and better; lines: not trained')
-    at = lambda x, y: place((math.log(x) - left) / (right - left), (rise(y) - low) / (high - low))
-    names = dict.fromkeys(name for _, name in lines)
-    colour = dict(zip(names, ['#20a040', '#c07000', '#8040c0', '#008090', '#a03070', '#707000']))
-    for (base, name), line in lines.items():
-        draw.line([at(*p) for p in line], fill=colour.get(name, '#444444'), width=2 if base == 'gaps' else 1)
-        draw.text(at(*line[-1]), name, fill=colour.get(name, '#444444'))
-    front = [p for p in sorted(points.values())
-             if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points.values())]
-    draw.line([at(*p) for p in front], fill='#d03020', width=2)
-    label_y, ranked = 0, sorted(points.items(), key=lambda item: item[1][1])
-    for after, (name, point) in reversed([*enumerate(ranked)]):
-        x, y = at(*point)
-        # Beside its point, below the one before it, with room for those that are left.
-        label_y = min(max(label_y + 12, y - 6), 430 - 12 * after)
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='#d03020' if point in front else '#2060d0')
-        draw.line([(x, y), (590, label_y + 6)], fill='#cccccc')
-        draw.text((592, label_y), name, fill='black')
-    whole(path, image.save)
+    xs, ys = zip(*points.values(), *itertools.chain(*lines.values()))
+    shares = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5]
+    scores = [0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995]
+    chart(path, (720, 480), {math.log(x): f'{x}' for x in shares if min(xs) <= math.log(x) <= max(xs)},
+          {rise(y): f'{y:.1%}' for y in scores if min(ys) < rise(y) < max(ys)},
+          'decoder FLOPs as a share of dense (log); red: nothing is cheaper and better; lines: not trained',
+          [*((line, colours[name], 1 + (base == 'gaps')) for (name, base), line in lines.items()),
+           (front, '#d03020', 2)],
+          [(point, '#d03020' if point in front else '#2060d0') for point in points.values()],
+          [*((point, name, 'black') for name, point in points.items()),
+           *((line[-1], name, colours[name]) for (name, _), line in lines.items())])
 
 
 # ---- 7. Command line ---------------------------------------------------------------------------------------

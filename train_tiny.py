@@ -77,10 +77,9 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; of several processes, what
-    this one adds to them, see own_part. report(row, optimizers,
-    recent) -> more to show in the bar; it gets each row of the log. stop: a list that ends training once
-    something is in it, after a last report with row None. state and recent: what the optimizers, and the
-    list of steps since the last row, then held. Reading numbers waits for the device, so rows are few.
+    this one adds to them. report(row of the log, optimizers, recent) -> more to show in the bar. stop: a list
+    that ends training once something is in it, after a report whose row is None. state and recent: what the
+    optimizers and the list of steps since the last row then held. Numbers are read, which waits, for rows.
     """
     optimizers = configure_optimizer(model, lr)
     rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -163,10 +162,8 @@ def nanmean(values) -> float:
 
 def means(values: list, keys: list) -> dict:
     """Mean of the values that share a key."""
-    groups = {key: [] for key in sorted({*keys})}
-    for key, value in zip(keys, values):
-        groups[key].append(value)
-    return {key: nanmean(group) for key, group in groups.items()}
+    among = lambda key: [value for value, own in zip(values, keys) if own == key]
+    return {key: nanmean(among(key)) for key in sorted({*keys})}
 
 
 def average(values: list):
@@ -289,18 +286,17 @@ class Questions:
         return average(found)
 
     @torch.no_grad()
-    def timed(self, model, batch) -> dict:
-        """Functions to be timed: the first token of an answer, and one with WORDS more, which never ends."""
-        model.head.bias = torch.nn.Parameter(torch.zeros_like(model.head.weight[:, 0]))
-        model.head.bias[:2] = -math.inf
-        answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
-        return dict(first=lambda: answer(0), whole=lambda: answer(WORDS))
+    def timed(self, model, batch):
+        """Functions to be timed, and what their lists of seconds then mean.
 
-    def times(self, seconds: dict, batch) -> dict:
-        """What the seconds of timed() mean."""
-        rest = statistics.median(b - a for a, b in zip(seconds['first'], seconds['whole']))
-        return dict(first_ms=1000 * statistics.median(seconds['first']),
-                    tokens_per_s=WORDS * len(batch.text) / max(rest, 1e-9))
+        Here the first token of an answer, and an answer that goes on for WORDS more.
+        """
+        model.head.bias = torch.nn.Parameter(torch.zeros_like(model.head.weight[:, 0]))
+        model.head.bias[:2] = -math.inf                        # never ends
+        answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
+        return [lambda: answer(0), lambda: answer(WORDS)], lambda first, whole: dict(
+            first_ms=1000 * statistics.median(first), tokens_per_s=WORDS * len(batch.text) / max(
+                1e-9, statistics.median(b - a for a, b in zip(first, whole))))
 
     def print_table(self, result: dict):
         """The scores, by type of question."""
@@ -369,12 +365,9 @@ class Streams(Questions):
         return dict(mean, lm_ppl=math.exp(mean['nll']), clips=sum(map(len, spoke)),
                     **timing_scores(torch.cat(spoke), torch.cat(due)))
 
-    def timed(self, model, batch) -> dict:
-        """A function to be timed: watching the clips frame by frame."""
-        return dict(watch=lambda: list(model.stream(((x, None) for x in batch.video.unbind(1)), None, 0.0)))
-
-    def times(self, seconds: dict, batch) -> dict:
-        return dict(frames_per_s=batch.video.size(1) / statistics.median(seconds['watch']))
+    def timed(self, model, batch):
+        watch = lambda: list(model.stream(((x, None) for x in batch.video.unbind(1)), None, 0.0))
+        return [watch], lambda took: dict(frames_per_s=batch.video.size(1) / statistics.median(took))
 
     @torch.no_grad()
     def cost(self, model, clips: int = 1) -> dict:
@@ -494,11 +487,9 @@ class Retrieval(Questions):
         return dict(vision_by_layer=[clips * n for clips, _, n in model.encoder.counts(T)],
                     gflops=round(encoder_flops(model.encoder, T, model.config.frame_size) / 1e9, 4))
 
-    def timed(self, model, batch) -> dict:
-        return dict(encode=lambda: model.encode_video(batch.video))
-
-    def times(self, seconds: dict, batch) -> dict:
-        return dict(encode_ms=1000 * statistics.median(seconds['encode']))
+    def timed(self, model, batch):
+        encode = lambda: model.encode_video(batch.video)
+        return [encode], lambda took: dict(encode_ms=1000 * statistics.median(took))
 
     def print_table(self, result: dict):
         ways = result['recall']
@@ -719,13 +710,28 @@ def write_json(path, value: dict):
     write_text(path, json.dumps(value, indent=1))
 
 
-def read_json(path: Path, *parts) -> dict:
-    """An object that a run wrote, and these objects in it. ValueError: it is something else."""
+def read_json(path: Path, made=dict):
+    """What `made` makes of a file that a run wrote. ValueError: it is something else."""
     try:
-        value = dict(json.loads(path.read_text(encoding='utf-8')))
-        return {**value, **{part: dict(value[part]) for part in parts}}
+        return made(json.loads(path.read_text(encoding='utf-8')))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'{path} is not what a run wrote ({type(error).__name__})') from None
+
+
+def settings_of(run: Path):
+    """Those that a run was made with. ValueError: they are something else."""
+    s = read_json(run / 'config.json', lambda file: Settings(**file['settings']))
+    if not isinstance(s.model, dict) or {s.recipe, s.preset} - {'auto', *RECIPES, *PRESETS}:
+        raise ValueError(f'{run / "config.json"} is not what this version wrote')
+    return s
+
+
+def must_agree(folder: Path, before: dict, asked: dict):
+    """ValueError: what is asked of a folder is not what it was begun with."""
+    for name, value in asked.items():
+        if name not in before or before[name] != value:
+            raise ValueError(f'{folder} was begun with another {dashed(name)} than {value}; '
+                             'name another folder with --out')
 
 
 class Run:
@@ -748,7 +754,7 @@ class Run:
         inside = self.path.iterdir() if self.path.is_dir() else [self.path]
         files = {path.name for path in inside if '.part' not in path.name}
         if files and files <= self.BEGUN and 'config.json' in files:
-            read_json(self.path / 'config.json', 'settings', 'model')          # a stranger's is not touched
+            settings_of(self.path)                                             # a stranger's is not touched
         elif files - {'lock'}:
             hint = f', or go on with it: --resume {self.path}' if 'ckpt.pt' in files else ''
             raise ValueError(f'--out {self.path} exists; name another folder{hint}')
@@ -770,29 +776,22 @@ class Run:
         """The model, new or as an interrupted run left it."""
         s, dense, begins = self.s, None, RECIPES[self.s.recipe].begins
         if s.resume:
-            saved, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'))
-            config = configure(s, task.vocab, frames)
-            if config.placement.startswith(('rank', 'random')):                # was decided when it began
-                config.placement = saved.config.placement
-            model = build(s, config)
-            if saved.config != model.config:
-                raise ValueError(f'{self.path} was trained with another configuration than these flags give')
-            model.load_state_dict(saved.state_dict())
+            model, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'), s.device)
+            if [model.config.vocab, model.config.frames] != [list(task.vocab), frames]:
+                raise ValueError(f'{self.path} was trained on clips with other words or frames')
             self.read_progress(model, **extra)
-            result = self.path / 'result.json'
-            if self.done > s.steps or self.done == s.steps and result.exists():
+            if self.done > s.steps or self.done == s.steps and (self.path / 'result.json').exists():
                 raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
-        else:
-            if begins and not s.init_from:
-                print(f'--recipe {s.recipe} begins with {begins}, which is trained first')
-                untrained(s, task.data, frames)                # refuses what does not fit
-                first = replace(s, recipe=begins, out=f'{self.path}-{begins}', model=shape_of(s), steps=0)
-                finish(first)
-                s = self.s = replace(s, init_from=first.out)
-            if s.init_from:
-                dense, _ = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)
-            model = prepare(s, task, frames, dense)
-        return model
+            return model
+        if begins and not s.init_from:
+            print(f'--recipe {s.recipe} begins with {begins}, which is trained first')
+            untrained(s, task.data, frames)                    # refuses what does not fit
+            first = replace(s, recipe=begins, out=f'{self.path}-{begins}', model=shape_of(s), steps=0)
+            finish(first)
+            s = self.s = replace(s, init_from=first.out)
+        if s.init_from:
+            dense, _ = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)
+        return prepare(s, task, frames, dense)
 
     def read_progress(self, model, optimizers=None, step=None, log=None, recent=None, seconds=None, **other):
         """What save() wrote besides the model. ValueError: it is something else."""
@@ -860,45 +859,40 @@ def run_recipe(s, began: float = None) -> Path:
     data, frames = load_data(s)
     task, run = RECIPES[s.recipe].task(s, data), Run(s)
     try:
-        fill(run, task, frames, began)
+        model = run.begin(task, frames)
+        s, cost = run.s, task.cost(model)
+        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        run.claim()                                            # not before the first pass, which may refuse
+        (run.path / 'result.json').unlink(missing_ok=True)     # it goes on: not finished
+        noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
+        write_json(run.path / 'config.json', noted)
+        print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
+              f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps '
+              f'of {s.batch} clips -> {run.path}')
+        if s.steps > run.done:
+            run.train(model, task)
+        elif not s.resume:
+            run.save(model, configure_optimizer(model, s.lr), 0, 0.0)
+        result = {name: getattr(s, name) for name in 'recipe seed device dtype preset data steps'.split()}
+        result.update(torch=torch.__version__, placement=model.config.placement, **scores_of(task, model),
+                      step_ms=round(statistics.median([row['ms'] for row in run.log] or [0.0]), 2),
+                      parameters=num_params(model), learns=learns,
+                      vision_tokens=frames * model.config.patches,
+                      peak_memory_mb=round(peak_memory_mb(s.device), 1))
+        task.print_table(result)
+        go_on = task.show(model.eval(), run.path)
+        if run.log:
+            draw_curve(run.log, run.path / 'curve.png')
+        result['seconds'] = round(run.before + time.time() - began, 1)
+        write_json(run.path / 'result.json', result)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*['--resume', run.path] * (run.path / 'ckpt.pt').exists()) from None
-    return run.path
-
-
-def fill(run: Run, task, frames: int, began: float):
-    """All that run_recipe does once it has a dataset and a folder."""
-    model, s = run.begin(task, frames), run.s
-    cost, learns = task.cost(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.claim()                                                # not before the first pass, which may refuse
-    (run.path / 'result.json').unlink(missing_ok=True)         # it goes on: not finished
-    noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
-    write_json(run.path / 'config.json', noted)
-    print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
-          f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps of '
-          f'{s.batch} clips -> {run.path}')
-    if s.steps > run.done:
-        run.train(model, task)
-    elif not s.resume:
-        run.save(model, configure_optimizer(model, s.lr), 0, 0.0)
-    step_ms = statistics.median(row['ms'] for row in run.log) if run.log else 0.0
-    result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__, dtype=s.dtype,
-                  preset=s.preset, data=s.data, placement=model.config.placement, steps=s.steps,
-                  step_ms=round(step_ms, 2), **scores_of(task, model),
-                  parameters=num_params(model), learns=learns,
-                  vision_tokens=frames * model.config.patches,
-                  peak_memory_mb=round(peak_memory_mb(s.device), 1))
-    task.print_table(result)
-    go_on = task.show(model.eval(), run.path)
-    if run.log:
-        draw_curve(run.log, run.path / 'curve.png')
-    result['seconds'] = round(run.before + time.time() - began, 1)
-    write_json(run.path / 'result.json', result)
     run.lock.close()
     (run.path / 'lock').unlink()
     print(f'\ngo on with: python train_tiny.py {shlex.join(["--out", str(run.path)])} {go_on}\n'
-          f'{result["seconds"]:.0f} s, {step_ms:.0f} ms a step. In {run.path}: '
+          f'{result["seconds"]:.0f} s, {result["step_ms"]:.0f} ms a step. In {run.path}: '
           + ', '.join(sorted(path.name for path in run.path.iterdir())))
+    return run.path
 
 
 def scores_of(task, model) -> dict:
@@ -906,8 +900,7 @@ def scores_of(task, model) -> dict:
     scores = task.evaluate(model.eval(), 'test', EVAL_CLIPS if task.s.data == 'shapes' else 10 ** 9)
     scores.update(task.cost(model))
     if 'decoder_tokens' in scores:
-        density = token_density(100 * scores['accuracy'], scores['decoder_tokens'])
-        scores['tok_density'] = round(density, 3)
+        scores['tok_density'] = round(token_density(100 * scores['accuracy'], scores['decoder_tokens']), 3)
     return scores
 
 
@@ -1084,12 +1077,10 @@ def peak_memory_mb(device: str) -> float:
     """Most memory taken so far: of the GPU's allocator, or of this process."""
     if device == 'cuda':
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    try:
-        import resource
-    except ImportError:         # Windows
+    if sys.platform == 'win32':
         return 0.0
-    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10)
 
 
 def step_memory_mb(device: str, step) -> float:
@@ -1099,7 +1090,7 @@ def step_memory_mb(device: str, step) -> float:
         torch.cuda.reset_peak_memory_stats()
         step()
         return peak_memory_mb(device)
-    kept = {}
+    kept = {}                                                  # place in memory -> bytes
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -1113,42 +1104,43 @@ def step_memory_mb(device: str, step) -> float:
 def measure(s, task, make: dict) -> dict:
     """Training step, memory, what the task times, of models in turn: medians. make: name -> a new model."""
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(s.device, lambda: None)
-    batch, runs, rows = task.draw('train', 0, s.batch), {}, {}
+    batch, runs, meaning = task.draw('train', 0, s.batch), {}, {}
 
-    def step(model, optimizers):
-        with s.autocast():
-            value, _ = task.loss(model.train(), batch)
-        value.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def training(model):
+        """A function that makes a step."""
+        optimizers = configure_optimizer(model.train(), s.lr)
 
-    def look(model, function):
-        model.eval()
+        def step():
+            with s.autocast():
+                value, _ = task.loss(model, batch)
+            value.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return step
+
+    def look(function):
         with torch.no_grad(), s.autocast():
             function()
 
-    def training(model):
-        return functools.partial(step, model, configure_optimizer(model, s.lr))
-
-    for name, new in make.items():                             # before others fill the device
-        rows[name] = dict(memory_mb=step_memory_mb(s.device, training(new())))
+    memory = {name: step_memory_mb(s.device, training(new())) for name, new in make.items()}
     for name, new in make.items():
-        runs[name, 'step'], asked = training(new()), new()
-        for what, function in task.timed(asked, batch).items():
-            runs[name, what] = functools.partial(look, asked, function)
-    times = {key: [] for key in runs}
+        functions, meaning[name] = task.timed(new().eval(), batch)
+        runs[name] = [training(new()), *(functools.partial(look, function) for function in functions)]
+    times = {name: [[] for _ in functions] for name, functions in runs.items()}
     # In turn: what slows one slows all.
     for _ in tqdm(range(ROUNDS + 2), 'timing', dynamic_ncols=True):
-        for key, run in runs.items():
+        for run, took in ((run, took) for name in runs for run, took in zip(runs[name], times[name])):
             sync()
             start = time.perf_counter()
             run()
             sync()
-            times[key].append(time.perf_counter() - start)
-    for name in make:
-        own = {what: each[2:] for (row, what), each in times.items() if row == name}
-        rows[name].update(step_ms=1000 * statistics.median(own['step']), **task.times(own, batch))
+            took.append(time.perf_counter() - start)
+    rows = {}
+    for name, all_of in times.items():
+        step, *others = (took[2:] for took in all_of)          # the first two warm up
+        rows[name] = dict(memory_mb=memory[name], step_ms=1000 * statistics.median(step),
+                          **meaning[name](*others))
     return rows
 
 
@@ -1284,7 +1276,13 @@ def run_compare(s):
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
             untrained(replace(s, recipe=name, model=model_of(s, name)), data, frames)
-    begin_with(folder, {k: v for k, v in asdict(told).items() if k not in ('out', 'rows', 'seeds')})
+    note, fixed = folder / 'asked.json', asdict(replace(told, out='', rows='', seeds=0, ask=[], question=[]))
+    if note.exists():
+        must_agree(folder, read_json(note), fixed)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f'--out {folder} exists, and no comparison was begun in it; name another folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, fixed)
     seeds = range(s.seed, s.seed + (s.seeds or 3))
     done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
     for name in [name for name in RECIPES if name in asked or done(name)]:
@@ -1325,20 +1323,6 @@ def untrained_curves(s, task, model) -> dict:
             accuracy = task.evaluate(method, 'test', CURVE_CLIPS)['accuracy']
             curves.setdefault(name, []).append((task.cost(method)['decoder_gflops'], accuracy))
     return curves
-
-
-def begin_with(folder: Path, asked: dict):
-    """Note what the runs in a folder are made with. ValueError: they were begun with something else."""
-    path, asked = folder / 'asked.json', json.loads(json.dumps(asked))         # lists, as they are read again
-    before = read_json(path) if path.exists() else asked
-    for name in asked:
-        if before.get(name) != asked[name]:
-            raise ValueError(f'{folder} was begun with {dashed(name)} {before.get(name)}, not {asked[name]}; '
-                             'name another folder with --out')
-    if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f'--out {folder} exists, and no comparison was begun in it; name another folder')
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, asked)
 
 
 def write_report(report: dict) -> str:
@@ -1439,51 +1423,47 @@ APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 't
 
 def model_flags() -> dict:
     """The options of the model, from ModVideoConfig and the classes of its parts: name -> type, help."""
-    flags = {f.name: get_args(f.type) for f in fields(ModVideoConfig) if get_args(f.type)}
+    flags, owners = {f.name: get_args(f.type) for f in fields(ModVideoConfig) if get_args(f.type)}, {}
     taken = {f.name for cls in (Settings, ModVideoConfig) for f in fields(cls)}
-    for part, classes in PARTS.items():
-        for name, cls in classes.items():
-            for key, option in options_of(cls).items():
-                if key in taken:
-                    raise ValueError(f'{part} {name}: its option {key} has the name of another flag')
-                kind, text = get_args(option.annotation)
-                default = 'has to be given' if option.default is option.empty else option.default
-                text = f': {text} [{default}]'
-                _, before = flags.get(key, (kind, ''))
-                more = before.replace(text, f', {name}{text}')                 # several classes have it
-                flags[key] = kind, more if text in before else f'{before}; {part} {name}{text}'.lstrip('; ')
+    for part, name, cls in ((part, *item) for part, classes in PARTS.items() for item in classes.items()):
+        for key, option in options_of(cls).items():
+            if key in taken:
+                raise ValueError(f'{part} {name}: its option {key} has the name of another flag')
+            default = 'has to be given' if option.default is option.empty else option.default
+            owners.setdefault((key, part, *get_args(option.annotation), default), []).append(name)
+    for (key, part, kind, text, default), names in owners.items():             # several classes may have it
+        before = f'{flags[key][1]}; ' if key in flags else ''
+        flags[key] = kind, f'{before}{part} {", ".join(names)}: {text} [{default}]'
     return flags
 
 
 def parse(argv) -> Settings:
     """Command line -> Settings. With --resume, the run's own settings are the defaults."""
     parser = argparse.ArgumentParser('train_tiny.py', description=__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'train_tiny: {message} (--help lists the flags)\n')
     jobs = parser.add_mutually_exclusive_group()
     group = parser.add_argument_group('the model, where preset and recipe do not say what you want')
-    own = {f.name: f.default for f in fields(Settings) if get_args(f.type)}
-    flags = {f.name: get_args(f.type) for f in fields(Settings) if f.name in own}
-    for name, (kind, text) in {**flags, **model_flags()}.items():
-        default, choices = own.get(name, argparse.SUPPRESS), [*CHOICES[name]] if name in CHOICES else None
-        how = dict(type=kind, choices=choices, metavar=METAVARS.get(name))
-        if kind is bool:
-            how = dict(action='store_true')
-        if kind is list:
-            how = dict(nargs=2, metavar=METAVARS[name])
-        text += f' [{default}]' if name in own and default else ''
+    own = {f.name: (*get_args(f.type), f.default) for f in fields(Settings) if get_args(f.type)}
+    for name, (kind, text, *default) in {**own, **model_flags()}.items():
+        text += f' [{default[0]}]' if default and default[0] else ''
+        how = {bool: dict(action='store_true'), list: dict(nargs=2, metavar=METAVARS.get(name))}.get(
+            kind, dict(type=kind, choices=CHOICES.get(name) and [*CHOICES[name]], metavar=METAVARS.get(name)))
         place = jobs if name in JOBS else parser if name in own else group
-        place.add_argument(dashed(name), default=default, help=text.replace('%', '%%'), **how)
+        place.add_argument(dashed(name), help=text.replace('%', '%%'), **how)
     for before, word in zip(['', *argv], argv):
         if not word.strip() or word.startswith('--') and word.endswith('='):
             raise ValueError(f'an empty argument after {before or "train_tiny.py"}; wanted a value')
-    said = vars(parser.parse_args(argv))
-    if said['resume']:
-        saved = read_json(Path(said['resume']) / 'config.json', 'settings', 'model')['settings']
-        parser.set_defaults(**{name: saved[name] for name in own if name in saved})
-        said = {**saved.get('model', {}), **vars(parser.parse_args(argv))}
-    s = Settings(**{name: said.pop(name) for name in own}, model=said)
-    check(s)
+    model = vars(parser.parse_args(argv))
+    given = {name: model.pop(name) for name in own if name in model}
+    s = Settings(**given, model=model)
+    if s.resume:
+        saved = settings_of(Path(s.resume))
+        fixed = {name: given[name] for name in ('recipe', 'preset', 'seed', 'init_from') if name in given}
+        must_agree(Path(s.resume), {**vars(saved), **saved.model}, {**fixed, **model})
+        s = replace(saved, **given)
+    check(s, {*given})
     return s
 
 
@@ -1500,9 +1480,8 @@ def parse_grid(text: str):
     return [int(side) for side in sides]
 
 
-def check(s: Settings):
+def check(s: Settings, given: set):
     """ValueError: values out of range, and flags that would do nothing."""
-    given = {f.name for f in fields(s) if getattr(s, f.name) not in (f.default, [])}
     parse_grid(s.grid)
     for name, value in {**vars(s), **s.model}.items():
         least = int(name in (*PRESETS['tiny'], 'patch_size'))
@@ -1575,9 +1554,8 @@ def join_processes(s: Settings):
 def kind_of(run: Path) -> str:
     """The task that a run's model was trained for."""
     try:
-        recipe = read_json(run / 'config.json', 'settings', 'model')['settings']['recipe']
-        return RECIPES[recipe].task.kind
-    except (ValueError, KeyError, TypeError, OSError):
+        return RECIPES[settings_of(run).recipe].task.kind
+    except (ValueError, OSError):
         return 'something else'
 
 
@@ -1654,16 +1632,15 @@ def run_find(s: Settings):
 def run_eval(s: Settings):
     """The table of a run's end for other clips: printed, and written beside the run."""
     run = Path(s.eval)
-    saved = read_json(run / 'config.json', 'settings', 'model')['settings']
-    saved = {f.name: saved[f.name] for f in fields(Settings) if f.name in saved}
-    s = replace(Settings(**saved), data=s.data, grid=s.grid, device=s.device, eval=s.eval)
+    saved = settings_of(run)
+    s = replace(saved, data=s.data, grid=s.grid, device=s.device, eval=s.eval)
     set_up(s)
     model, _ = load_checkpoint(run / 'ckpt.pt', s.device)
     s.model['frames'] = model.config.frames
     data, _ = load_data(s, model.config.vocab)
     task = RECIPES[s.recipe].task(s, data)
     if list(task.vocab) != list(model.config.vocab):
-        raise ValueError(f'{run} was trained on {saved["data"]}, it has other words; name clips with --data')
+        raise ValueError(f'{run} was trained on {saved.data}, it has other words; name clips with --data')
     result = dict(run=str(run), data=s.data, torch=torch.__version__, **scores_of(task, model))
     task.print_table(result)
     path = run / f'eval-{Path(s.data).name}.json'

@@ -2287,7 +2287,7 @@ def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch, refuse
     monkeypatch.setattr(Path, 'write_text', full)
     monkeypatch.setattr(Image.Image, 'save', full)
     log = [dict.fromkeys(train_tiny.Run.COLUMNS, 1)]
-    for write in (lambda: train_tiny.write_json(run / 'result.json', {}),
+    for write in (lambda: train_tiny.write(run / 'result.json', {}),
                   lambda: train_tiny.draw_curve(log, run / 'curve.png')):
         with pytest.raises(OSError, match='No space'):
             write()
@@ -2869,7 +2869,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return real(*args)
 
     whole, command = train_tiny.run_row(s, 'dense', 0, tmp_path / 'whole')
-    assert command.startswith('python train_tiny.py --recipe dense --preset tiny --seed 0')
+    assert command.startswith('python train_tiny.py --recipe dense --preset tiny --steps 6 --batch 4')
     monkeypatch.setattr(train_tiny.Questions, 'loss', stop_at_4)
     with pytest.raises(KeyboardInterrupt):
         train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')

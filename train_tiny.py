@@ -82,15 +82,14 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
     optimizers and the list of steps since the last row then held. Numbers are read, which waits, for rows.
     """
     optimizers = configure_optimizer(model, lr)
-    rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
+    rates = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     for optimizer, saved in zip(optimizers, state or ()):
         optimizer.load_state_dict(saved)
     every, log, recent, tick, began = max(1, steps // 100), [], [*recent], time.time(), first
     bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True)
     for step in bar:
-        for optimizer, own in zip(optimizers, rates):
-            for group, rate in zip(optimizer.param_groups, own):
-                group['lr'] = rate * schedule(step, steps)
+        for group, rate in zip((group for o in optimizers for group in o.param_groups), rates):
+            group['lr'] = rate * schedule(step, steps)
         with autocast():
             value, right = loss(model, draw(step))
         value.backward()
@@ -221,18 +220,18 @@ class Questions:
         return model(batch.video, batch.text, targets, asked)
 
     def loss(self, model, batch):
-        """-> loss, share of what is right: 0-dim tensors; of processes, what this one adds to the sum."""
-        own, share = self.own_part(batch) if WORLD > 1 else (batch, 1)
+        """-> loss, share of what is right: 0-dim tensors; of processes, what this one adds to the sum.
+
+        A process has its clips of a batch. They weigh as the share of the words to learn that they hold.
+        """
+        own = batch if WORLD == 1 else batch._replace(**{
+            name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items() if a is not None})
         logits, loss, _ = self.forward(model, own, own.targets)
         right = is_right(logits, self.wanted(own)).float().mean()
-        return loss * share, right * len(own.text) / len(batch.text)
-
-    def own_part(self, batch):
-        """This process's clips of a batch, and their share of the words that are to be learned."""
-        own = batch._replace(**{name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items()
-                                if a is not None})
-        words_of = lambda batch: (self.wanted(batch) != IGNORE).sum()
-        return own, words_of(own) / words_of(batch)
+        if WORLD == 1:
+            return loss, right
+        words, all_words = ((self.wanted(a) != IGNORE).sum() for a in (own, batch))
+        return loss * (words / all_words), right * len(own.text) / len(batch.text)
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int) -> dict:
@@ -240,30 +239,29 @@ class Questions:
 
         Blind: the same questions with another clip's video. Chance: always a type's most frequent answer.
         """
-        scores, rows, facts = ([], []), [], {}
+        right, blind, rows, facts = [], [], [], {}
         for batch in self.held_out(split, clips):
             other = batch.video.roll(max(1, len(batch.video) // 2), 0)
-            for video, right in zip((batch.video, other), scores):
+            for video, found in ((batch.video, right), (other, blind)):
                 # As many clips at a time as training fits.
                 for part in zip(*(a.split(self.s.batch) for a in (video, *batch[1:4]))):
                     with self.s.autocast():
                         logits, _, aux = self.forward(model, Batch(*part))
-                    right += is_right(logits, part[2]).flatten().float().tolist()
+                    found += is_right(logits, part[2]).flatten().float().tolist()
                     facts = model.reducer.facts(aux['reduced'])
             if len(other) == 1:                                                # no other clip to show
-                scores[1][len(rows):] = [math.nan] * batch.kind.numel()
-            rows += [(kind, tuple(answer[answer != IGNORE].tolist())) for kind, answer in
+                blind[len(rows):] = [math.nan] * batch.kind.numel()
+            rows += [(kind, *answer[answer != IGNORE].tolist()) for kind, answer in
                      zip(batch.kind.flatten().tolist(), batch.targets.flatten(0, 1).cpu())]
-        (right, blind), kinds = scores, [kind for kind, _ in rows]
-        by_answer, counts = means(right, rows), Counter(rows)
+        kinds, by_answer, counts = [kind for kind, *_ in rows], means(right, rows), Counter(rows)
         most = {kind: max(n for row, n in counts.items() if row[0] == kind) for kind in sorted({*kinds})}
         types = dict(accuracy=means(right, kinds), blind=means(blind, kinds),
-                     balanced_accuracy=means([*by_answer.values()], [kind for kind, _ in by_answer]),
+                     balanced_accuracy=means([*by_answer.values()], [kind for kind, *_ in by_answer]),
                      chance={kind: n / kinds.count(kind) for kind, n in most.items()})
         return dict(accuracy=nanmean(right), blind_accuracy=nanmean(blind), questions=len(rows),
                     chance=sum(most.values()) / len(rows), **facts,
-                    **{f'{key}_by_type': {self.data.kinds[kind]: value for kind, value in table.items()}
-                       for key, table in types.items()})
+                    **{f'{key}_by_type': {self.data.kinds[kind]: share for kind, share in found.items()}
+                       for key, found in types.items()})
 
     @torch.no_grad()
     def cost(self, model, clips: int = 8) -> dict:
@@ -313,15 +311,12 @@ class Questions:
         """Some answers, pictures of one held-out clip -> the flags that go on with it."""
         batch, right, wrong = self.draw('test', 0, 8), [], []
         pairs = [split_question(*pair) for pair in zip(batch.text.flatten(0, 1), batch.targets.flatten(0, 1))]
-        asked = torch.nn.utils.rnn.pad_sequence([q for q, _ in pairs], batch_first=True, padding_value=PAD)
-        longest = max(len(a) for _, a in pairs) + 1
-        answers = model.generate(batch.video, asked.view(*batch.text.shape[:2], -1), longest).flatten(0, 1)
-        for pair, answer in zip(pairs, answers):
-            question, truth, said = (in_words(ids, self.vocab) for ids in (*pair, answer))
-            if said == truth:
-                right.append(f'  {question}? {said}')
-            else:
-                wrong.append(f'  {question}? {said}   <- wrong, it is: {truth}')
+        asked, told = (torch.nn.utils.rnn.pad_sequence(a, True, PAD) for a in zip(*pairs))
+        said = model.generate(batch.video, asked.view(*batch.text.shape[:2], -1), told.size(1) + 1)
+        for ids in zip(asked, told, said.flatten(0, 1)):
+            question, truth, answer = (in_words(a, self.vocab) for a in ids)
+            note = '' if answer == truth else f'   <- wrong, it is: {truth}'
+            (wrong if note else right).append(f'  {question}? {answer}{note}')
         # Five, a mistake among them if there is one.
         print('', *right[::max(1, len(right) // 5)][:5 - len(wrong[:1])], *wrong[:1], sep='\n')
         video, asked, question, answer = self.liveliest()
@@ -379,13 +374,12 @@ class Streams(Questions):
         return dict(super().cost(model, clips), cache_kb=held / 1000)
 
     def print_table(self, result: dict):
-        print('', table([[f'{result["clips"]} held-out streams', ''],
-                         ['LM-PPL', f'{result["lm_ppl"]:.3f}'], ['LM-Correctness', result['lm_correctness']],
-                         ['Fluency', result['fluency']], ['turns without a mistake', result['accuracy']],
-                         ["the same, shown another clip's video", result['blind_accuracy']],
-                         ['TimeDiff, frames', f'{result["time_diff"]:.3f}'],
-                         ['narrated in the very frame', result['spoken']],
-                         ['silent when nothing happens', result['silence']]]), sep='\n')
+        shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency', 'in the very frame': 'spoken',
+                  'turns without a mistake': 'accuracy', 'silent when nothing happens': 'silence',
+                  "accuracy, shown another clip's video": 'blind_accuracy'}
+        print('', table([[f'{result["clips"]} held-out streams', ''], ['LM-PPL', f'{result["lm_ppl"]:.3f}'],
+                         *([name, result[key]] for name, key in shares.items()),
+                         ['TimeDiff, frames', f'{result["time_diff"]:.3f}']]), sep='\n')
 
     @torch.no_grad()
     def show(self, model, run: Path) -> str:
@@ -523,10 +517,9 @@ def recall(similarity) -> dict:
 
     The earlier of equal columns is first. What is not a number is last.
     """
-    similarity = similarity.nan_to_num(-math.inf)
-    own, place = similarity.diag()[:, None], torch.arange(len(similarity), device=similarity.device)
-    ahead = (similarity > own) | (similarity == own) & (place < place[:, None])
-    rank = ahead.sum(1)                                                        # (n,) 0 = found first
+    order = similarity.nan_to_num(-math.inf).argsort(dim=1, descending=True, stable=True)
+    own = torch.arange(len(order), device=order.device)[:, None]
+    rank = (order == own).int().argmax(1)                                      # (n,) 0 = found first
     return {**{f'R@{k}': 100 * (rank < k).float().mean().item() for k in (1, 5, 10)},
             'median rank': (rank + 1).float().quantile(0.5).item()}
 
@@ -597,15 +590,15 @@ def load_data(s, vocab: list = None):
 
     vocab: the words of a model that is measured on the test clips of a folder. ValueError: others there.
     """
-    preset, folder, grid = {**PRESETS[s.preset], **s.model}, Path(s.data), parse_grid(s.grid)
+    preset, grid = {**PRESETS[s.preset], **s.model}, parse_grid(s.grid)
     shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['asked'], seed=s.seed)
     if s.data == 'shapes':
         return ShapeWorld(frames=preset['frames'], **shape), preset['frames']
     frames = s.model.get('frames', 0)
     if not frames:                                           # real motion is fast: keep every frame
-        first = read_rows(folder)[0]
-        first = read_clip(folder / first['file'], first.get('grid', grid), size=1)
-        frames = min(len(first), 2 * preset['frames'])
+        first = read_rows(Path(s.data))[0]
+        frames = len(read_clip(Path(s.data, first['file']), first.get('grid', grid), size=1))
+        frames = min(frames, 2 * preset['frames'])
     if frames < 2:
         raise ValueError(f'a clip needs at least 2 frames, got {frames}; see --frames and --grid')
     return ClipFolder(s.data, frames=frames, grid=grid, vocab=vocab, **shape), frames
@@ -650,19 +643,18 @@ def prepare(s, task, frames: int, dense=None):
 
 def untrained(s, data, frames: int):
     """The model of a row, begun from untrained weights. ValueError: flags that do not fit the row."""
-    recipe, dense = RECIPES[s.recipe], None
-    first, task = replace(s, recipe=recipe.begins, model=shape_of(s)), recipe.task(s, data)
-    if recipe.begins:
-        dense = build(first, configure(first, task.vocab, frames))
+    task, first = RECIPES[s.recipe].task(s, data), base_of(s)
+    dense = build(first, configure(first, task.vocab, frames)) if first.recipe else None
     with redirect_stdout(None), torch.no_grad():               # ranks of such weights say nothing
         model = prepare(s, task, frames, dense).eval()
         task.loss(model, task.draw('train', 0, 2))             # some numbers are refused by the first pass
     return model
 
 
-def shape_of(s) -> dict:
-    """Those options of the model that decide the shape of what a row begins with."""
-    return {name: value for name, value in s.model.items() if name in (*PRESETS[s.preset], 'patch_size')}
+def base_of(s, **more):
+    """Settings of what a row begins with: of the model's options those that decide its shape."""
+    shape = {name: value for name, value in s.model.items() if name in (*PRESETS[s.preset], 'patch_size')}
+    return replace(s, recipe=RECIPES[s.recipe].begins, model=shape, **more)
 
 
 def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
@@ -678,8 +670,8 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
     if way == 'random':
         return torch.randperm(depth - 1, generator=torch.Generator().manual_seed(s.seed))[:count].tolist()
     batches = (task.draw('train', step, 1) for step in range(clips))
-    ranks = [layer_ranks(dense, batch.video, batch.text[:, :1]) for batch in batches]
-    ranks = torch.stack(ranks).mean(0).cpu()                                   # (2, layers)
+    ranks = torch.stack([layer_ranks(dense, batch.video, batch.text[:, :1]) for batch in batches])
+    ranks = ranks.mean(0).cpu()                                                # (2, layers)
     chosen = choose_mod_layers(ranks[0, :-1], depth - 1 - count)
     print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
     for i, (rank, effective) in enumerate(ranks.T.tolist()):
@@ -689,25 +681,21 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
 
 # ---- 4. Runs -----------------------------------------------------------------------------------------------
 
-def whole(path, write):
-    """write(a temporary path), which then takes its place: a file is there whole or not at all."""
+def whole(path, make):
+    """make(a temporary path), which then takes its place: a file is there whole or not at all."""
     part = Path(path).with_name(f'{Path(path).name}.{os.getpid()}.part{Path(path).suffix}')
     try:
-        write(part)
+        make(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_text(path, text: str):
-    """A whole text file."""
-    whole(path, lambda part: part.write_text(text, encoding='utf-8'))
-
-
-def write_json(path, value: dict):
-    """A whole file. What is not finite is no number in JSON: it becomes null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    write_text(path, json.dumps(value, indent=1))
+def write(path, what):
+    """A whole file of text, or of JSON, in which what is not finite is no number: it becomes null."""
+    if isinstance(what, dict):
+        what = json.dumps(json.loads(json.dumps(what), parse_constant=lambda _: None), indent=1)
+    whole(path, lambda part: part.write_text(what, encoding='utf-8'))
 
 
 def read_json(path: Path, made=dict):
@@ -721,7 +709,7 @@ def read_json(path: Path, made=dict):
 def settings_of(run: Path):
     """Those that a run was made with. ValueError: they are something else."""
     s = read_json(run / 'config.json', lambda file: Settings(**file['settings']))
-    if not isinstance(s.model, dict) or {s.recipe, s.preset} - {'auto', *RECIPES, *PRESETS}:
+    if type(s.model) is not dict or s.recipe not in [*RECIPES] or s.preset not in ['auto', *PRESETS]:
         raise ValueError(f'{run / "config.json"} is not what this version wrote')
     return s
 
@@ -774,7 +762,7 @@ class Run:
 
     def begin(self, task, frames: int):
         """The model, new or as an interrupted run left it."""
-        s, dense, begins = self.s, None, RECIPES[self.s.recipe].begins
+        s = self.s
         if s.resume:
             model, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'), s.device)
             if [model.config.vocab, model.config.frames] != [list(task.vocab), frames]:
@@ -783,14 +771,13 @@ class Run:
             if self.done > s.steps or self.done == s.steps and (self.path / 'result.json').exists():
                 raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
             return model
-        if begins and not s.init_from:
-            print(f'--recipe {s.recipe} begins with {begins}, which is trained first')
+        if RECIPES[s.recipe].begins and not s.init_from:
+            first = base_of(s, steps=0, out=f'{self.path}-{RECIPES[s.recipe].begins}')
+            print(f'--recipe {s.recipe} begins with {first.recipe}, which is trained first')
             untrained(s, task.data, frames)                    # refuses what does not fit
-            first = replace(s, recipe=begins, out=f'{self.path}-{begins}', model=shape_of(s), steps=0)
             finish(first)
             s = self.s = replace(s, init_from=first.out)
-        if s.init_from:
-            dense, _ = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)
+        dense = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)[0] if s.init_from else None
         return prepare(s, task, frames, dense)
 
     def read_progress(self, model, optimizers=None, step=None, log=None, recent=None, seconds=None, **other):
@@ -812,7 +799,7 @@ class Run:
         save_checkpoint(self.path / 'ckpt.pt', model, optimizers=[o.state_dict() for o in optimizers],
                         step=step, log=self.log, recent=recent, seconds=seconds)
         lines = [self.COLUMNS, *([str(row[name]) for name in self.COLUMNS] for row in self.log)]
-        write_text(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
+        write(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
     def train(self, model, task):
         """The steps that are left, held-out accuracy ten times. KeyboardInterrupt: Ctrl-C; all is saved."""
@@ -865,7 +852,7 @@ def run_recipe(s, began: float = None) -> Path:
         run.claim()                                            # not before the first pass, which may refuse
         (run.path / 'result.json').unlink(missing_ok=True)     # it goes on: not finished
         noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
-        write_json(run.path / 'config.json', noted)
+        write(run.path / 'config.json', noted)
         print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
               f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps '
               f'of {s.batch} clips -> {run.path}')
@@ -884,7 +871,7 @@ def run_recipe(s, began: float = None) -> Path:
         if run.log:
             draw_curve(run.log, run.path / 'curve.png')
         result['seconds'] = round(run.before + time.time() - began, 1)
-        write_json(run.path / 'result.json', result)
+        write(run.path / 'result.json', result)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*['--resume', run.path] * (run.path / 'ckpt.pt').exists()) from None
     run.lock.close()
@@ -1165,17 +1152,13 @@ def table_of(rows: dict, columns) -> str:
 
 def rows_of(s) -> list:
     """The rows that --rows names, or all, and what they begin with."""
-    asked = s.rows.split(',') if s.rows else [*RECIPES]
-    for name in asked:
+    deep = {**PRESETS[s.preset], **s.model}['encoder_layers'] > 1              # has layers to merge in
+    fits = lambda row: (s.data == 'shapes' or row.task is Questions) and (
+        deep or row.task is Retrieval or 'encoder' not in row.changes)
+    asked = s.rows.split(',') if s.rows else [name for name, row in RECIPES.items() if fits(row)]
+    for name in asked:                                         # grows while it is walked
         if name not in RECIPES:
             raise ValueError(f'--rows: {name!r} is none of {", ".join(RECIPES)}')
-    if s.data != 'shapes' and not s.rows:
-        asked = [name for name in asked if RECIPES[name].task is Questions]
-    shallow = {**PRESETS[s.preset], **s.model}['encoder_layers'] < 2           # has no layers to merge in
-    if shallow and not s.rows:
-        asked = [name for name in asked if not RECIPES[name].changes.get('encoder')
-                 or RECIPES[name].task is Retrieval]
-    for name in asked:                                         # grows while it is walked
         asked += {RECIPES[name].begins} - {'', *asked}
     return [name for name in RECIPES if name in asked]
 
@@ -1247,23 +1230,26 @@ def summarize(results: list) -> dict:
                 token_share=layers[0] / N, converted=sum(n < N for n in layers) / len(layers))
 
 
-def model_of(s, name: str) -> dict:
-    """Those options of the model that mean something to the task of a row."""
-    return {key: value for key, value in s.model.items() if key not in RECIPES[name].task.without}
+def row_of(s, name: str, **more):
+    """Settings of a row of a comparison: of the model's options those that mean something to its task."""
+    idle = RECIPES[name].task.without
+    return replace(s, recipe=name, model={key: value for key, value in s.model.items() if key not in idle},
+                   compare=False, rows='', seeds=0, **more)
 
 
 def run_row(s, name: str, seed: int, folder: Path):
     """One row of a comparison, trained, gone on with, or finished before -> its result, its command."""
-    recipe, here, model = RECIPES[name], folder / f'seed{seed}', model_of(s, name)
+    recipe, here = RECIPES[name], folder / f'seed{seed}'
     steps = recipe.share * (s.steps or RUNS[s.preset][recipe.task.kind][1])
-    flags = dict(recipe=name, preset=s.preset, seed=seed, steps=max(1, round(steps)) if recipe.share else 0,
+    row = row_of(s, name, seed=seed, steps=max(1, round(steps)) if recipe.share else 0, out='',
                  init_from=str(here / recipe.begins) if recipe.begins else '')
     if not (here / name / 'result.json').exists():
         print(f'\n== {name}, seed {seed}')
-    said = [word for key, value in {**flags, **model}.items() if value not in ('', 0) or key == 'seed'
-            for word in (dashed(key), str(value))]
-    row = replace(s, **flags, out=str(here / name), model=model, compare=False, rows='', seeds=0)
-    return finish(row), shlex.join(['python', 'train_tiny.py', *said])
+    plain, command = vars(Settings()), ['python', 'train_tiny.py']
+    for key, value in {**vars(row), **row.model}.items():
+        if key != 'model' and value != plain.get(key):
+            command += [dashed(key)] + [str(value)] * (value is not True)
+    return finish(replace(row, out=str(here / name))), shlex.join(command)
 
 
 def run_compare(s):
@@ -1275,14 +1261,14 @@ def run_compare(s):
     (data, frames), asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
-            untrained(replace(s, recipe=name, model=model_of(s, name)), data, frames)
+            untrained(row_of(s, name), data, frames)
     note, fixed = folder / 'asked.json', asdict(replace(told, out='', rows='', seeds=0, ask=[], question=[]))
     if note.exists():
         must_agree(folder, read_json(note), fixed)
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f'--out {folder} exists, and no comparison was begun in it; name another folder')
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(note, fixed)
+    write(note, fixed)
     seeds = range(s.seed, s.seed + (s.seeds or 3))
     done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
     for name in [name for name in RECIPES if name in asked or done(name)]:
@@ -1307,8 +1293,8 @@ def run_compare(s):
     if len(rows) > 1 and 'dense' in rows:
         draw_results({name: row for name, row in rows.items() if 'first_ms' in row}, curves,
                      folder / 'results.png')
-    write_text(folder / 'results.md', text)
-    write_json(folder / 'results.json', report)
+    write(folder / 'results.md', text)
+    write(folder / 'results.json', report)
     print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, one clip as every method sees it')
 
 
@@ -1644,7 +1630,7 @@ def run_eval(s: Settings):
     result = dict(run=str(run), data=s.data, torch=torch.__version__, **scores_of(task, model))
     task.print_table(result)
     path = run / f'eval-{Path(s.data).name}.json'
-    write_json(path, result)
+    write(path, result)
     print(f'\nwritten: {path}')
 
 

@@ -220,10 +220,8 @@ class Questions:
         return model(batch.video, batch.text, targets, asked)
 
     def loss(self, model, batch):
-        """-> loss, share of what is right: 0-dim tensors; of processes, what this one adds to the sum.
-
-        A process has its clips of a batch. They weigh as the share of the words to learn that they hold.
-        """
+        """-> loss, share of what is right: 0-dim tensors. Of several processes, what this one adds to it. Its
+        clips of the batch weigh as the share of the words to learn that they hold."""
         own = batch if WORLD == 1 else batch._replace(**{
             name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items() if a is not None})
         logits, loss, _ = self.forward(model, own, own.targets)
@@ -235,10 +233,8 @@ class Questions:
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int) -> dict:
-        """Accuracy on held-out clips: overall, by type, balanced over a type's answers, blind, chance.
-
-        Blind: the same questions with another clip's video. Chance: always a type's most frequent answer.
-        """
+        """Shares of right answers on held-out clips: overall, by type, balanced over a type's answers, with
+        another clip's video (blind), by a type's most frequent answer (chance)."""
         right, blind, rows, facts = [], [], [], {}
         for batch in self.held_out(split, clips):
             other = batch.video.roll(max(1, len(batch.video) // 2), 0)
@@ -265,10 +261,8 @@ class Questions:
 
     @torch.no_grad()
     def cost(self, model, clips: int = 8) -> dict:
-        """Vision tokens of each layer and GFLOPs of a clip, mean over some.
-
-        paper_share: of dense, as papers that merge count it, the blocks on vision tokens alone.
-        """
+        """Vision tokens of each layer and GFLOPs of a clip, mean over some. paper_share: of dense, as papers
+        that merge count it, the blocks on vision tokens alone."""
         c, found = model.config, []
         paper = lambda tokens: sum(block_flops(n, c.dim) for n in tokens)
         for step in range(clips if c.merges else 1):
@@ -285,10 +279,7 @@ class Questions:
 
     @torch.no_grad()
     def timed(self, model, batch):
-        """Functions to be timed, and what their lists of seconds then mean.
-
-        Here the first token of an answer, and an answer that goes on for WORDS more.
-        """
+        """Functions to be timed, here one word and an answer of WORDS more; what their seconds then mean."""
         model.head.bias = torch.nn.Parameter(torch.zeros_like(model.head.weight[:, 0]))
         model.head.bias[:2] = -math.inf                        # never ends
         answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
@@ -419,11 +410,9 @@ def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
 
 
 def timing_scores(spoke, should) -> dict:
-    """How a model that runs freely times its narration: spoke, should (B, T) bool.
-
+    """How a model that runs freely times its narration: spoke, should (B, T) bool. spoken: in the very frame.
     time_diff (TimeDiff): mean |frame at which it first speaks - frame at which it should|, between the
-    narrations before and after, or the end of that stretch. spoken: narrations made in their very frame.
-    """
+    narrations before and after, or the end of that stretch."""
     T, off = should.size(1), []
     for said, due in zip(spoke.tolist(), should.tolist()):
         times = [t for t in range(T) if due[t]]
@@ -449,10 +438,8 @@ class Retrieval(Questions):
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int) -> dict:
-        """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's: 50 % by chance.
-
-        A pair of twins differs in a direction or in the order of events. All sentences differ.
-        """
+        """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's, which differs in
+        a direction or in the order of events: 50 % by chance. All sentences differ."""
         seen, found, clips = set(), [], min(clips, FIND_CLIPS)
         for batch in self.held_out(split, 10 ** 9):
             sentences, new = [in_words(ids, self.vocab) for ids in batch.text], []
@@ -513,10 +500,8 @@ class Frames(Retrieval):
 
 
 def recall(similarity) -> dict:
-    """(n, n), row i belongs to column i -> R@1, R@5, R@10 in percent, median rank from 1 on.
-
-    The earlier of equal columns is first. What is not a number is last.
-    """
+    """(n, n), row i belongs to column i -> R@1, R@5, R@10 in percent, median rank from 1 on. The earlier of
+    equal columns is first, what is not a number last."""
     order = similarity.nan_to_num(-math.inf).argsort(dim=1, descending=True, stable=True)
     own = torch.arange(len(order), device=order.device)[:, None]
     rank = (order == own).int().argmax(1)                                      # (n,) 0 = found first
@@ -586,10 +571,7 @@ RUNS = {'tiny': dict(questions=(8, 100), streams=(8, 100), retrieval=(16, 20), a
 
 
 def load_data(s, vocab: list = None):
-    """The dataset that --data names, at the preset's frame size; how many frames a clip has.
-
-    vocab: the words of a model that is measured on the test clips of a folder. ValueError: others there.
-    """
+    """The dataset of --data, how many frames a clip has. vocab: a model's words; ValueError: others there."""
     preset, grid = {**PRESETS[s.preset], **s.model}, parse_grid(s.grid)
     shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['asked'], seed=s.seed)
     if s.data == 'shapes':
@@ -658,10 +640,8 @@ def base_of(s, **more):
 
 
 def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
-    """Which layers of a dense model to convert; the last one stays dense.
-
-    'rank': those whose attention has the lowest rank, all but an eighth. 'rank:2': two. 'random:2': any two.
-    """
+    """Which layers of a dense model to convert, not the last. 'rank': those whose attention has the lowest
+    rank, all but an eighth. 'rank:2': two. 'random:2': any two. ValueError: another number or word."""
     depth, (way, _, count) = dense.config.n_layer, which.partition(':')
     count = depth - max(1, depth // 8) if way == which else int(count) if count.isdecimal() else 0
     if not 0 < count < depth or way not in ('rank', 'random'):
@@ -724,7 +704,7 @@ def must_agree(folder: Path, before: dict, asked: dict):
 
 class Run:
     """A run's folder: made, saved into, resumed, finished. An existing one is never written over."""
-    BEGUN = {'config.json', 'log.csv', 'lock'}       # all that one killed before its first checkpoint has
+    COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
 
     def __init__(self, s):
         self.s, self.log, self.recent, self.before, self.state, self.done = s, [], (), 0.0, None, 0
@@ -740,12 +720,12 @@ class Run:
         if self.s.resume or not self.path.exists():
             return
         inside = self.path.iterdir() if self.path.is_dir() else [self.path]
-        files = {path.name for path in inside if '.part' not in path.name}
-        if files and files <= self.BEGUN and 'config.json' in files:
-            settings_of(self.path)                                             # a stranger's is not touched
-        elif files - {'lock'}:
+        files = {path.name for path in inside if '.part' not in path.name} - {'lock'}
+        if files - {'config.json', 'log.csv'}:
             hint = f', or go on with it: --resume {self.path}' if 'ckpt.pt' in files else ''
             raise ValueError(f'--out {self.path} exists; name another folder{hint}')
+        if files:
+            settings_of(self.path)                             # killed before a checkpoint; not a stranger's
 
     def claim(self):
         """Make the folder, for this process alone until it ends. ValueError: another one was faster."""
@@ -791,8 +771,6 @@ class Run:
         except Exception:       # of damaged states torch raises many types
             raise ValueError(f'{self.path / "ckpt.pt"} holds a model, but no run to go on with') from None
 
-    COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
-
     def save(self, model, optimizers: list, step: int, seconds: float, recent=()):
         """Checkpoint and log.csv: all that a resumed run needs."""
         recent = torch.stack([*recent]) if recent else torch.zeros(0, 2)
@@ -837,10 +815,7 @@ class Run:
 
 
 def run_recipe(s, began: float = None) -> Path:
-    """Train a row, and first what it begins with; evaluate on the test split, show, fill its folder.
-
-    KeyboardInterrupt: Ctrl-C; with the flags that go on, if there is a checkpoint.
-    """
+    """Train, evaluate and show a row -> its folder. KeyboardInterrupt: Ctrl-C, with the flags that go on."""
     began = began or time.time()
     set_up(s)
     data, frames = load_data(s)
@@ -986,10 +961,7 @@ def draw_clip(model, video, text, path: Path, title: str):
 
 @torch.no_grad()
 def narrate(model, video, path: Path, theta: float, asked: dict):
-    """Play (T, 3, height, width), print what the model says when, draw frames with the words below.
-
-    asked: from the number of a frame, counted from 1, to the words of a question after it.
-    """
+    """Play (T, 3, height, width), print and draw what is said when. asked: frame, from 1 on -> a question."""
     vocab = model.config.vocab
     encode = lambda question: torch.tensor([encode_question(question, vocab)])
     frames = ((frame[None], encode(asked[t]) if t in asked else None) for t, frame in enumerate(video, 1))
@@ -1088,10 +1060,10 @@ def step_memory_mb(device: str, step) -> float:
     return sum(kept.values()) / 2 ** 20
 
 
-def measure(s, task, make: dict) -> dict:
+def measure(task, make: dict) -> dict:
     """Training step, memory, what the task times, of models in turn: medians. make: name -> a new model."""
+    s, batch, runs, meaning = task.s, task.draw('train', 0, task.s.batch), {}, {}
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(s.device, lambda: None)
-    batch, runs, meaning = task.draw('train', 0, s.batch), {}, {}
 
     def training(model):
         """A function that makes a step."""
@@ -1171,7 +1143,7 @@ def run_bench(s):
     data, frames = load_data(s)
     make = {name: functools.partial(untrained, replace(s, recipe=name), data, frames) for name in names}
     task = kind(s, data)
-    rows = {name: {**task.cost(make[name]()), **found} for name, found in measure(s, task, make).items()}
+    rows = {name: {**task.cost(make[name]()), **found} for name, found in measure(task, make).items()}
     columns = ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])]
     print(f'\n{table_of(rows, columns)}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} '
           'rounds in turn; in brackets: of the first row')
@@ -1254,15 +1226,13 @@ def run_row(s, name: str, seed: int, folder: Path):
 
 def run_compare(s):
     """--compare: train what is missing, time all rows of a task in turn, write tables and pictures."""
-    told = replace(s)                                          # without what the machine fills in
     set_up(s)
-    told.preset, told.device = s.preset, s.device
     folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{Path(s.data).name}')
     (data, frames), asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
             untrained(row_of(s, name), data, frames)
-    note, fixed = folder / 'asked.json', asdict(replace(told, out='', rows='', seeds=0, ask=[], question=[]))
+    note, fixed = folder / 'asked.json', asdict(replace(s, out='', rows='', seeds=0, ask=[], question=[]))
     if note.exists():
         must_agree(folder, read_json(note), fixed)
     elif folder.exists() and any(folder.iterdir()):
@@ -1272,18 +1242,17 @@ def run_compare(s):
     seeds = range(s.seed, s.seed + (s.seeds or 3))
     done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
     for name in [name for name in RECIPES if name in asked or done(name)]:
-        results, commands = zip(*(run_row(told, name, seed, folder) for seed in seeds))
+        results, commands = zip(*(run_row(s, name, seed, folder) for seed in seeds))
         rows[name] = dict(summarize(results), command=commands[0])
     for kind in dict.fromkeys(RECIPES[name].task for name in rows):
-        s.recipe, *_ = names = [name for name in rows if RECIPES[name].task is kind]
-        s.batch = told.batch or RUNS[s.preset][kind.kind][0]
+        names = [name for name in rows if RECIPES[name].task is kind]
         load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
-        task = kind(s, data)
-        for name, found in measure(s, task, {name: functools.partial(load, name) for name in names}).items():
+        task = kind(replace(s, recipe=names[0], batch=s.batch or RUNS[s.preset][kind.kind][0]), data)
+        for name, found in measure(task, {name: functools.partial(load, name) for name in names}).items():
             rows[name] |= found
         if kind is Questions:
             bases = {'dense', 'gaps'} & {*names}
-            curves = {base: untrained_curves(s, task, load(base)) for base in sorted(bases)}
+            curves = {base: untrained_curves(task, load(base)) for base in sorted(bases)}
             video, ids, question, _ = task.liveliest()
             for name in names:
                 draw_clip(load(name).eval(), video, ids[None], folder / name, f'{name}: {question}')
@@ -1299,12 +1268,12 @@ def run_compare(s):
 
 
 @torch.no_grad()
-def untrained_curves(s, task, model) -> dict:
+def untrained_curves(task, model) -> dict:
     """What methods that need no training make of a model: reducer -> [[decoder GFLOPs, accuracy], ...]."""
     curves, T, P = {}, model.config.frames, model.config.patches
     for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving(1.0, T, P)]:
         for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
-            row = replace(s, recipe=name, model={**s.model, **REDUCERS[name].leaving(share, T, P)})
+            row = replace(task.s, recipe=name, model={**task.s.model, **REDUCERS[name].leaving(share, T, P)})
             method = build(row, configure(row, task.vocab, T), model).eval()
             accuracy = task.evaluate(method, 'test', CURVE_CLIPS)['accuracy']
             curves.setdefault(name, []).append((task.cost(method)['decoder_gflops'], accuracy))
@@ -1331,10 +1300,8 @@ def write_report(report: dict) -> str:
 
 
 def draw_results(rows: dict, curves: dict, path: Path):
-    """Accuracy (logarithm of the error) over decoder FLOPs: rows are points, lines what is not trained.
-
-    The front that nothing beats is red. Lines are thick where the model has seen gaps, thin where not.
-    """
+    """Accuracy (logarithm of the error) over decoder FLOPs: rows are points, the front that nothing beats is
+    red; lines are what is not trained, thick where the model has seen gaps."""
     full, rise = rows['dense']['decoder_gflops'], lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
     place = lambda flops, accuracy: (math.log(flops / full), rise(accuracy))
     points = {name: place(row['decoder_gflops'], row['accuracy']) for name, row in rows.items()
@@ -1401,7 +1368,6 @@ class Settings:
 CHOICES = dict(PARTS, recipe=RECIPES, preset=['auto', *PRESETS], device=['auto', 'cuda', 'mps', 'cpu'],
                dtype=['auto', 'float32', 'bfloat16'])
 METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream='CLIP', find='SENTENCE')
-JOBS = ('ask', 'stream', 'find', 'eval', 'bench', 'compare')
 TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
          ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows')]
@@ -1497,17 +1463,14 @@ def machine_name(device: str) -> str:
 
 def set_up(s: Settings):
     """Fill in device, dtype, preset, steps, batch, and say so."""
-    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    if s.device == 'auto':
-        s.device = next(d for d in available if available[d])
-    if not available[s.device]:
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    s.device = next(device for device in has if has[device]) if s.device == 'auto' else s.device
+    if not has[s.device]:
         raise ValueError(f'--device {s.device}: this machine has none, or this torch was built without it')
     cuda, recipe = s.device == 'cuda', RECIPES[s.recipe]
-    if s.dtype == 'auto':
-        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        s.dtype = 'bfloat16' if native else 'float32'
-    if s.preset == 'auto':
-        s.preset = 'gpu' if cuda else 'cpu'
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    s.dtype = s.dtype.replace('auto', 'bfloat16' if native else 'float32')
+    s.preset = s.preset.replace('auto', 'gpu' if cuda else 'cpu')
     if not s.compare:
         batch, steps = RUNS[s.preset][recipe.task.kind]
         s.batch = s.batch or batch
@@ -1547,12 +1510,12 @@ def kind_of(run: Path) -> str:
 
 def open_model(s: Settings, flag: str, kind: str, clip: str = ''):
     """The run of --out, or the newest of this kind under out/ -> run, model, a clip as the model sees it."""
-    found = [path.parent for path in Path('out').glob('**/ckpt.pt') if kind_of(path.parent) == kind]
-    if not found and not s.out:
+    runs = [Path(s.out)] if s.out else [path.parent for path in Path('out').glob('**/ckpt.pt')
+                                        if kind_of(path.parent) == kind]
+    if not runs:
         row = {'questions': '', 'streams': ' --recipe stream', 'retrieval': ' --recipe retrieval'}[kind]
-        raise ValueError(f'{flag} found no model for it under out/; train one first: python train_tiny.py'
-                         + row)
-    run = Path(s.out) if s.out else max(found, key=lambda run: (run / 'ckpt.pt').stat().st_mtime)
+        raise ValueError(f'{flag} found no model under out/; train one first: python train_tiny.py{row}')
+    run = max(runs, key=lambda run: (run / 'ckpt.pt').stat().st_mtime)
     model, _ = load_checkpoint(run / 'ckpt.pt')
     if kind_of(run) != kind:
         raise ValueError(f'{flag}: the model of {run} was trained for {kind_of(run)}')
@@ -1605,20 +1568,17 @@ def run_find(s: Settings):
         batch = ShapeWorld(frames=c.frames, size=c.frame_size, seed=s.seed).captions('test', 0, 64)
         video, names = batch.video, [in_words(ids, c.vocab) for ids in batch.text]
     else:
-        rows = read_rows(Path(s.data))
-        grids = [row.get('grid', parse_grid(s.grid)) for row in rows]
-        clips = [read_clip(Path(s.data) / row['file'], grid, c.frames, c.frame_size)
-                 for row, grid in zip(rows, grids)]
-        video = torch.stack(clips).float() / 255
-        names = [row['file'] for row in rows]
+        rows, grid = read_rows(Path(s.data)), parse_grid(s.grid)
+        names, grids = [row['file'] for row in rows], [row.get('grid', grid) for row in rows]
+        video = torch.stack([read_clip(Path(s.data, name), grid, c.frames, c.frame_size)
+                             for name, grid in zip(names, grids)]).float() / 255
     rank_clips(model, video, names, s.find, run / 'find.png')
     print(f'the best of {len(names)} clips: {run / "find.png"}')
 
 
 def run_eval(s: Settings):
     """The table of a run's end for other clips: printed, and written beside the run."""
-    run = Path(s.eval)
-    saved = settings_of(run)
+    run, saved = Path(s.eval), settings_of(Path(s.eval))
     s = replace(saved, data=s.data, grid=s.grid, device=s.device, eval=s.eval)
     set_up(s)
     model, _ = load_checkpoint(run / 'ckpt.pt', s.device)
@@ -1629,9 +1589,12 @@ def run_eval(s: Settings):
         raise ValueError(f'{run} was trained on {saved.data}, it has other words; name clips with --data')
     result = dict(run=str(run), data=s.data, torch=torch.__version__, **scores_of(task, model))
     task.print_table(result)
-    path = run / f'eval-{Path(s.data).name}.json'
-    write(path, result)
-    print(f'\nwritten: {path}')
+    write(run / f'eval-{Path(s.data).name}.json', result)
+    print(f'\nwritten: {run}/eval-{Path(s.data).name}.json')
+
+
+JOBS = dict(ask=run_ask, stream=run_stream, find=run_find, eval=run_eval, bench=run_bench,
+            compare=run_compare)
 
 
 def main(argv=None, began: float = None) -> int:
@@ -1644,9 +1607,7 @@ def main(argv=None, began: float = None) -> int:
     try:
         torch.set_float32_matmul_precision('high')
         s = parse(argv)
-        jobs = dict(ask=run_ask, stream=run_stream, find=run_find, eval=run_eval, bench=run_bench,
-                    compare=run_compare)
-        job = next((jobs[name] for name in JOBS if getattr(s, name)), None)
+        job = next((job for name, job in JOBS.items() if getattr(s, name)), None)
         job(s) if job else run_recipe(s, began)
         return 0
     except torch.cuda.OutOfMemoryError:

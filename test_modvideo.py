@@ -2199,8 +2199,8 @@ def begun(flags):
     """Task and model of a row as its training begins, from an untrained base."""
     s = train_tiny.parse([*TINY, *flags.split()])
     train_tiny.set_up(s)
-    data, frames = train_tiny.load_data(s)
-    return train_tiny.RECIPES[s.recipe].task(s, data), train_tiny.untrained(s, data, frames)
+    data = train_tiny.load_data(s)
+    return train_tiny.RECIPES[s.recipe].task(s, data), train_tiny.untrained(s, data)
 
 
 def pasted(printed):
@@ -3100,8 +3100,8 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
     flags = '--encoder-layers 2 --batch 2 --device cuda --recipe'.split()
     s = train_tiny.parse([*TINY, *flags, recipe])
     train_tiny.set_up(s)
-    data, frames = train_tiny.load_data(s)
-    model = train_tiny.untrained(s, data, frames).train()
+    data = train_tiny.load_data(s)
+    model = train_tiny.untrained(s, data).train()
     task, optimizers = train_tiny.RECIPES[recipe].task(s, data), mv.configure_optimizer(model, s.lr)
     for step in range(2):                                      # the first one places codes and averages
         batch = task.draw('train', step, s.batch)

@@ -571,26 +571,25 @@ RUNS = {'tiny': dict(questions=(8, 100), streams=(8, 100), retrieval=(16, 20), a
 
 
 def load_data(s, vocab: list = None):
-    """The dataset of --data, how many frames a clip has. vocab: a model's words; ValueError: others there."""
+    """The dataset that --data names. vocab: a model's words; ValueError: the folder has others."""
     preset, grid = {**PRESETS[s.preset], **s.model}, parse_grid(s.grid)
     shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['asked'], seed=s.seed)
     if s.data == 'shapes':
-        return ShapeWorld(frames=preset['frames'], **shape), preset['frames']
-    frames = s.model.get('frames', 0)
-    if not frames:                                           # real motion is fast: keep every frame
+        return ShapeWorld(frames=preset['frames'], **shape)
+    if 'frames' not in s.model:                              # real motion is fast: keep every frame
         first = read_rows(Path(s.data))[0]
         frames = len(read_clip(Path(s.data, first['file']), first.get('grid', grid), size=1))
-        frames = min(frames, 2 * preset['frames'])
-    if frames < 2:
-        raise ValueError(f'a clip needs at least 2 frames, got {frames}; see --frames and --grid')
-    return ClipFolder(s.data, frames=frames, grid=grid, vocab=vocab, **shape), frames
+        s.model = dict(s.model, frames=min(frames, 2 * preset['frames']))
+    if s.model['frames'] < 2:
+        raise ValueError('a clip needs at least 2 frames, got 1; see --frames and --grid')
+    return ClipFolder(s.data, frames=s.model['frames'], grid=grid, vocab=vocab, **shape)
 
 
-def configure(s, vocab: list, frames: int, **more) -> ModVideoConfig:
-    """The configuration of a row: the preset, what the row changes, the flags, in this order, and `more`."""
+def configure(s, vocab: list) -> ModVideoConfig:
+    """The configuration of a row: the preset, what the row changes, the flags, in this order."""
     preset, recipe = {**PRESETS[s.preset], **s.model}, RECIPES[s.recipe]
     changes = {name: value(preset) if callable(value) else value for name, value in recipe.changes.items()}
-    values = {**preset, **recipe.task.model, **changes, **s.model, 'frames': frames, **more}
+    values = {**preset, **recipe.task.model, **changes, **s.model}
     own = {f.name: values.pop(f.name) for f in fields(ModVideoConfig) if f.name in values}
     return ModVideoConfig(vocab=list(vocab), options=values, **own)
 
@@ -612,9 +611,9 @@ def build(s, config: ModVideoConfig, dense=None):
     return model
 
 
-def prepare(s, task, frames: int, dense=None):
+def prepare(s, task, dense=None):
     """The model of a row as its training begins, with the weights of `dense` where it begins with a model."""
-    config = configure(s, task.vocab, frames)
+    config = configure(s, task.vocab)
     if config.placement.startswith(('rank', 'random')):
         if dense is None or dense.mod_layers or dense.config.streaming:
             raise ValueError(f'--placement {config.placement} chooses layers of a dense model to convert; '
@@ -623,12 +622,12 @@ def prepare(s, task, frames: int, dense=None):
     return build(s, config, dense)
 
 
-def untrained(s, data, frames: int):
+def untrained(s, data):
     """The model of a row, begun from untrained weights. ValueError: flags that do not fit the row."""
     task, first = RECIPES[s.recipe].task(s, data), base_of(s)
-    dense = build(first, configure(first, task.vocab, frames)) if first.recipe else None
+    dense = build(first, configure(first, task.vocab)) if first.recipe else None
     with redirect_stdout(None), torch.no_grad():               # ranks of such weights say nothing
-        model = prepare(s, task, frames, dense).eval()
+        model = prepare(s, task, dense).eval()
         task.loss(model, task.draw('train', 0, 2))             # some numbers are refused by the first pass
     return model
 
@@ -740,13 +739,13 @@ class Run:
             raise ValueError(f'another process trains in {self.path}; name another folder') from None
         self.check_free()
 
-    def begin(self, task, frames: int):
+    def begin(self, task):
         """The model, new or as an interrupted run left it."""
         s = self.s
         if s.resume:
             model, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'), s.device)
-            if [model.config.vocab, model.config.frames] != [list(task.vocab), frames]:
-                raise ValueError(f'{self.path} was trained on clips with other words or frames')
+            if model.config.vocab != list(task.vocab):
+                raise ValueError(f'{self.path} was trained on clips with other words')
             self.read_progress(model, **extra)
             if self.done > s.steps or self.done == s.steps and (self.path / 'result.json').exists():
                 raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
@@ -754,11 +753,11 @@ class Run:
         if RECIPES[s.recipe].begins and not s.init_from:
             first = base_of(s, steps=0, out=f'{self.path}-{RECIPES[s.recipe].begins}')
             print(f'--recipe {s.recipe} begins with {first.recipe}, which is trained first')
-            untrained(s, task.data, frames)                    # refuses what does not fit
+            untrained(s, task.data)                            # refuses what does not fit
             finish(first)
             s = self.s = replace(s, init_from=first.out)
         dense = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)[0] if s.init_from else None
-        return prepare(s, task, frames, dense)
+        return prepare(s, task, dense)
 
     def read_progress(self, model, optimizers=None, step=None, log=None, recent=None, seconds=None, **other):
         """What save() wrote besides the model. ValueError: it is something else."""
@@ -818,10 +817,9 @@ def run_recipe(s, began: float = None) -> Path:
     """Train, evaluate and show a row -> its folder. KeyboardInterrupt: Ctrl-C, with the flags that go on."""
     began = began or time.time()
     set_up(s)
-    data, frames = load_data(s)
-    task, run = RECIPES[s.recipe].task(s, data), Run(s)
+    task, run = RECIPES[s.recipe].task(s, load_data(s)), Run(s)
     try:
-        model = run.begin(task, frames)
+        model = run.begin(task)
         s, cost = run.s, task.cost(model)
         learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
         run.claim()                                            # not before the first pass, which may refuse
@@ -839,7 +837,7 @@ def run_recipe(s, began: float = None) -> Path:
         result.update(torch=torch.__version__, placement=model.config.placement, **scores_of(task, model),
                       step_ms=round(statistics.median([row['ms'] for row in run.log] or [0.0]), 2),
                       parameters=num_params(model), learns=learns,
-                      vision_tokens=frames * model.config.patches,
+                      vision_tokens=model.config.frames * model.config.patches,
                       peak_memory_mb=round(peak_memory_mb(s.device), 1))
         task.print_table(result)
         go_on = task.show(model.eval(), run.path)
@@ -1140,9 +1138,8 @@ def run_bench(s):
     set_up(s)
     kind = RECIPES[s.recipe].task
     names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
-    data, frames = load_data(s)
-    make = {name: functools.partial(untrained, replace(s, recipe=name), data, frames) for name in names}
-    task = kind(s, data)
+    task = kind(s, load_data(s))
+    make = {name: functools.partial(untrained, replace(s, recipe=name), task.data) for name in names}
     rows = {name: {**task.cost(make[name]()), **found} for name, found in measure(task, make).items()}
     columns = ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])]
     print(f'\n{table_of(rows, columns)}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} '
@@ -1228,10 +1225,10 @@ def run_compare(s):
     """--compare: train what is missing, time all rows of a task in turn, write tables and pictures."""
     set_up(s)
     folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{Path(s.data).name}')
-    (data, frames), asked, rows, curves = load_data(s), rows_of(s), {}, {}
+    data, asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
-            untrained(row_of(s, name), data, frames)
+            untrained(row_of(s, name), data)
     note, fixed = folder / 'asked.json', asdict(replace(s, out='', rows='', seeds=0, ask=[], question=[]))
     if note.exists():
         must_agree(folder, read_json(note), fixed)
@@ -1274,7 +1271,7 @@ def untrained_curves(task, model) -> dict:
     for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving(1.0, T, P)]:
         for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
             row = replace(task.s, recipe=name, model={**task.s.model, **REDUCERS[name].leaving(share, T, P)})
-            method = build(row, configure(row, task.vocab, T), model).eval()
+            method = build(row, configure(row, task.vocab), model).eval()
             accuracy = task.evaluate(method, 'test', CURVE_CLIPS)['accuracy']
             curves.setdefault(name, []).append((task.cost(method)['decoder_gflops'], accuracy))
     return curves
@@ -1583,8 +1580,7 @@ def run_eval(s: Settings):
     set_up(s)
     model, _ = load_checkpoint(run / 'ckpt.pt', s.device)
     s.model['frames'] = model.config.frames
-    data, _ = load_data(s, model.config.vocab)
-    task = RECIPES[s.recipe].task(s, data)
+    task = RECIPES[s.recipe].task(s, load_data(s, model.config.vocab))
     if list(task.vocab) != list(model.config.vocab):
         raise ValueError(f'{run} was trained on {saved.data}, it has other words; name clips with --data')
     result = dict(run=str(run), data=s.data, torch=torch.__version__, **scores_of(task, model))

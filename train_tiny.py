@@ -870,7 +870,7 @@ def finish(s) -> dict:
     if not (path / 'result.json').exists():
         resumes = (path / 'ckpt.pt').exists()
         try:
-            run_recipe(replace(s, resume=s.out, out='', init_from='') if resumes else replace(s))
+            run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None                  # what asked for this run goes on with it
     return read_json(path / 'result.json')
@@ -892,11 +892,12 @@ def split_question(text, targets):
 def encode_question(question: str, vocab: list) -> list:
     """Words -> ids. ValueError names unknown words, and the nearest known ones."""
     known, asked = {word: i for i, word in enumerate(vocab)}, words(question)
-    nearest = lambda word: difflib.get_close_matches(word, vocab[2:], 3, 0.3) or vocab[2:5]
-    near = [f'{w!r} (nearest known: {", ".join(nearest(w))})' for w in asked if w not in known]
-    if near or not asked:
-        raise ValueError(f'the model never saw {", ".join(near)}' if asked else 'the question has no words')
-    return [known[w] for w in asked]
+    nearest = lambda word: ', '.join(difflib.get_close_matches(word, vocab[2:], 3, 0.3) or vocab[2:5])
+    unknown = [f'{word!r} (nearest known: {nearest(word)})' for word in asked if word not in known]
+    if unknown or not asked:
+        what = f'the model never saw {", ".join(unknown)}' if asked else 'the question has no words'
+        raise ValueError(what)
+    return [known[word] for word in asked]
 
 
 def table(lines: list) -> str:
@@ -962,8 +963,8 @@ def narrate(model, video, path: Path, theta: float, asked: dict):
     """Play (T, 3, height, width), print and draw what is said when. asked: frame, from 1 on -> a question."""
     vocab = model.config.vocab
     encode = lambda question: torch.tensor([encode_question(question, vocab)])
-    frames = ((frame[None], encode(asked[t]) if t in asked else None) for t, frame in enumerate(video, 1))
-    sheet = draw_big(video)
+    ids, sheet = {t: encode(question) for t, question in asked.items()}, draw_big(video)
+    frames = ((frame[None], ids.get(t)) for t, frame in enumerate(video, 1))
     width = (sheet.width + 2) // len(video)
     strip = Image.new('RGB', (sheet.width, sheet.height + 80), 'white')
     strip.paste(sheet, (0, 0))
@@ -1181,18 +1182,18 @@ def claims(rows: dict) -> list:
     """[paper, what, its figure, ours, reached], of the claims whose rows there are."""
     made = []
     for paper, row, base, what, figure, how, key, bound in CLAIMS:
-        a, b = rows.get(row, {}).get(key), rows.get(base, {}).get(key)
-        if a is None or (b is None and how != 'value'):
-            continue
-        ours = MEASURES[how][0](a, b or 1e-9)
-        reached = ours <= bound if key in SMALL_IS_GOOD and how != 'faster' else ours >= bound
-        made.append([paper, what, figure, MEASURES[how][1].format(ours), reached])
+        a, b = (rows.get(name, {}).get(key) for name in (row, base))
+        if a is not None and (b is not None or how == 'value'):
+            ours, small = MEASURES[how][0](a, b or 1e-9), key in SMALL_IS_GOOD and how != 'faster'
+            reached = ours <= bound if small else ours >= bound
+            made.append([paper, what, figure, MEASURES[how][1].format(ours), reached])
     return made
 
 
 def summarize(results: list) -> dict:
     """Means over seeds of what a row's runs measured, and what the claims want of them."""
-    row, accuracy = average(results), [result['accuracy'] for result in results]
+    row = {key: value for key, value in average(results).items() if key != 'seed' and type(value) is not str}
+    accuracy = [result['accuracy'] for result in results]
     by_type, layers, N = row.pop('accuracy_by_type', {}), row['vision_by_layer'], row['vision_tokens']
     return dict(row, std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0, by_type=by_type,
                 moment=by_type.get('moment'), learning=row['learns'] / row['parameters'], tokens=layers[-1],
@@ -1423,10 +1424,10 @@ def dashed(name: str) -> str:
 
 def parse_grid(text: str):
     """'4x3' -> columns, rows."""
-    sides = text.lower().split('x')
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split('x')]
+    if len(sides) != 2 or not all(sides):
         raise ValueError(f'--grid wants COLUMNSxROWS, such as 4x4, got {text!r}')
-    return [int(side) for side in sides]
+    return sides
 
 
 def check(s: Settings, given: set):
@@ -1453,9 +1454,8 @@ def check(s: Settings, given: set):
 
 def machine_name(device: str) -> str:
     """The device, in words."""
-    name = {'cuda': torch.cuda.get_device_name, 'mps': lambda: 'Apple GPU',
-            'cpu': lambda: f'{torch.get_num_threads()} threads'}[device]()
-    return f'{device} ({name})'
+    threads = f'{torch.get_num_threads()} threads'
+    return f'{device} ({torch.cuda.get_device_name() if device == "cuda" else threads})'
 
 
 def set_up(s: Settings):
@@ -1547,10 +1547,8 @@ def run_stream(s: Settings):
     """Let a model narrate a clip while it plays."""
     run, model, video = open_model(s, '--stream', 'streams', s.stream)
     asked = {int(s.question[0]): s.question[1].rstrip('?')} if s.question else {}
-    for frame, question in asked.items():
-        encode_question(question, model.config.vocab)                          # unknown words are named now
-        if not 1 <= frame <= len(video):
-            raise ValueError(f'--question: the frames are 1 to {len(video)}, got {frame}')
+    if not {*asked} <= {*range(1, len(video) + 1)}:
+        raise ValueError(f'--question: the frames are 1 to {len(video)}, got {s.question[0]}')
     path = run / f'stream-{Path(s.stream).stem}.png'
     narrate(model, video, path, s.theta, asked)
     print(f'frames with the words below: {path}')

@@ -2191,8 +2191,8 @@ def begun(flags):
     """Task and model of a row as its training begins, from an untrained base."""
     s = train_tiny.parse([*TINY, *flags.split()])
     train_tiny.set_up(s)
-    data, frames = train_tiny.load_data(s)
-    return train_tiny.RECIPES[s.recipe].task(s, data), train_tiny.untrained(s, data, frames)
+    data = train_tiny.load_data(s)
+    return train_tiny.RECIPES[s.recipe].task(s, data), train_tiny.untrained(s, data)
 
 
 def pasted(printed):
@@ -2279,7 +2279,7 @@ def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch, refuse
     monkeypatch.setattr(Path, 'write_text', full)
     monkeypatch.setattr(Image.Image, 'save', full)
     log = [dict.fromkeys(train_tiny.Run.COLUMNS, 1)]
-    for write in (lambda: train_tiny.write_json(run / 'result.json', {}),
+    for write in (lambda: train_tiny.write(run / 'result.json', {}),
                   lambda: train_tiny.draw_curve(log, run / 'curve.png')):
         with pytest.raises(OSError, match='No space'):
             write()
@@ -2601,7 +2601,7 @@ def test_a_row_first_trains_what_it_begins_with(tmp_path, capsys, refused):
     assert all(f'begins with {name}, which is trained first' in said for name in ('gaps', 'dense'))
     a, b, c = map(weights_of, (run, base, dense))
     assert all(torch.equal(a[name], b[name]) for name in a) and any((c[name] != a[name]).any() for name in a)
-    assert [result_of(path)['steps'] for path in (run, base, dense)] == [0, 2, 5]
+    assert [result_of(path)['steps'] for path in (run, base, dense)] == [0, 5, 5]
     assert result_of(base)['vision_by_layer'] == [96] * 3 and max(result_of(run)['vision_by_layer']) < 60
     before = (base / 'ckpt.pt').stat().st_mtime_ns
     shutil.rmtree(run)                                         # cut behind what it begins with
@@ -2763,8 +2763,8 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path, refused):
     refused('clips that say what happens', '--recipe stream --data', ROOT / 'data/natural', '--out', never)
     refused('chooses layers of a dense model', '--recipe gamma --out', never, '--init-from', trained)
     assert not [*tmp_path.glob('never*')]
-    refused('another configuration', '--keep-ratio 0.5 --steps 14 --resume', trained)
-    refused('budget is no option of', '--budget 4 --steps 14 --resume', trained)
+    refused('was begun with another --keep-ratio', '--keep-ratio 0.5 --steps 14 --resume', trained)
+    refused('was begun with another --budget', '--budget 4 --steps 14 --resume', trained)
     refused('already has 12 steps', '--steps 5 --resume', trained)
     for flags in (['--resume', ''], ['--ask', '', ''], ['--find', ' '], ['--init-from='], ['--out', '']):
         refused('an empty argument after', '', *flags)
@@ -2846,7 +2846,7 @@ def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys, refuse
     assert cells['here', 'HoliTom', 'FLOPs by its formula'] == f'{row["paper_share"]:.2%}'
     assert train_tiny.main([*shlex.split(row['command'])[2:], *TINY, '--out', str(tmp_path / 'again')]) == 0
     assert result_of(tmp_path / 'again')['accuracy'] == row['accuracy']
-    refused('begun with --lr', f'{flags} --lr 0.02')
+    refused('begun with another --lr', f'{flags} --lr 0.02')
 
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -2861,7 +2861,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return real(*args)
 
     whole, command = train_tiny.run_row(s, 'dense', 0, tmp_path / 'whole')
-    assert command.startswith('python train_tiny.py --recipe dense --preset tiny --seed 0')
+    assert command.startswith('python train_tiny.py --recipe dense --preset tiny --steps 6 --batch 4')
     monkeypatch.setattr(train_tiny.Questions, 'loss', stop_at_4)
     with pytest.raises(KeyboardInterrupt):
         train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
@@ -3093,8 +3093,8 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
     flags = '--encoder-layers 2 --batch 2 --device cuda --recipe'.split()
     s = train_tiny.parse([*TINY, *flags, recipe])
     train_tiny.set_up(s)
-    data, frames = train_tiny.load_data(s)
-    model = train_tiny.untrained(s, data, frames).train()
+    data = train_tiny.load_data(s)
+    model = train_tiny.untrained(s, data).train()
     task, optimizers = train_tiny.RECIPES[recipe].task(s, data), mv.configure_optimizer(model, s.lr)
     for step in range(2):                                      # the first one places codes and averages
         batch = task.draw('train', step, s.batch)
@@ -3107,7 +3107,7 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     waits = Counter(gpu.waits)
-    next(iter(task.timed(model.eval(), batch).values()))()     # answers, streams, encodes
+    task.timed(model.eval(), batch)[0][0]()                    # answers, streams, encodes
     count = sum(waits.values())
     print(f'{recipe}: host waits a step: {count} {dict(waits)}')
     assert math.isfinite(loss.item()) and count <= HOST_WAITS.get(recipe, 0), waits

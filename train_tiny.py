@@ -78,21 +78,19 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; of several processes, what
-    this one adds to them, see own_part. report(row, optimizers,
-    recent) -> more to show in the bar; it gets each row of the log. stop: a list that ends training once
-    something is in it, after a last report with row None. state and recent: what the optimizers, and the
-    list of steps since the last row, then held. Reading numbers waits for the device, so rows are few.
+    this one adds to them. report(row of the log, optimizers, recent) -> more to show in the bar. stop: a list
+    that ends training once something is in it, after a report whose row is None. state and recent: what the
+    optimizers and the list of steps since the last row then held. Numbers are read, which waits, for rows.
     """
     optimizers = configure_optimizer(model, lr)
-    rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
+    rates = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     for optimizer, saved in zip(optimizers, state or ()):
         optimizer.load_state_dict(saved)
     every, log, recent, tick, began = max(1, steps // 100), [], [*recent], time.time(), first
     bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True)
     for step in bar:
-        for optimizer, own in zip(optimizers, rates):
-            for group, rate in zip(optimizer.param_groups, own):
-                group['lr'] = rate * schedule(step, steps)
+        for group, rate in zip((group for o in optimizers for group in o.param_groups), rates):
+            group['lr'] = rate * schedule(step, steps)
         with autocast():
             value, right = loss(model, draw(step))
         value.backward()
@@ -157,11 +155,6 @@ def is_right(logits, targets):
     return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)
 
 
-def asked_words(targets):
-    """(B, Q, L) -> (B, Q): words of each question; the last of them predicts the answer's first."""
-    return (targets != IGNORE).int().argmax(-1) + 1
-
-
 def nanmean(values) -> float:
     """Mean of numbers, those aside that are none."""
     return torch.tensor(values).nanmean().item()
@@ -169,10 +162,18 @@ def nanmean(values) -> float:
 
 def means(values: list, keys: list) -> dict:
     """Mean of the values that share a key."""
-    groups = {key: [] for key in sorted({*keys})}
-    for key, value in zip(keys, values):
-        groups[key].append(value)
-    return {key: nanmean(group) for key, group in groups.items()}
+    among = lambda key: [value for value, own in zip(values, keys) if own == key]
+    return {key: nanmean(among(key)) for key in sorted({*keys})}
+
+
+def average(values: list):
+    """Mean of numbers; of lists, rounded, and of dicts part by part; of anything else the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: average([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [round(average(part), 1) for part in zip(*values)]
+    return statistics.mean(values) if all(isinstance(value, (int, float)) for value in values) else first
 
 
 class Questions:
@@ -203,14 +204,10 @@ class Questions:
             yield batch
 
     def liveliest(self):
-        """Video, text and targets of the held-out clip that moves most, cuts and flashes aside."""
+        """Held-out clip that moves most (T, 3, height, width), a question's ids (L,), words, its answer."""
         batch = self.draw('test', 0, 64)
         change = (batch.video[:, 1:] - batch.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
-        return [a[int(change.median(1).values.argmax())] for a in batch[:3]]
-
-    def liveliest_question(self):
-        """That clip (T, 3, height, width), its first question as ids (L,) and words, the answer in words."""
-        video, text, targets = self.liveliest()
+        video, text, targets = (a[int(change.median(1).values.argmax())] for a in batch[:3])
         asked, told = split_question(text[0], targets[0])
         return video, asked, in_words(asked, self.vocab), in_words(told, self.vocab)
 
@@ -220,59 +217,53 @@ class Questions:
 
     def forward(self, model, batch, targets=None):
         """What the model makes of a batch: logits, loss, aux."""
-        return model(batch.video, batch.text, targets, asked_words(batch.targets))
+        asked = (batch.targets != IGNORE).int().argmax(-1) + 1         # (B, Q) words of each question
+        return model(batch.video, batch.text, targets, asked)
 
     def loss(self, model, batch):
-        """-> loss, share of what is right: 0-dim tensors; of processes, what this one adds to the sum."""
-        own, share = self.own_part(batch) if WORLD > 1 else (batch, 1)
+        """-> loss, share of what is right: 0-dim tensors. Of several processes, what this one adds to it. Its
+        clips of the batch weigh as the share of the words to learn that they hold."""
+        own = batch if WORLD == 1 else batch._replace(**{
+            name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items() if a is not None})
         logits, loss, _ = self.forward(model, own, own.targets)
         right = is_right(logits, self.wanted(own)).float().mean()
-        return loss * share, right * len(own.text) / len(batch.text)
-
-    def own_part(self, batch):
-        """This process's clips of a batch, and their share of the words that are to be learned."""
-        own = batch._replace(**{name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items()
-                                if a is not None})
-        words_of = lambda batch: (self.wanted(batch) != IGNORE).sum()
-        return own, words_of(own) / words_of(batch)
+        if WORLD == 1:
+            return loss, right
+        words, all_words = ((self.wanted(a) != IGNORE).sum() for a in (own, batch))
+        return loss * (words / all_words), right * len(own.text) / len(batch.text)
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int) -> dict:
-        """Accuracy on held-out clips: overall, by type, balanced over a type's answers, blind, chance.
-
-        Blind: the same questions with another clip's video. Chance: always a type's most frequent answer.
-        """
-        scores, rows, facts = ([], []), [], {}
+        """Shares of right answers on held-out clips: overall, by type, balanced over a type's answers, with
+        another clip's video (blind), by a type's most frequent answer (chance)."""
+        right, blind, rows, facts = [], [], [], {}
         for batch in self.held_out(split, clips):
             other = batch.video.roll(max(1, len(batch.video) // 2), 0)
-            for video, right in zip((batch.video, other), scores):
+            for video, found in ((batch.video, right), (other, blind)):
                 # As many clips at a time as training fits.
                 for part in zip(*(a.split(self.s.batch) for a in (video, *batch[1:4]))):
                     with self.s.autocast():
                         logits, _, aux = self.forward(model, Batch(*part))
-                    right += is_right(logits, part[2]).flatten().float().tolist()
+                    found += is_right(logits, part[2]).flatten().float().tolist()
                     facts = model.reducer.facts(aux['reduced'])
             if len(other) == 1:                                                # no other clip to show
-                scores[1][len(rows):] = [math.nan] * batch.kind.numel()
-            rows += [(kind, tuple(answer[answer != IGNORE].tolist())) for kind, answer in
+                blind[len(rows):] = [math.nan] * batch.kind.numel()
+            rows += [(kind, *answer[answer != IGNORE].tolist()) for kind, answer in
                      zip(batch.kind.flatten().tolist(), batch.targets.flatten(0, 1).cpu())]
-        (right, blind), kinds = scores, [kind for kind, _ in rows]
-        by_answer, counts = means(right, rows), Counter(rows)
+        kinds, by_answer, counts = [kind for kind, *_ in rows], means(right, rows), Counter(rows)
         most = {kind: max(n for row, n in counts.items() if row[0] == kind) for kind in sorted({*kinds})}
         types = dict(accuracy=means(right, kinds), blind=means(blind, kinds),
-                     balanced_accuracy=means([*by_answer.values()], [kind for kind, _ in by_answer]),
+                     balanced_accuracy=means([*by_answer.values()], [kind for kind, *_ in by_answer]),
                      chance={kind: n / kinds.count(kind) for kind, n in most.items()})
         return dict(accuracy=nanmean(right), blind_accuracy=nanmean(blind), questions=len(rows),
                     chance=sum(most.values()) / len(rows), **facts,
-                    **{f'{key}_by_type': {self.data.kinds[kind]: value for kind, value in table.items()}
-                       for key, table in types.items()})
+                    **{f'{key}_by_type': {self.data.kinds[kind]: share for kind, share in found.items()}
+                       for key, found in types.items()})
 
     @torch.no_grad()
     def cost(self, model, clips: int = 8) -> dict:
-        """Vision tokens of each layer and GFLOPs of a clip, mean over some.
-
-        paper_share: of dense, as papers that merge count it, the blocks on vision tokens alone.
-        """
+        """Vision tokens of each layer and GFLOPs of a clip, mean over some. paper_share: of dense, as papers
+        that merge count it, the blocks on vision tokens alone."""
         c, found = model.config, []
         paper = lambda tokens: sum(24 * n * c.dim ** 2 + 4 * n * n * c.dim for n in tokens)
         for step in range(clips if c.merges else 1):
@@ -280,58 +271,47 @@ class Questions:
             if not len(batch.text):                            # a small folder
                 break
             flops, (_, _, aux) = count_flops(model, functools.partial(self.forward, model.eval(), batch))
-            Q, L = batch.text.shape[1:]
+            (Q, L), N = batch.text.shape[1:], batch.video.size(1) * c.patches
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
-            found.append([flops['total'] / 1e9, flops['blocks'] / 1e9, aux['reduced'].tokens.size(1),
-                          paper(layers), *layers])
-        total, decoder, enter, share, *layers = map(statistics.mean, zip(*found))
-        return dict(vision_by_layer=[round(n, 1) for n in layers], decoder_tokens=round(enter, 1),
-                    gflops=round(total, 4), decoder_gflops=round(decoder, 4),
-                    paper_share=round(share / paper([batch.video.size(1) * c.patches] * c.n_layer), 4))
+            found.append(dict(vision_by_layer=layers, decoder_tokens=aux['reduced'].tokens.size(1),
+                              gflops=flops['total'] / 1e9, decoder_gflops=flops['blocks'] / 1e9,
+                              paper_share=paper(layers) / paper([N] * c.n_layer)))
+        return average(found)
 
     @torch.no_grad()
-    def timed(self, model, batch) -> dict:
-        """Functions to be timed: the first token of an answer, and one with WORDS more, which never ends."""
+    def timed(self, model, batch):
+        """Functions to be timed, here one word and an answer of WORDS more; what their seconds then mean."""
         model.head.bias = torch.nn.Parameter(torch.zeros_like(model.head.weight[:, 0]))
-        model.head.bias[:2] = -math.inf
+        model.head.bias[:2] = -math.inf                        # never ends
         answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
-        return dict(first=lambda: answer(0), whole=lambda: answer(WORDS))
-
-    def times(self, seconds: dict, batch) -> dict:
-        """What the seconds of timed() mean."""
-        rest = statistics.median(b - a for a, b in zip(seconds['first'], seconds['whole']))
-        return dict(first_ms=1000 * statistics.median(seconds['first']),
-                    tokens_per_s=WORDS * len(batch.text) / max(rest, 1e-9))
+        return [lambda: answer(0), lambda: answer(WORDS)], lambda first, whole: dict(
+            first_ms=1000 * statistics.median(first), tokens_per_s=WORDS * len(batch.text) / max(
+                1e-9, statistics.median(b - a for a, b in zip(first, whole))))
 
     def print_table(self, result: dict):
         """The scores, by type of question."""
-        tables = [result[f'{key}_by_type'] for key in ('accuracy', 'balanced_accuracy', 'blind', 'chance')]
-        total = [result['accuracy'], '', result['blind_accuracy'], result['chance']]
-        print_columns([['type', 'accuracy', 'balanced', 'blind', 'chance'],
-                       *([name, *(table[name] for table in tables)] for name in tables[0]), ['all', *total]])
-        line = ('{questions} questions about held-out clips\n{decoder_tokens:.1f} vision tokens enter the '
-                'decoder, TokDense {tok_density:.3f}')
-        if 'codes_used' in result:
-            line += ', codes in use {codes_used:.1%}, perplexity {perplexity:.1f}'
-        print(line.format(**result))
+        found = [result[f'{key}_by_type'] for key in ('accuracy', 'balanced_accuracy', 'blind', 'chance')]
+        codes = ', codes in use {codes_used:.1%}, perplexity {perplexity:.1f}' * ('codes_used' in result)
+        print('', table([['type', 'accuracy', 'balanced', 'blind', 'chance'],
+                         *([name, *(of[name] for of in found)] for name in found[0]),
+                         ['all', result['accuracy'], '', result['blind_accuracy'], result['chance']]]),
+              ('{questions} questions about held-out clips\n{decoder_tokens:.1f} vision tokens enter the '
+               'decoder, TokDense {tok_density:.3f}' + codes).format(**result), sep='\n')
 
     @torch.no_grad()
     def show(self, model, run: Path) -> str:
         """Some answers, pictures of one held-out clip -> the flags that go on with it."""
         batch, right, wrong = self.draw('test', 0, 8), [], []
         pairs = [split_question(*pair) for pair in zip(batch.text.flatten(0, 1), batch.targets.flatten(0, 1))]
-        asked = torch.nn.utils.rnn.pad_sequence([q for q, _ in pairs], batch_first=True, padding_value=PAD)
-        longest = max(len(a) for _, a in pairs) + 1
-        answers = model.generate(batch.video, asked.view(*batch.text.shape[:2], -1), longest).flatten(0, 1)
-        for pair, answer in zip(pairs, answers):
-            question, truth, said = (in_words(ids, self.vocab) for ids in (*pair, answer))
-            if said == truth:
-                right.append(f'  {question}? {said}')
-            else:
-                wrong.append(f'  {question}? {said}   <- wrong, it is: {truth}')
+        asked, told = (torch.nn.utils.rnn.pad_sequence(a, True, PAD) for a in zip(*pairs))
+        said = model.generate(batch.video, asked.view(*batch.text.shape[:2], -1), told.size(1) + 1)
+        for ids in zip(asked, told, said.flatten(0, 1)):
+            question, truth, answer = (in_words(a, self.vocab) for a in ids)
+            note = '' if answer == truth else f'   <- wrong, it is: {truth}'
+            (wrong if note else right).append(f'  {question}? {answer}{note}')
         # Five, a mistake among them if there is one.
         print('', *right[::max(1, len(right) // 5)][:5 - len(wrong[:1])], *wrong[:1], sep='\n')
-        video, asked, question, answer = self.liveliest_question()
+        video, asked, question, answer = self.liveliest()
         whole(run / 'clip.webp', functools.partial(save_clip, video))
         draw_clip(model, video, asked[None], run / 'tokens', f'{question}? {answer}')
         return shlex.join(['--ask', str(run / 'clip.webp'), question])
@@ -368,16 +348,13 @@ class Streams(Questions):
             rows.append(dict(scores[0], blind_accuracy=scores[1]['accuracy']))
             spoke.append(torch.stack(silence, 1).cpu() < self.s.theta)
             due.append(batch.decisions.cpu() != EOS)
-        mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
-        return {**mean, 'lm_ppl': math.exp(mean.pop('nll')), 'clips': sum(map(len, spoke)),
-                **timing_scores(torch.cat(spoke), torch.cat(due))}
+        mean = average(rows)
+        return dict(mean, lm_ppl=math.exp(mean['nll']), clips=sum(map(len, spoke)),
+                    **timing_scores(torch.cat(spoke), torch.cat(due)))
 
-    def timed(self, model, batch) -> dict:
-        """A function to be timed: watching the clips frame by frame."""
-        return dict(watch=lambda: list(model.stream(((x, None) for x in batch.video.unbind(1)), None, 0.0)))
-
-    def times(self, seconds: dict, batch) -> dict:
-        return dict(frames_per_s=batch.video.size(1) / statistics.median(seconds['watch']))
+    def timed(self, model, batch):
+        watch = lambda: list(model.stream(((x, None) for x in batch.video.unbind(1)), None, 0.0))
+        return [watch], lambda took: dict(frames_per_s=batch.video.size(1) / statistics.median(took))
 
     @torch.no_grad()
     def cost(self, model, clips: int = 1) -> dict:
@@ -389,21 +366,20 @@ class Streams(Questions):
         return dict(super().cost(model, clips), cache_kb=held / 1000)
 
     def print_table(self, result: dict):
-        print_columns([[f'{result["clips"]} held-out streams'],
-                       ['LM-PPL', f'{result["lm_ppl"]:.3f}'], ['LM-Correctness', result['lm_correctness']],
-                       ['Fluency', result['fluency']], ['turns without a mistake', result['accuracy']],
-                       ["the same, shown another clip's video", result['blind_accuracy']],
-                       ['TimeDiff, frames', f'{result["time_diff"]:.3f}'],
-                       ['narrated in the very frame', result['spoken']],
-                       ['silent when nothing happens', result['silence']]])
+        shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency', 'in the very frame': 'spoken',
+                  'turns without a mistake': 'accuracy', 'silent when nothing happens': 'silence',
+                  "accuracy, shown another clip's video": 'blind_accuracy'}
+        print('', table([[f'{result["clips"]} held-out streams', ''], ['LM-PPL', f'{result["lm_ppl"]:.3f}'],
+                         *([name, result[key]] for name, key in shares.items()),
+                         ['TimeDiff, frames', f'{result["time_diff"]:.3f}']]), sep='\n')
 
     @torch.no_grad()
     def show(self, model, run: Path) -> str:
-        video, text, _ = (a.cpu() for a in self.liveliest())
+        video = self.liveliest()[0].cpu()
         whole(run / 'clip.webp', functools.partial(save_clip, video))
         print()
         narrate(model.cpu(), video, run / 'narration.png', self.s.theta, {})
-        draw_clip(model, video, text[:, :1], run / 'tokens', PROMPT)
+        draw_clip(model, video, torch.tensor([[self.vocab.index(PROMPT)]]), run / 'tokens', PROMPT)
         return shlex.join(['--stream', str(run / 'clip.webp')])
 
 
@@ -414,39 +390,30 @@ def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
     lm_correctness: index of a turn's first wrong word / its words. fluency: what is right before the first
     mistake of its turn, of all that is supervised. accuracy: turns whose every word is right.
     """
-    order = position.argsort(dim=1, stable=True)
     chosen, chance = logits.argmax(-1), logits.softmax(-1)[..., EOS]
     speech = logits.index_fill(-1, torch.tensor([PAD, EOS], device=logits.device), -math.inf)
     chosen[:, :T] = torch.where(chance[:, :T] >= theta, EOS, speech[:, :T].argmax(-1))
-    decision = torch.zeros_like(wanted, dtype=torch.bool)
-    decision[:, :T] = True
     nll = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORE, reduction='none')
-    chosen, wanted, decision, nll = (a.gather(1, order) for a in (chosen, wanted, decision, nll))
-    known = wanted != IGNORE
-    word = known & ~(decision & (wanted == EOS))                               # (B, n)
-    ends = word & (wanted == EOS)
-    turn = ends.cumsum(1) - ends.long()                                        # (B, n) its number
-
-    def good(among):
-        """Those among (B, n) before the first mistake of their turn."""
-        wrong = (among & (chosen != wanted)).long()
-        before = wrong.cumsum(1) - wrong
-        at_start = torch.full_like(before, before.size(1)).scatter_reduce(1, turn, before, 'amin')
-        return among & (wrong.cumsum(1) == at_start.gather(1, turn))
-
-    count = lambda a: torch.zeros_like(turn).scatter_add(1, turn, a.long())    # (B, turns)
-    said, words_of = count(good(word)), count(word)
-    share = (said / words_of)[words_of > 0]
-    return dict(nll=nll[word].mean().item(), lm_correctness=share.mean().item(),
-                fluency=(good(known).sum() / known.sum()).item(), accuracy=(share == 1).float().mean().item())
+    word = wanted != IGNORE                                                    # (B, T + L)
+    word[:, :T] &= wanted[:, :T] != EOS
+    nll, shares, fluent = nll[word].mean().item(), [], 0
+    right, wanted, word = (chosen == wanted).cpu(), wanted.cpu(), word.cpu()
+    for i, order in enumerate(position.argsort(dim=1, stable=True).cpu()):
+        order = order[wanted[i, order] != IGNORE]                              # in time
+        ends = (word[i] & (wanted[i] == EOS))[order].nonzero()[:, 0] + 1
+        for turn in order.tensor_split(ends):
+            fluent += int(right[i, turn].cumprod(0).sum())
+            words_right = right[i, turn[word[i, turn]]]
+            shares += [words_right.cumprod(0).float().mean()] if len(words_right) else []
+    share = torch.stack(shares)
+    return dict(nll=nll, lm_correctness=share.mean().item(), fluency=fluent / int((wanted != IGNORE).sum()),
+                accuracy=(share == 1).float().mean().item())
 
 
 def timing_scores(spoke, should) -> dict:
-    """How a model that runs freely times its narration: spoke, should (B, T) bool.
-
+    """How a model that runs freely times its narration: spoke, should (B, T) bool. spoken: in the very frame.
     time_diff (TimeDiff): mean |frame at which it first speaks - frame at which it should|, between the
-    narrations before and after, or the end of that stretch. spoken: narrations made in their very frame.
-    """
+    narrations before and after, or the end of that stretch."""
     T, off = should.size(1), []
     for said, due in zip(spoke.tolist(), should.tolist()):
         times = [t for t in range(T) if due[t]]
@@ -472,10 +439,8 @@ class Retrieval(Questions):
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int) -> dict:
-        """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's: 50 % by chance.
-
-        A pair of twins differs in a direction or in the order of events. All sentences differ.
-        """
+        """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's, which differs in
+        a direction or in the order of events: 50 % by chance. All sentences differ."""
         seen, found, clips = set(), [], min(clips, FIND_CLIPS)
         for batch in self.held_out(split, 10 ** 9):
             sentences, new = [in_words(ids, self.vocab) for ids in batch.text], []
@@ -508,18 +473,17 @@ class Retrieval(Questions):
         return dict(vision_by_layer=[clips * n for clips, _, n in model.encoder.counts(T)],
                     gflops=round(flops['total'] / 1e9, 4))
 
-    def timed(self, model, batch) -> dict:
-        return dict(encode=lambda: model.encode_video(batch.video))
-
-    def times(self, seconds: dict, batch) -> dict:
-        return dict(encode_ms=1000 * statistics.median(seconds['encode']))
+    def timed(self, model, batch):
+        encode = lambda: model.encode_video(batch.video)
+        return [encode], lambda took: dict(encode_ms=1000 * statistics.median(took))
 
     def print_table(self, result: dict):
         ways = result['recall']
-        print_columns([[f'{result["clips"]} held-out clips', *ways['sentence to clip']],
-                       *([way, *(f'{n:.1f}' for n in row.values())] for way, row in ways.items())])
-        print('R-Sum {r_sum:.1f}; the right one of two sentences that differ in a direction '
-              '{direction_pairs:.1%}, in the order of events {order_pairs:.1%} (chance 50%)'.format(**result))
+        print('', table([[f'{result["clips"]} held-out clips', *ways['sentence to clip']],
+                         *([way, *(f'{n:.1f}' for n in row.values())] for way, row in ways.items())]),
+              'R-Sum {r_sum:.1f}; the right one of two sentences that differ in a direction '
+              '{direction_pairs:.1%}, in the order of events {order_pairs:.1%} (chance 50%)'.format(**result),
+              sep='\n')
 
     @torch.no_grad()
     def show(self, model, run: Path) -> str:
@@ -541,14 +505,11 @@ class Frames(Retrieval):
 
 
 def recall(similarity) -> dict:
-    """(n, n), row i belongs to column i -> R@1, R@5, R@10 in percent, median rank from 1 on.
-
-    The earlier of equal columns is first. What is not a number is last.
-    """
-    similarity = similarity.nan_to_num(-math.inf)
-    own, place = similarity.diag()[:, None], torch.arange(len(similarity), device=similarity.device)
-    ahead = (similarity > own) | (similarity == own) & (place < place[:, None])
-    rank = ahead.sum(1)                                                        # (n,) 0 = found first
+    """(n, n), row i belongs to column i -> R@1, R@5, R@10 in percent, median rank from 1 on. The earlier of
+    equal columns is first, what is not a number last."""
+    order = similarity.nan_to_num(-math.inf).argsort(dim=1, descending=True, stable=True)
+    own = torch.arange(len(order), device=order.device)[:, None]
+    rank = (order == own).int().argmax(1)                                      # (n,) 0 = found first
     return {**{f'R@{k}': 100 * (rank < k).float().mean().item() for k in (1, 5, 10)},
             'median rank': (rank + 1).float().quantile(0.5).item()}
 
@@ -615,29 +576,25 @@ RUNS = {'tiny': dict(questions=(8, 100), streams=(8, 100), retrieval=(16, 20), a
 
 
 def load_data(s, vocab: list = None):
-    """The dataset that --data names, at the preset's frame size; how many frames a clip has.
-
-    vocab: the words of a model that is measured on the test clips of a folder. ValueError: others there.
-    """
-    preset, folder, grid = {**PRESETS[s.preset], **s.model}, Path(s.data), parse_grid(s.grid)
+    """The dataset that --data names. vocab: a model's words; ValueError: the folder has others."""
+    preset, grid = {**PRESETS[s.preset], **s.model}, parse_grid(s.grid)
     shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['asked'], seed=s.seed)
     if s.data == 'shapes':
-        return ShapeWorld(frames=preset['frames'], **shape), preset['frames']
-    frames = s.model.get('frames', 0)
-    if not frames:                                           # real motion is fast: keep every frame
-        first = read_rows(folder)[0]
-        first = read_clip(folder / first['file'], first.get('grid', grid), size=1)
-        frames = min(len(first), 2 * preset['frames'])
-    if frames < 2:
-        raise ValueError(f'a clip needs at least 2 frames, got {frames}; see --frames and --grid')
-    return ClipFolder(s.data, frames=frames, grid=grid, vocab=vocab, **shape), frames
+        return ShapeWorld(frames=preset['frames'], **shape)
+    if 'frames' not in s.model:                              # real motion is fast: keep every frame
+        first = read_rows(Path(s.data))[0]
+        frames = len(read_clip(Path(s.data, first['file']), first.get('grid', grid), size=1))
+        s.model = dict(s.model, frames=min(frames, 2 * preset['frames']))
+    if s.model['frames'] < 2:
+        raise ValueError('a clip needs at least 2 frames, got 1; see --frames and --grid')
+    return ClipFolder(s.data, frames=s.model['frames'], grid=grid, vocab=vocab, **shape)
 
 
-def configure(s, vocab: list, frames: int, **more) -> ModVideoConfig:
-    """The configuration of a row: the preset, what the row changes, the flags, in this order, and `more`."""
+def configure(s, vocab: list) -> ModVideoConfig:
+    """The configuration of a row: the preset, what the row changes, the flags, in this order."""
     preset, recipe = {**PRESETS[s.preset], **s.model}, RECIPES[s.recipe]
     changes = {name: value(preset) if callable(value) else value for name, value in recipe.changes.items()}
-    values = {**preset, **recipe.task.model, **changes, **s.model, 'frames': frames, **more}
+    values = {**preset, **recipe.task.model, **changes, **s.model}
     own = {f.name: values.pop(f.name) for f in fields(ModVideoConfig) if f.name in values}
     return ModVideoConfig(vocab=list(vocab), options=values, **own)
 
@@ -659,9 +616,9 @@ def build(s, config: ModVideoConfig, dense=None):
     return model
 
 
-def prepare(s, task, frames: int, dense=None):
+def prepare(s, task, dense=None):
     """The model of a row as its training begins, with the weights of `dense` where it begins with a model."""
-    config = configure(s, task.vocab, frames)
+    config = configure(s, task.vocab)
     if config.placement.startswith(('rank', 'random')):
         if dense is None or dense.mod_layers or dense.config.streaming:
             raise ValueError(f'--placement {config.placement} chooses layers of a dense model to convert; '
@@ -670,28 +627,25 @@ def prepare(s, task, frames: int, dense=None):
     return build(s, config, dense)
 
 
-def untrained(s, data, frames: int):
+def untrained(s, data):
     """The model of a row, begun from untrained weights. ValueError: flags that do not fit the row."""
-    recipe, dense = RECIPES[s.recipe], None
-    first, task = replace(s, recipe=recipe.begins, model=shape_of(s)), recipe.task(s, data)
-    if recipe.begins:
-        dense = build(first, configure(first, task.vocab, frames))
+    task, first = RECIPES[s.recipe].task(s, data), base_of(s)
+    dense = build(first, configure(first, task.vocab)) if first.recipe else None
     with redirect_stdout(None), torch.no_grad():               # ranks of such weights say nothing
-        model = prepare(s, task, frames, dense).eval()
+        model = prepare(s, task, dense).eval()
         task.loss(model, task.draw('train', 0, 2))             # some numbers are refused by the first pass
     return model
 
 
-def shape_of(s) -> dict:
-    """Those options of the model that decide the shape of what a row begins with."""
-    return {name: value for name, value in s.model.items() if name in (*PRESETS[s.preset], 'patch_size')}
+def base_of(s, **more):
+    """Settings of what a row begins with: of the model's options those that decide its shape."""
+    shape = {name: value for name, value in s.model.items() if name in (*PRESETS[s.preset], 'patch_size')}
+    return replace(s, recipe=RECIPES[s.recipe].begins, model=shape, **more)
 
 
 def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
-    """Which layers of a dense model to convert; the last one stays dense.
-
-    'rank': those whose attention has the lowest rank, all but an eighth. 'rank:2': two. 'random:2': any two.
-    """
+    """Which layers of a dense model to convert, not the last. 'rank': those whose attention has the lowest
+    rank, all but an eighth. 'rank:2': two. 'random:2': any two. ValueError: another number or word."""
     depth, (way, _, count) = dense.config.n_layer, which.partition(':')
     count = depth - max(1, depth // 8) if way == which else int(count) if count.isdecimal() else 0
     if not 0 < count < depth or way not in ('rank', 'random'):
@@ -700,8 +654,8 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
     if way == 'random':
         return torch.randperm(depth - 1, generator=torch.Generator().manual_seed(s.seed))[:count].tolist()
     batches = (task.draw('train', step, 1) for step in range(clips))
-    ranks = [layer_ranks(dense, batch.video, batch.text[:, :1]) for batch in batches]
-    ranks = torch.stack(ranks).mean(0).cpu()                                   # (2, layers)
+    ranks = torch.stack([layer_ranks(dense, batch.video, batch.text[:, :1]) for batch in batches])
+    ranks = ranks.mean(0).cpu()                                                # (2, layers)
     chosen = choose_mod_layers(ranks[0, :-1], depth - 1 - count)
     print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
     for i, (rank, effective) in enumerate(ranks.T.tolist()):
@@ -711,39 +665,50 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
 
 # ---- 4. Runs -----------------------------------------------------------------------------------------------
 
-def whole(path, write):
-    """write(a temporary path), which then takes its place: a file is there whole or not at all."""
+def whole(path, make):
+    """make(a temporary path), which then takes its place: a file is there whole or not at all."""
     part = Path(path).with_name(f'{Path(path).name}.{os.getpid()}.part{Path(path).suffix}')
     try:
-        write(part)
+        make(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_text(path, text: str):
-    """A whole text file."""
-    whole(path, lambda part: part.write_text(text, encoding='utf-8'))
+def write(path, what):
+    """A whole file of text, or of JSON, in which what is not finite is no number: it becomes null."""
+    if isinstance(what, dict):
+        what = json.dumps(json.loads(json.dumps(what), parse_constant=lambda _: None), indent=1)
+    whole(path, lambda part: part.write_text(what, encoding='utf-8'))
 
 
-def write_json(path, value: dict):
-    """A whole file. What is not finite is no number in JSON: it becomes null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    write_text(path, json.dumps(value, indent=1))
-
-
-def read_json(path: Path, *parts) -> dict:
-    """An object that a run wrote, and these objects in it. ValueError: it is something else."""
+def read_json(path: Path, made=dict):
+    """What `made` makes of a file that a run wrote. ValueError: it is something else."""
     try:
-        value = dict(json.loads(path.read_text(encoding='utf-8')))
-        return {**value, **{part: dict(value[part]) for part in parts}}
+        return made(json.loads(path.read_text(encoding='utf-8')))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'{path} is not what a run wrote ({type(error).__name__})') from None
 
 
+def settings_of(run: Path):
+    """Those that a run was made with. ValueError: they are something else."""
+    s = read_json(run / 'config.json', lambda file: Settings(**file['settings']))
+    if type(s.model) is not dict or s.recipe not in [*RECIPES] or s.preset not in ['auto', *PRESETS]:
+        raise ValueError(f'{run / "config.json"} is not what this version wrote')
+    return s
+
+
+def must_agree(folder: Path, before: dict, asked: dict):
+    """ValueError: what is asked of a folder is not what it was begun with."""
+    for name, value in asked.items():
+        if name not in before or before[name] != value:
+            raise ValueError(f'{folder} was begun with another {dashed(name)} than {value}; '
+                             'name another folder with --out')
+
+
 class Run:
     """A run's folder: made, saved into, resumed, finished. An existing one is never written over."""
-    BEGUN = {'config.json', 'log.csv', 'lock'}       # all that one killed before its first checkpoint has
+    COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
 
     def __init__(self, s):
         self.s, self.log, self.recent, self.before, self.state, self.done = s, [], (), 0.0, None, 0
@@ -759,12 +724,12 @@ class Run:
         if self.s.resume or not self.path.exists():
             return
         inside = self.path.iterdir() if self.path.is_dir() else [self.path]
-        files = {path.name for path in inside if '.part' not in path.name}
-        if files and files <= self.BEGUN and 'config.json' in files:
-            read_json(self.path / 'config.json', 'settings', 'model')          # a stranger's is not touched
-        elif files - {'lock'}:
+        files = {path.name for path in inside if '.part' not in path.name} - {'lock'}
+        if files - {'config.json', 'log.csv'}:
             hint = f', or go on with it: --resume {self.path}' if 'ckpt.pt' in files else ''
             raise ValueError(f'--out {self.path} exists; name another folder{hint}')
+        if files:
+            settings_of(self.path)                             # killed before a checkpoint; not a stranger's
 
     def claim(self):
         """Make the folder, for this process alone until it ends. ValueError: another one was faster."""
@@ -779,33 +744,25 @@ class Run:
             raise ValueError(f'another process trains in {self.path}; name another folder') from None
         self.check_free()
 
-    def begin(self, task, frames: int):
+    def begin(self, task):
         """The model, new or as an interrupted run left it."""
-        s, dense, begins = self.s, None, RECIPES[self.s.recipe].begins
+        s = self.s
         if s.resume:
-            saved, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'))
-            config = configure(s, task.vocab, frames)
-            if config.placement.startswith(('rank', 'random')):                # was decided when it began
-                config.placement = saved.config.placement
-            model = build(s, config)
-            if saved.config != model.config:
-                raise ValueError(f'{self.path} was trained with another configuration than these flags give')
-            model.load_state_dict(saved.state_dict())
+            model, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'), s.device)
+            if model.config.vocab != list(task.vocab):
+                raise ValueError(f'{self.path} was trained on clips with other words')
             self.read_progress(model, **extra)
-            result = self.path / 'result.json'
-            if self.done > s.steps or self.done == s.steps and result.exists():
+            if self.done > s.steps or self.done == s.steps and (self.path / 'result.json').exists():
                 raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
-        else:
-            if begins and not s.init_from:
-                print(f'--recipe {s.recipe} begins with {begins}, which is trained first')
-                untrained(s, task.data, frames)                # refuses what does not fit
-                first = replace(s, recipe=begins, out=f'{self.path}-{begins}', model=shape_of(s), steps=0)
-                finish(first)
-                s = self.s = replace(s, init_from=first.out)
-            if s.init_from:
-                dense, _ = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)
-            model = prepare(s, task, frames, dense)
-        return model
+            return model
+        if RECIPES[s.recipe].begins and not s.init_from:
+            first = base_of(s, steps=0, out=f'{self.path}-{RECIPES[s.recipe].begins}')
+            print(f'--recipe {s.recipe} begins with {first.recipe}, which is trained first')
+            untrained(s, task.data)                            # refuses what does not fit
+            finish(first)
+            s = self.s = replace(s, init_from=first.out)
+        dense = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)[0] if s.init_from else None
+        return prepare(s, task, dense)
 
     def read_progress(self, model, optimizers=None, step=None, log=None, recent=None, seconds=None, **other):
         """What save() wrote besides the model. ValueError: it is something else."""
@@ -818,15 +775,13 @@ class Run:
         except Exception:       # of damaged states torch raises many types
             raise ValueError(f'{self.path / "ckpt.pt"} holds a model, but no run to go on with') from None
 
-    COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
-
     def save(self, model, optimizers: list, step: int, seconds: float, recent=()):
         """Checkpoint and log.csv: all that a resumed run needs."""
         recent = torch.stack([*recent]) if recent else torch.zeros(0, 2)
         save_checkpoint(self.path / 'ckpt.pt', model, optimizers=[o.state_dict() for o in optimizers],
                         step=step, log=self.log, recent=recent, seconds=seconds)
         lines = [self.COLUMNS, *([str(row[name]) for name in self.COLUMNS] for row in self.log)]
-        write_text(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
+        write(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
     def train(self, model, task):
         """The steps that are left, held-out accuracy ten times. KeyboardInterrupt: Ctrl-C; all is saved."""
@@ -864,54 +819,45 @@ class Run:
 
 
 def run_recipe(s, began: float = None) -> Path:
-    """Train a row, and first what it begins with; evaluate on the test split, show, fill its folder.
-
-    KeyboardInterrupt: Ctrl-C; with the flags that go on, if there is a checkpoint.
-    """
+    """Train, evaluate and show a row -> its folder. KeyboardInterrupt: Ctrl-C, with the flags that go on."""
     began = began or time.time()
     set_up(s)
-    data, frames = load_data(s)
-    task, run = RECIPES[s.recipe].task(s, data), Run(s)
+    task, run = RECIPES[s.recipe].task(s, load_data(s)), Run(s)
     try:
-        fill(run, task, frames, began)
+        model = run.begin(task)
+        s, cost = run.s, task.cost(model)
+        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        run.claim()                                            # not before the first pass, which may refuse
+        (run.path / 'result.json').unlink(missing_ok=True)     # it goes on: not finished
+        noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
+        write(run.path / 'config.json', noted)
+        print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
+              f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps '
+              f'of {s.batch} clips -> {run.path}')
+        if s.steps > run.done:
+            run.train(model, task)
+        elif not s.resume:
+            run.save(model, configure_optimizer(model, s.lr), 0, 0.0)
+        result = {name: getattr(s, name) for name in 'recipe seed device dtype preset data steps'.split()}
+        result.update(torch=torch.__version__, placement=model.config.placement, **scores_of(task, model),
+                      step_ms=round(statistics.median([row['ms'] for row in run.log] or [0.0]), 2),
+                      parameters=num_params(model), learns=learns,
+                      vision_tokens=model.config.frames * model.config.patches,
+                      peak_memory_mb=round(peak_memory_mb(s.device), 1))
+        task.print_table(result)
+        go_on = task.show(model.eval(), run.path)
+        if run.log:
+            draw_curve(run.log, run.path / 'curve.png')
+        result['seconds'] = round(run.before + time.time() - began, 1)
+        write(run.path / 'result.json', result)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*['--resume', run.path] * (run.path / 'ckpt.pt').exists()) from None
-    return run.path
-
-
-def fill(run: Run, task, frames: int, began: float):
-    """All that run_recipe does once it has a dataset and a folder."""
-    model, s = run.begin(task, frames), run.s
-    cost, learns = task.cost(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.claim()                                                # not before the first pass, which may refuse
-    (run.path / 'result.json').unlink(missing_ok=True)         # it goes on: not finished
-    noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
-    write_json(run.path / 'config.json', noted)
-    print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
-          f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps of '
-          f'{s.batch} clips -> {run.path}')
-    if s.steps > run.done:
-        run.train(model, task)
-    elif not s.resume:
-        run.save(model, configure_optimizer(model, s.lr), 0, 0.0)
-    step_ms = statistics.median(row['ms'] for row in run.log) if run.log else 0.0
-    result = dict(recipe=s.recipe, seed=s.seed, device=s.device, torch=torch.__version__, dtype=s.dtype,
-                  preset=s.preset, data=s.data, placement=model.config.placement, steps=s.steps,
-                  step_ms=round(step_ms, 2), **scores_of(task, model),
-                  parameters=num_params(model), learns=learns,
-                  vision_tokens=frames * model.config.patches,
-                  peak_memory_mb=round(peak_memory_mb(s.device), 1))
-    task.print_table(result)
-    go_on = task.show(model.eval(), run.path)
-    if run.log:
-        draw_curve(run.log, run.path / 'curve.png')
-    result['seconds'] = round(run.before + time.time() - began, 1)
-    write_json(run.path / 'result.json', result)
     run.lock.close()
     (run.path / 'lock').unlink()
     print(f'\ngo on with: python train_tiny.py {shlex.join(["--out", str(run.path)])} {go_on}\n'
-          f'{result["seconds"]:.0f} s, {step_ms:.0f} ms a step. In {run.path}: '
+          f'{result["seconds"]:.0f} s, {result["step_ms"]:.0f} ms a step. In {run.path}: '
           + ', '.join(sorted(path.name for path in run.path.iterdir())))
+    return run.path
 
 
 def scores_of(task, model) -> dict:
@@ -930,7 +876,7 @@ def finish(s) -> dict:
     if not (path / 'result.json').exists():
         resumes = (path / 'ckpt.pt').exists()
         try:
-            run_recipe(replace(s, resume=s.out, out='', init_from='') if resumes else replace(s))
+            run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None                  # what asked for this run goes on with it
     return read_json(path / 'result.json')
@@ -952,19 +898,20 @@ def split_question(text, targets):
 def encode_question(question: str, vocab: list) -> list:
     """Words -> ids. ValueError names unknown words, and the nearest known ones."""
     known, asked = {word: i for i, word in enumerate(vocab)}, words(question)
-    nearest = lambda word: difflib.get_close_matches(word, vocab[2:], 3, 0.3) or vocab[2:5]
-    near = [f'{w!r} (nearest known: {", ".join(nearest(w))})' for w in asked if w not in known]
-    if near or not asked:
-        raise ValueError(f'the model never saw {", ".join(near)}' if asked else 'the question has no words')
-    return [known[w] for w in asked]
+    nearest = lambda word: ', '.join(difflib.get_close_matches(word, vocab[2:], 3, 0.3) or vocab[2:5])
+    unknown = [f'{word!r} (nearest known: {nearest(word)})' for word in asked if word not in known]
+    if unknown or not asked:
+        what = f'the model never saw {", ".join(unknown)}' if asked else 'the question has no words'
+        raise ValueError(what)
+    return [known[word] for word in asked]
 
 
-def print_columns(rows: list):
-    """An empty line, then rows of words and shares, the first cell at the left."""
-    print()
-    for first, *cells in rows:
-        cells = [cell if isinstance(cell, str) else f'{cell:.1%}' for cell in cells]
-        print(f'{first[:36]:36}' + ''.join(f' {cell:>11}' for cell in cells))
+def table(lines: list) -> str:
+    """A table in Markdown, its columns as wide as their cells, words or shares. The first line: its head."""
+    lines = [[cell if isinstance(cell, str) else f'{cell:.1%}' for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * max(3, width) for width in widths])
+    return '\n'.join(f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines)
 
 
 def stack(rows: list) -> Image.Image:
@@ -1019,14 +966,11 @@ def draw_clip(model, video, text, path: Path, title: str):
 
 @torch.no_grad()
 def narrate(model, video, path: Path, theta: float, asked: dict):
-    """Play (T, 3, height, width), print what the model says when, draw frames with the words below.
-
-    asked: from the number of a frame, counted from 1, to the words of a question after it.
-    """
+    """Play (T, 3, height, width), print and draw what is said when. asked: frame, from 1 on -> a question."""
     vocab = model.config.vocab
     encode = lambda question: torch.tensor([encode_question(question, vocab)])
-    frames = ((frame[None], encode(asked[t]) if t in asked else None) for t, frame in enumerate(video, 1))
-    sheet = draw_big(video)
+    ids, sheet = {t: encode(question) for t, question in asked.items()}, draw_big(video)
+    frames = ((frame[None], ids.get(t)) for t, frame in enumerate(video, 1))
     width = (sheet.width + 2) // len(video)
     strip = Image.new('RGB', (sheet.width, sheet.height + 80), 'white')
     strip.paste(sheet, (0, 0))
@@ -1054,31 +998,41 @@ def rank_clips(model, video, names: list, sentence: str, path: Path, best: int =
     whole(path, stack([(f'{sentence}:', stack(rows[:1])), *rows[1:]]).save)
 
 
-def chart(size: tuple, across: dict, up: dict, caption: str):
-    """A white image with marks {place in [0, 1]: text} -> image, draw, place(x, y) -> pixels."""
-    image = Image.new('RGB', size, 'white')
-    draw, (width, height) = ImageDraw.Draw(image), size
-    place = lambda x, y: (50 + (width - 70) * x, 10 + (height - 60) * (1 - y))
+def chart(path: Path, size: tuple, across: dict, up: dict, caption: str, lines=(), dots=(), labels=()):
+    """Draw marks {place: text} of both axes, lines (points, colour, width), dots (point, colour), and labels
+    (point, text, colour), which stand in a column at the right, the highest point's first."""
+    image, (width, height) = Image.new('RGB', size, 'white'), size
+    xs, ys = zip(*(point for points, *_ in lines for point in points), *(point for point, _ in dots))
+    (left, right), (low, high) = ((min(all_of), max(all_of)) for all_of in ([*xs, *across], [*ys, *up]))
+    end, draw = width - (150 if labels else 20), ImageDraw.Draw(image)
+    place = lambda point: (50 + (end - 50) * (point[0] - left) / (right - left or 1),
+                           height - 50 - (height - 60) * (point[1] - low) / (high - low or 1))
     for y, text in up.items():
-        draw.line([place(0, y), place(1, y)], fill='#dddddd')
-        draw.text((4, place(0, y)[1] - 6), text, fill='#666666')
+        draw.line([place((left, y)), place((right, y))], fill='#dddddd')
+        draw.text((4, place((left, y))[1] - 6), text, fill='#666666')
     for x, text in across.items():
-        draw.text((place(x, 0)[0] - 8, height - 36), text, fill='#666666')
+        draw.text((place((x, low))[0] - 8, height - 36), text, fill='#666666')
     draw.text((50, height - 18), caption, fill='black')
-    return image, draw, place
+    for i, (point, text, colour) in enumerate(sorted(labels, key=lambda label: -label[0][1])):
+        y = 10 + (height - 60) * i / len(labels)
+        draw.line([place(point), (end + 20, y + 6)], fill='#cccccc')
+        draw.text((end + 22, y), text, fill=colour)
+    for points, colour, thick in lines:
+        draw.line([*map(place, points)], fill=colour, width=thick)
+    for (x, y), colour in ((place(point), colour) for point, colour in dots):
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
+    whole(path, image.save)
 
 
 def draw_curve(log: list, path: Path):
     """Loss (grey, own scale), accuracy in training (blue), held out (red dots) over the steps."""
-    last, top = log[-1]['step'], max(row['loss'] for row in log) or 1.0
-    image, draw, place = chart((640, 260), {0: '0', 1: f'{last}'}, {y / 4: f'{y / 4:.0%}' for y in range(5)},
-                               f'blue: accuracy in training, red: held out, grey: loss (top = {top:.2f})')
-    point = lambda row, y: place(row['step'] / last, y)
-    draw.line([point(row, row['loss'] / top) for row in log], fill='#888888', width=2)
-    draw.line([point(row, row['accuracy']) for row in log], fill='#2060d0', width=2)
-    for x, y in (point(row, row['val_accuracy']) for row in log if row['val_accuracy'] != ''):
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill='#d03020')
-    whole(path, image.save)
+    top = max(row['loss'] for row in log) or 1.0
+    points = lambda key, of=1.0: [(row['step'], row[key] / of) for row in log if row[key] != '']
+    chart(path, (640, 260), {0: '0', log[-1]['step']: f'{log[-1]["step"]}'},
+          {y / 4: f'{y / 4:.0%}' for y in range(5)},
+          f'blue: accuracy in training, red: held out, grey: loss (top = {top:.2f})',
+          [(points('loss', top), '#888888', 2), (points('accuracy'), '#2060d0', 2)],
+          [(point, '#d03020') for point in points('val_accuracy')])
 
 
 # ---- 6. Measuring and comparing ----------------------------------------------------------------------------
@@ -1087,12 +1041,10 @@ def peak_memory_mb(device: str) -> float:
     """Most memory taken so far: of the GPU's allocator, or of this process."""
     if device == 'cuda':
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    try:
-        import resource
-    except ImportError:         # Windows
+    if sys.platform == 'win32':
         return 0.0
-    unit = 2 ** 20 if sys.platform == 'darwin' else 2 ** 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10)
 
 
 def step_memory_mb(device: str, step) -> float:
@@ -1102,7 +1054,7 @@ def step_memory_mb(device: str, step) -> float:
         torch.cuda.reset_peak_memory_stats()
         step()
         return peak_memory_mb(device)
-    kept = {}
+    kept = {}                                                  # place in memory -> bytes
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -1113,87 +1065,77 @@ def step_memory_mb(device: str, step) -> float:
     return sum(kept.values()) / 2 ** 20
 
 
-def measure(s, task, make: dict) -> dict:
+def measure(task, make: dict) -> dict:
     """Training step, memory, what the task times, of models in turn: medians. make: name -> a new model."""
+    s, batch, runs, meaning = task.s, task.draw('train', 0, task.s.batch), {}, {}
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(s.device, lambda: None)
-    batch, runs, rows = task.draw('train', 0, s.batch), {}, {}
 
-    def step(model, optimizers):
-        with s.autocast():
-            value, _ = task.loss(model.train(), batch)
-        value.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def training(model):
+        """A function that makes a step."""
+        optimizers = configure_optimizer(model.train(), s.lr)
 
-    def look(model, function):
-        model.eval()
+        def step():
+            with s.autocast():
+                value, _ = task.loss(model, batch)
+            value.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return step
+
+    def look(function):
         with torch.no_grad(), s.autocast():
             function()
 
-    def training(model):
-        return functools.partial(step, model, configure_optimizer(model, s.lr))
-
-    for name, new in make.items():                             # before others fill the device
-        rows[name] = dict(task.cost(new()), memory_mb=step_memory_mb(s.device, training(new())))
+    memory = {name: step_memory_mb(s.device, training(new())) for name, new in make.items()}
     for name, new in make.items():
-        runs[name, 'step'], asked = training(new()), new()
-        for what, function in task.timed(asked, batch).items():
-            runs[name, what] = functools.partial(look, asked, function)
-    times = {key: [] for key in runs}
+        functions, meaning[name] = task.timed(new().eval(), batch)
+        runs[name] = [training(new()), *(functools.partial(look, function) for function in functions)]
+    times = {name: [[] for _ in functions] for name, functions in runs.items()}
     # In turn: what slows one slows all.
     for _ in tqdm(range(ROUNDS + 2), 'timing', dynamic_ncols=True):
-        for key, run in runs.items():
+        for run, took in ((run, took) for name in runs for run, took in zip(runs[name], times[name])):
             sync()
             start = time.perf_counter()
             run()
             sync()
-            times[key].append(time.perf_counter() - start)
-    for name in make:
-        own = {what: each[2:] for (row, what), each in times.items() if row == name}
-        rows[name].update(step_ms=1000 * statistics.median(own['step']), **task.times(own, batch))
+            took.append(time.perf_counter() - start)
+    rows = {}
+    for name, all_of in times.items():
+        step, *others = (took[2:] for took in all_of)          # the first two warm up
+        rows[name] = dict(memory_mb=memory[name], step_ms=1000 * statistics.median(step),
+                          **meaning[name](*others))
     return rows
-
-
-def markdown(rows: list) -> str:
-    """A table; the first row is its head."""
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (rows[0], ['---'] * len(rows[0]), *rows[1:]))
 
 
 def table_of(rows: dict, columns) -> str:
     """Results in Markdown; times, memory and speed as they are, and as a share of the first row."""
-    lines, first = [['recipe', *columns]], next(iter(rows.values()))
-    for name, row in rows.items():
-        lines.append([name])
-        for key in columns:
-            value = row.get(key)
-            if value is None:
-                text = ''
-            elif isinstance(value, list):
-                text = ' '.join(f'{n:g}' for n in (value if len({*value}) > 1 else value[:1]))
-            elif key in ('accuracy', 'fluency') or key.endswith('pairs'):
-                text = f'{100 * value:.1f} %'
-            elif key.endswith(('_ms', '_mb', '_s', '_kb', 'gflops')) and first.get(key):
-                text = f'{value:.3g} ({value / first[key]:.2f})'
-            else:
-                text = f'{value:.4g}'
-            lines[-1].append(text)
-    return markdown(lines)
+    first = next(iter(rows.values()))
+
+    def cell(key, value) -> str:
+        if value is None:
+            return ''
+        if isinstance(value, list):
+            return ' '.join(f'{n:g}' for n in (value if len({*value}) > 1 else value[:1]))
+        if key in ('accuracy', 'fluency') or key.endswith('pairs'):
+            return f'{100 * value:.1f} %'
+        if key.endswith(('_ms', '_mb', '_s', '_kb', 'gflops')) and first.get(key):
+            return f'{value:.3g} ({value / first[key]:.2f})'
+        return f'{value:.4g}'
+
+    return table([['recipe', *columns], *([name, *(cell(key, row.get(key)) for key in columns)]
+                                          for name, row in rows.items())])
 
 
 def rows_of(s) -> list:
     """The rows that --rows names, or all, and what they begin with."""
-    asked = s.rows.split(',') if s.rows else [*RECIPES]
-    for name in asked:
+    deep = {**PRESETS[s.preset], **s.model}['encoder_layers'] > 1              # has layers to merge in
+    fits = lambda row: (s.data == 'shapes' or row.task is Questions) and (
+        deep or row.task is Retrieval or 'encoder' not in row.changes)
+    asked = s.rows.split(',') if s.rows else [name for name, row in RECIPES.items() if fits(row)]
+    for name in asked:                                         # grows while it is walked
         if name not in RECIPES:
             raise ValueError(f'--rows: {name!r} is none of {", ".join(RECIPES)}')
-    if s.data != 'shapes' and not s.rows:
-        asked = [name for name in asked if RECIPES[name].task is Questions]
-    shallow = {**PRESETS[s.preset], **s.model}['encoder_layers'] < 2           # has no layers to merge in
-    if shallow and not s.rows:
-        asked = [name for name in asked if not RECIPES[name].changes.get('encoder')
-                 or RECIPES[name].task is Retrieval]
-    for name in asked:                                         # grows while it is walked
         asked += {RECIPES[name].begins} - {'', *asked}
     return [name for name in RECIPES if name in asked]
 
@@ -1203,12 +1145,12 @@ def run_bench(s):
     set_up(s)
     kind = RECIPES[s.recipe].task
     names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
-    data, frames = load_data(s)
-    make = {name: functools.partial(untrained, replace(s, recipe=name), data, frames) for name in names}
-    rows = measure(s, kind(s, data), make)
-    table = table_of(rows, ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])])
-    print(f'\n{table}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} rounds in turn; in '
-          'brackets: of the first row')
+    task = kind(s, load_data(s))
+    make = {name: functools.partial(untrained, replace(s, recipe=name), task.data) for name in names}
+    rows = {name: {**task.cost(make[name]()), **found} for name, found in measure(task, make).items()}
+    columns = ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])]
+    print(f'\n{table_of(rows, columns)}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} '
+          'rounds in turn; in brackets: of the first row')
 
 
 # What a paper says of its method: paper, row here, the row it is compared with, what, the paper's figure, how
@@ -1246,79 +1188,76 @@ def claims(rows: dict) -> list:
     """[paper, what, its figure, ours, reached], of the claims whose rows there are."""
     made = []
     for paper, row, base, what, figure, how, key, bound in CLAIMS:
-        a, b = rows.get(row, {}).get(key), rows.get(base, {}).get(key)
-        if a is None or (b is None and how != 'value'):
-            continue
-        ours = MEASURES[how][0](a, b or 1e-9)
-        reached = ours <= bound if key in SMALL_IS_GOOD and how != 'faster' else ours >= bound
-        made.append([paper, what, figure, MEASURES[how][1].format(ours), reached])
+        a, b = (rows.get(name, {}).get(key) for name in (row, base))
+        if a is not None and (b is not None or how == 'value'):
+            ours, small = MEASURES[how][0](a, b or 1e-9), key in SMALL_IS_GOOD and how != 'faster'
+            reached = ours <= bound if small else ours >= bound
+            made.append([paper, what, figure, MEASURES[how][1].format(ours), reached])
     return made
 
 
 def summarize(results: list) -> dict:
     """Means over seeds of what a row's runs measured, and what the claims want of them."""
-    first, mean = results[0], lambda get: statistics.mean(map(get, results))
-    row = {key: mean(lambda r: r[key]) for key, value in first.items()
-           if isinstance(value, float) and key not in ('step_ms', 'peak_memory_mb')}
-    accuracy, N = [r['accuracy'] for r in results], first['vision_tokens']
-    layers = [statistics.mean(layer) for layer in zip(*(r['vision_by_layer'] for r in results))]
-    layers = [round(n, 1) for n in layers]
-    row.update(std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0, learns=first['learns'],
-               learning=first['learns'] / first['parameters'], tokens=first['vision_by_layer'][-1],
-               vision_tokens=N, vision_by_layer=layers)
-    if 'accuracy_by_type' in first:
-        by_type = {name: mean(lambda r: r['accuracy_by_type'][name]) for name in first['accuracy_by_type']}
-        row.update(by_type=by_type, moment=by_type.get('moment'), token_share=layers[0] / N,
-                   converted=sum(n < N for n in layers) / len(layers))
-    return row
+    row = {key: value for key, value in average(results).items() if key != 'seed' and type(value) is not str}
+    accuracy = [result['accuracy'] for result in results]
+    by_type, layers, N = row.pop('accuracy_by_type', {}), row['vision_by_layer'], row['vision_tokens']
+    return dict(row, std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0, by_type=by_type,
+                moment=by_type.get('moment'), learning=row['learns'] / row['parameters'], tokens=layers[-1],
+                token_share=layers[0] / N, converted=sum(n < N for n in layers) / len(layers))
 
 
-def model_of(s, name: str) -> dict:
-    """Those options of the model that mean something to the task of a row."""
-    return {key: value for key, value in s.model.items() if key not in RECIPES[name].task.without}
+def row_of(s, name: str, **more):
+    """Settings of a row of a comparison: of the model's options those that mean something to its task."""
+    idle = RECIPES[name].task.without
+    return replace(s, recipe=name, model={key: value for key, value in s.model.items() if key not in idle},
+                   compare=False, rows='', seeds=0, **more)
 
 
 def run_row(s, name: str, seed: int, folder: Path):
     """One row of a comparison, trained, gone on with, or finished before -> its result, its command."""
-    recipe, here, model = RECIPES[name], folder / f'seed{seed}', model_of(s, name)
+    recipe, here = RECIPES[name], folder / f'seed{seed}'
     steps = recipe.share * (s.steps or RUNS[s.preset][recipe.task.kind][1])
-    flags = dict(recipe=name, preset=s.preset, seed=seed, steps=max(1, round(steps)) if recipe.share else 0,
+    row = row_of(s, name, seed=seed, steps=max(1, round(steps)) if recipe.share else 0, out='',
                  init_from=str(here / recipe.begins) if recipe.begins else '')
     if not (here / name / 'result.json').exists():
         print(f'\n== {name}, seed {seed}')
-    said = [word for key, value in {**flags, **model}.items() if value not in ('', 0) or key == 'seed'
-            for word in (dashed(key), str(value))]
-    row = replace(s, **flags, out=str(here / name), model=model, compare=False, rows='', seeds=0)
-    return finish(row), shlex.join(['python', 'train_tiny.py', *said])
+    plain, command = vars(Settings()), ['python', 'train_tiny.py']
+    for key, value in {**vars(row), **row.model}.items():
+        if key != 'model' and value != plain.get(key):
+            command += [dashed(key)] + [str(value)] * (value is not True)
+    return finish(replace(row, out=str(here / name))), shlex.join(command)
 
 
 def run_compare(s):
     """--compare: train what is missing, time all rows of a task in turn, write tables and pictures."""
-    told = replace(s)                                          # without what the machine fills in
     set_up(s)
-    told.preset, told.device = s.preset, s.device
     folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{Path(s.data).name}')
-    (data, frames), asked, rows, curves = load_data(s), rows_of(s), {}, {}
+    data, asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
-            untrained(replace(s, recipe=name, model=model_of(s, name)), data, frames)
-    begin_with(folder, {k: v for k, v in asdict(told).items() if k not in ('out', 'rows', 'seeds')})
+            untrained(row_of(s, name), data)
+    note, fixed = folder / 'asked.json', asdict(replace(s, out='', rows='', seeds=0, ask=[], question=[]))
+    if note.exists():
+        must_agree(folder, read_json(note), fixed)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f'--out {folder} exists, and no comparison was begun in it; name another folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    write(note, fixed)
     seeds = range(s.seed, s.seed + (s.seeds or 3))
     done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
     for name in [name for name in RECIPES if name in asked or done(name)]:
-        results, commands = zip(*(run_row(told, name, seed, folder) for seed in seeds))
+        results, commands = zip(*(run_row(s, name, seed, folder) for seed in seeds))
         rows[name] = dict(summarize(results), command=commands[0])
     for kind in dict.fromkeys(RECIPES[name].task for name in rows):
-        s.recipe, *_ = names = [name for name in rows if RECIPES[name].task is kind]
-        s.batch = told.batch or RUNS[s.preset][kind.kind][0]
+        names = [name for name in rows if RECIPES[name].task is kind]
         load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
-        task = kind(s, data)
-        for name, found in measure(s, task, {name: functools.partial(load, name) for name in names}).items():
-            rows[name] = {**found, **rows[name]}
+        task = kind(replace(s, recipe=names[0], batch=s.batch or RUNS[s.preset][kind.kind][0]), data)
+        for name, found in measure(task, {name: functools.partial(load, name) for name in names}).items():
+            rows[name] |= found
         if kind is Questions:
             bases = {'dense', 'gaps'} & {*names}
-            curves = {base: untrained_curves(s, task, load(base)) for base in sorted(bases)}
-            video, ids, question, _ = task.liveliest_question()
+            curves = {base: untrained_curves(task, load(base)) for base in sorted(bases)}
+            video, ids, question, _ = task.liveliest()
             for name in names:
                 draw_clip(load(name).eval(), video, ids[None], folder / name, f'{name}: {question}')
     report = dict(device=machine_name(s.device), torch=torch.__version__, dtype=s.dtype, preset=s.preset,
@@ -1327,36 +1266,22 @@ def run_compare(s):
     if len(rows) > 1 and 'dense' in rows:
         draw_results({name: row for name, row in rows.items() if 'first_ms' in row}, curves,
                      folder / 'results.png')
-    write_text(folder / 'results.md', text)
-    write_json(folder / 'results.json', report)
+    write(folder / 'results.md', text)
+    write(folder / 'results.json', report)
     print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, one clip as every method sees it')
 
 
 @torch.no_grad()
-def untrained_curves(s, task, model) -> dict:
+def untrained_curves(task, model) -> dict:
     """What methods that need no training make of a model: reducer -> [[decoder GFLOPs, accuracy], ...]."""
     curves, T, P = {}, model.config.frames, model.config.patches
     for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving(1.0, T, P)]:
         for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
-            row = replace(s, recipe=name, model={**s.model, **REDUCERS[name].leaving(share, T, P)})
-            method = build(row, configure(row, task.vocab, T), model).eval()
+            row = replace(task.s, recipe=name, model={**task.s.model, **REDUCERS[name].leaving(share, T, P)})
+            method = build(row, configure(row, task.vocab), model).eval()
             accuracy = task.evaluate(method, 'test', CURVE_CLIPS)['accuracy']
             curves.setdefault(name, []).append((task.cost(method)['decoder_gflops'], accuracy))
     return curves
-
-
-def begin_with(folder: Path, asked: dict):
-    """Note what the runs in a folder are made with. ValueError: they were begun with something else."""
-    path, asked = folder / 'asked.json', json.loads(json.dumps(asked))         # lists, as they are read again
-    before = read_json(path) if path.exists() else asked
-    for name in asked:
-        if before.get(name) != asked[name]:
-            raise ValueError(f'{folder} was begun with {dashed(name)} {before.get(name)}, not {asked[name]}; '
-                             'name another folder with --out')
-    if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f'--out {folder} exists, and no comparison was begun in it; name another folder')
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, asked)
 
 
 def write_report(report: dict) -> str:
@@ -1370,8 +1295,8 @@ def write_report(report: dict) -> str:
             points = {f'{name} %': 100 * row['by_type'][name] for name in types}
             own[name] = dict(row, std=100 * row['std'], **points)
         out += [table_of(own, [*columns, 'learns']), '']
-    out += [markdown([['paper', 'claim', 'its figure', 'here', 'reached'],
-                      *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])]), '']
+    out += [table([['paper', 'claim', 'its figure', 'here', 'reached'],
+                   *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])]), '']
     out += [f'- {name}: `{row["command"]}`' for name, row in rows.items()]
     head = '{device}, torch {torch}, {dtype}, preset {preset}, seeds {seeds}'.format(**report)
     head += '; std in points; times and commands of the first seed; in brackets: of the first row\n'
@@ -1379,43 +1304,28 @@ def write_report(report: dict) -> str:
 
 
 def draw_results(rows: dict, curves: dict, path: Path):
-    """Accuracy (logarithm of the error) over decoder FLOPs: rows are points, lines what is not trained.
-
-    The front that nothing beats is red. Lines are thick where the model has seen gaps, thin where not.
-    """
-    full = rows['dense']['decoder_gflops']
-    points = {name: (row['decoder_gflops'] / full, row['accuracy']) for name, row in rows.items()
+    """Accuracy (logarithm of the error) over decoder FLOPs: rows are points, the front that nothing beats is
+    red; lines are what is not trained, thick where the model has seen gaps."""
+    full, rise = rows['dense']['decoder_gflops'], lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
+    place = lambda flops, accuracy: (math.log(flops / full), rise(accuracy))
+    points = {name: place(row['decoder_gflops'], row['accuracy']) for name, row in rows.items()
               if not RECIPES[name].blind}
-    lines = {(base, name): [(x / full, y) for x, y in line] for base, found in curves.items()
+    front = [(x, y) for x, y in sorted(points.values())
+             if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points.values())]
+    colours = dict(zip(REDUCERS, itertools.cycle('#20a040 #c07000 #8040c0 #008090 #a03070 #707000'.split())))
+    lines = {(name, base): [place(*point) for point in line] for base, found in curves.items()
              for name, line in found.items()}
-    every = [*points.values(), *itertools.chain(*lines.values())]
-    rise = lambda accuracy: -math.log(max(1 - accuracy, 1e-3))
-    left, right = (math.log(f(x for x, _ in every)) for f in (min, max))
-    low, high = (f(rise(y) for _, y in every) for f in (min, max))
-    left, right, low, high = left - 0.05, right + 0.3 * (right - left) + 0.1, low - 0.1, high + 0.1
-    marks = [0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995]
-    up = {(rise(y) - low) / (high - low): f'{y:.1%}' for y in marks if low < rise(y) < high}
-    image, draw, place = chart(
-        (720, 480), {i / 5: f'{math.exp(left + (right - left) * i / 5):.2f}' for i in range(5)}, up,
-        'decoder FLOPs as a share of dense (log); red: nothing is cheaper and better; lines: not trained')
-    at = lambda x, y: place((math.log(x) - left) / (right - left), (rise(y) - low) / (high - low))
-    names = dict.fromkeys(name for _, name in lines)
-    colour = dict(zip(names, ['#20a040', '#c07000', '#8040c0', '#008090', '#a03070', '#707000']))
-    for (base, name), line in lines.items():
-        draw.line([at(*p) for p in line], fill=colour.get(name, '#444444'), width=2 if base == 'gaps' else 1)
-        draw.text(at(*line[-1]), name, fill=colour.get(name, '#444444'))
-    front = [p for p in sorted(points.values())
-             if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points.values())]
-    draw.line([at(*p) for p in front], fill='#d03020', width=2)
-    label_y, ranked = 0, sorted(points.items(), key=lambda item: item[1][1])
-    for after, (name, point) in reversed([*enumerate(ranked)]):
-        x, y = at(*point)
-        # Beside its point, below the one before it, with room for those that are left.
-        label_y = min(max(label_y + 12, y - 6), 430 - 12 * after)
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='#d03020' if point in front else '#2060d0')
-        draw.line([(x, y), (590, label_y + 6)], fill='#cccccc')
-        draw.text((592, label_y), name, fill='black')
-    whole(path, image.save)
+    xs, ys = zip(*points.values(), *itertools.chain(*lines.values()))
+    shares = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5]
+    scores = [0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995]
+    chart(path, (720, 480), {math.log(x): f'{x}' for x in shares if min(xs) <= math.log(x) <= max(xs)},
+          {rise(y): f'{y:.1%}' for y in scores if min(ys) < rise(y) < max(ys)},
+          'decoder FLOPs as a share of dense (log); red: nothing is cheaper and better; lines: not trained',
+          [*((line, colours[name], 1 + (base == 'gaps')) for (name, base), line in lines.items()),
+           (front, '#d03020', 2)],
+          [(point, '#d03020' if point in front else '#2060d0') for point in points.values()],
+          [*((point, name, 'black') for name, point in points.items()),
+           *((line[-1], name, colours[name]) for (name, _), line in lines.items())])
 
 
 # ---- 7. Command line ---------------------------------------------------------------------------------------
@@ -1462,7 +1372,6 @@ class Settings:
 CHOICES = dict(PARTS, recipe=RECIPES, preset=['auto', *PRESETS], device=['auto', 'cuda', 'mps', 'cpu'],
                dtype=['auto', 'float32', 'bfloat16'])
 METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream='CLIP', find='SENTENCE')
-JOBS = ('ask', 'stream', 'find', 'eval', 'bench', 'compare')
 TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
          ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows')]
@@ -1470,51 +1379,47 @@ APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 't
 
 def model_flags() -> dict:
     """The options of the model, from ModVideoConfig and the classes of its parts: name -> type, help."""
-    flags = {f.name: get_args(f.type) for f in fields(ModVideoConfig) if get_args(f.type)}
+    flags, owners = {f.name: get_args(f.type) for f in fields(ModVideoConfig) if get_args(f.type)}, {}
     taken = {f.name for cls in (Settings, ModVideoConfig) for f in fields(cls)}
-    for part, classes in PARTS.items():
-        for name, cls in classes.items():
-            for key, option in options_of(cls).items():
-                if key in taken:
-                    raise ValueError(f'{part} {name}: its option {key} has the name of another flag')
-                kind, text = get_args(option.annotation)
-                default = 'has to be given' if option.default is option.empty else option.default
-                text = f': {text} [{default}]'
-                _, before = flags.get(key, (kind, ''))
-                more = before.replace(text, f', {name}{text}')                 # several classes have it
-                flags[key] = kind, more if text in before else f'{before}; {part} {name}{text}'.lstrip('; ')
+    for part, name, cls in ((part, *item) for part, classes in PARTS.items() for item in classes.items()):
+        for key, option in options_of(cls).items():
+            if key in taken:
+                raise ValueError(f'{part} {name}: its option {key} has the name of another flag')
+            default = 'has to be given' if option.default is option.empty else option.default
+            owners.setdefault((key, part, *get_args(option.annotation), default), []).append(name)
+    for (key, part, kind, text, default), names in owners.items():             # several classes may have it
+        before = f'{flags[key][1]}; ' if key in flags else ''
+        flags[key] = kind, f'{before}{part} {", ".join(names)}: {text} [{default}]'
     return flags
 
 
 def parse(argv) -> Settings:
     """Command line -> Settings. With --resume, the run's own settings are the defaults."""
     parser = argparse.ArgumentParser('train_tiny.py', description=__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'train_tiny: {message} (--help lists the flags)\n')
     jobs = parser.add_mutually_exclusive_group()
     group = parser.add_argument_group('the model, where preset and recipe do not say what you want')
-    own = {f.name: f.default for f in fields(Settings) if get_args(f.type)}
-    flags = {f.name: get_args(f.type) for f in fields(Settings) if f.name in own}
-    for name, (kind, text) in {**flags, **model_flags()}.items():
-        default, choices = own.get(name, argparse.SUPPRESS), [*CHOICES[name]] if name in CHOICES else None
-        how = dict(type=kind, choices=choices, metavar=METAVARS.get(name))
-        if kind is bool:
-            how = dict(action='store_true')
-        if kind is list:
-            how = dict(nargs=2, metavar=METAVARS[name])
-        text += f' [{default}]' if name in own and default else ''
+    own = {f.name: (*get_args(f.type), f.default) for f in fields(Settings) if get_args(f.type)}
+    for name, (kind, text, *default) in {**own, **model_flags()}.items():
+        text += f' [{default[0]}]' if default and default[0] else ''
+        how = {bool: dict(action='store_true'), list: dict(nargs=2, metavar=METAVARS.get(name))}.get(
+            kind, dict(type=kind, choices=CHOICES.get(name) and [*CHOICES[name]], metavar=METAVARS.get(name)))
         place = jobs if name in JOBS else parser if name in own else group
-        place.add_argument(dashed(name), default=default, help=text.replace('%', '%%'), **how)
+        place.add_argument(dashed(name), help=text.replace('%', '%%'), **how)
     for before, word in zip(['', *argv], argv):
         if not word.strip() or word.startswith('--') and word.endswith('='):
             raise ValueError(f'an empty argument after {before or "train_tiny.py"}; wanted a value')
-    said = vars(parser.parse_args(argv))
-    if said['resume']:
-        saved = read_json(Path(said['resume']) / 'config.json', 'settings', 'model')['settings']
-        parser.set_defaults(**{name: saved[name] for name in own if name in saved})
-        said = {**saved.get('model', {}), **vars(parser.parse_args(argv))}
-    s = Settings(**{name: said.pop(name) for name in own}, model=said)
-    check(s)
+    model = vars(parser.parse_args(argv))
+    given = {name: model.pop(name) for name in own if name in model}
+    s = Settings(**given, model=model)
+    if s.resume:
+        saved = settings_of(Path(s.resume))
+        fixed = {name: given[name] for name in ('recipe', 'preset', 'seed', 'init_from') if name in given}
+        must_agree(Path(s.resume), {**vars(saved), **saved.model}, {**fixed, **model})
+        s = replace(saved, **given)
+    check(s, {*given})
     return s
 
 
@@ -1525,15 +1430,14 @@ def dashed(name: str) -> str:
 
 def parse_grid(text: str):
     """'4x3' -> columns, rows."""
-    sides = text.lower().split('x')
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split('x')]
+    if len(sides) != 2 or not all(sides):
         raise ValueError(f'--grid wants COLUMNSxROWS, such as 4x4, got {text!r}')
-    return [int(side) for side in sides]
+    return sides
 
 
-def check(s: Settings):
+def check(s: Settings, given: set):
     """ValueError: values out of range, and flags that would do nothing."""
-    given = {f.name for f in fields(s) if getattr(s, f.name) not in (f.default, [])}
     parse_grid(s.grid)
     for name, value in {**vars(s), **s.model}.items():
         least = int(name in (*PRESETS['tiny'], 'patch_size'))
@@ -1556,24 +1460,20 @@ def check(s: Settings):
 
 def machine_name(device: str) -> str:
     """The device, in words."""
-    name = {'cuda': torch.cuda.get_device_name, 'mps': lambda: 'Apple GPU',
-            'cpu': lambda: f'{torch.get_num_threads()} threads'}[device]()
-    return f'{device} ({name})'
+    threads = f'{torch.get_num_threads()} threads'
+    return f'{device} ({torch.cuda.get_device_name() if device == "cuda" else threads})'
 
 
 def set_up(s: Settings):
     """Fill in device, dtype, preset, steps, batch, and say so."""
-    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    if s.device == 'auto':
-        s.device = next(d for d in available if available[d])
-    if not available[s.device]:
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    s.device = next(device for device in has if has[device]) if s.device == 'auto' else s.device
+    if not has[s.device]:
         raise ValueError(f'--device {s.device}: this machine has none, or this torch was built without it')
     cuda, recipe = s.device == 'cuda', RECIPES[s.recipe]
-    if s.dtype == 'auto':
-        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        s.dtype = 'bfloat16' if native else 'float32'
-    if s.preset == 'auto':
-        s.preset = 'gpu' if cuda else 'cpu'
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    s.dtype = s.dtype.replace('auto', 'bfloat16' if native else 'float32')
+    s.preset = s.preset.replace('auto', 'gpu' if cuda else 'cpu')
     if not s.compare:
         batch, steps = RUNS[s.preset][recipe.task.kind]
         s.batch = s.batch or batch
@@ -1606,20 +1506,19 @@ def join_processes(s: Settings):
 def kind_of(run: Path) -> str:
     """The task that a run's model was trained for."""
     try:
-        recipe = read_json(run / 'config.json', 'settings', 'model')['settings']['recipe']
-        return RECIPES[recipe].task.kind
-    except (ValueError, KeyError, TypeError, OSError):
+        return RECIPES[settings_of(run).recipe].task.kind
+    except (ValueError, OSError):
         return 'something else'
 
 
 def open_model(s: Settings, flag: str, kind: str, clip: str = ''):
     """The run of --out, or the newest of this kind under out/ -> run, model, a clip as the model sees it."""
-    found = [path.parent for path in Path('out').glob('**/ckpt.pt') if kind_of(path.parent) == kind]
-    if not found and not s.out:
+    runs = [Path(s.out)] if s.out else [path.parent for path in Path('out').glob('**/ckpt.pt')
+                                        if kind_of(path.parent) == kind]
+    if not runs:
         row = {'questions': '', 'streams': ' --recipe stream', 'retrieval': ' --recipe retrieval'}[kind]
-        raise ValueError(f'{flag} found no model for it under out/; train one first: python train_tiny.py'
-                         + row)
-    run = Path(s.out) if s.out else max(found, key=lambda run: (run / 'ckpt.pt').stat().st_mtime)
+        raise ValueError(f'{flag} found no model under out/; train one first: python train_tiny.py{row}')
+    run = max(runs, key=lambda run: (run / 'ckpt.pt').stat().st_mtime)
     model, _ = load_checkpoint(run / 'ckpt.pt')
     if kind_of(run) != kind:
         raise ValueError(f'{flag}: the model of {run} was trained for {kind_of(run)}')
@@ -1654,10 +1553,8 @@ def run_stream(s: Settings):
     """Let a model narrate a clip while it plays."""
     run, model, video = open_model(s, '--stream', 'streams', s.stream)
     asked = {int(s.question[0]): s.question[1].rstrip('?')} if s.question else {}
-    for frame, question in asked.items():
-        encode_question(question, model.config.vocab)                          # unknown words are named now
-        if not 1 <= frame <= len(video):
-            raise ValueError(f'--question: the frames are 1 to {len(video)}, got {frame}')
+    if not {*asked} <= {*range(1, len(video) + 1)}:
+        raise ValueError(f'--question: the frames are 1 to {len(video)}, got {s.question[0]}')
     path = run / f'stream-{Path(s.stream).stem}.png'
     narrate(model, video, path, s.theta, asked)
     print(f'frames with the words below: {path}')
@@ -1672,34 +1569,32 @@ def run_find(s: Settings):
         batch = ShapeWorld(frames=c.frames, size=c.frame_size, seed=s.seed).captions('test', 0, 64)
         video, names = batch.video, [in_words(ids, c.vocab) for ids in batch.text]
     else:
-        rows = read_rows(Path(s.data))
-        grids = [row.get('grid', parse_grid(s.grid)) for row in rows]
-        clips = [read_clip(Path(s.data) / row['file'], grid, c.frames, c.frame_size)
-                 for row, grid in zip(rows, grids)]
-        video = torch.stack(clips).float() / 255
-        names = [row['file'] for row in rows]
+        rows, grid = read_rows(Path(s.data)), parse_grid(s.grid)
+        names, grids = [row['file'] for row in rows], [row.get('grid', grid) for row in rows]
+        video = torch.stack([read_clip(Path(s.data, name), grid, c.frames, c.frame_size)
+                             for name, grid in zip(names, grids)]).float() / 255
     rank_clips(model, video, names, s.find, run / 'find.png')
     print(f'the best of {len(names)} clips: {run / "find.png"}')
 
 
 def run_eval(s: Settings):
     """The table of a run's end for other clips: printed, and written beside the run."""
-    run = Path(s.eval)
-    saved = read_json(run / 'config.json', 'settings', 'model')['settings']
-    saved = {f.name: saved[f.name] for f in fields(Settings) if f.name in saved}
-    s = replace(Settings(**saved), data=s.data, grid=s.grid, device=s.device, eval=s.eval)
+    run, saved = Path(s.eval), settings_of(Path(s.eval))
+    s = replace(saved, data=s.data, grid=s.grid, device=s.device, eval=s.eval)
     set_up(s)
     model, _ = load_checkpoint(run / 'ckpt.pt', s.device)
     s.model['frames'] = model.config.frames
-    data, _ = load_data(s, model.config.vocab)
-    task = RECIPES[s.recipe].task(s, data)
+    task = RECIPES[s.recipe].task(s, load_data(s, model.config.vocab))
     if list(task.vocab) != list(model.config.vocab):
-        raise ValueError(f'{run} was trained on {saved["data"]}, it has other words; name clips with --data')
+        raise ValueError(f'{run} was trained on {saved.data}, it has other words; name clips with --data')
     result = dict(run=str(run), data=s.data, torch=torch.__version__, **scores_of(task, model))
     task.print_table(result)
-    path = run / f'eval-{Path(s.data).name}.json'
-    write_json(path, result)
-    print(f'\nwritten: {path}')
+    write(run / f'eval-{Path(s.data).name}.json', result)
+    print(f'\nwritten: {run}/eval-{Path(s.data).name}.json')
+
+
+JOBS = dict(ask=run_ask, stream=run_stream, find=run_find, eval=run_eval, bench=run_bench,
+            compare=run_compare)
 
 
 def main(argv=None, began: float = None) -> int:
@@ -1712,9 +1607,7 @@ def main(argv=None, began: float = None) -> int:
     try:
         torch.set_float32_matmul_precision('high')
         s = parse(argv)
-        jobs = dict(ask=run_ask, stream=run_stream, find=run_find, eval=run_eval, bench=run_bench,
-                    compare=run_compare)
-        job = next((jobs[name] for name in JOBS if getattr(s, name)), None)
+        job = next((job for name, job in JOBS.items() if getattr(s, name)), None)
         job(s) if job else run_recipe(s, began)
         return 0
     except torch.cuda.OutOfMemoryError:

@@ -520,6 +520,7 @@ class Reducer(nn.Module):
     wants_saliency = False     # True: forward is given the attention that each patch receives
     untrained = True           # False: a trained dense model must first learn to read what it returns
     in_place = True            # False: its tokens stand for no patches, so no picture shows who routes them
+    leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
 
     def __init__(self, dim: int):
         super().__init__()
@@ -527,11 +528,6 @@ class Reducer(nn.Module):
     def forward(self, x: Tensor, saliency: Tensor = None, words: Tensor = None, known=None) -> Reduced:
         """x (B, T, P, C), saliency (B, T, P), words (B, L, C) of which known (B, L) bool are no padding."""
         return Reduced(x.flatten(1, 2), torch.arange(x.size(1) * x.size(2), device=x.device))
-
-    @staticmethod
-    def leaving(share: float, T: int, P: int) -> dict:
-        """The options that leave this share of T * P tokens; none: it has no such option."""
-        return {}
 
     def picture(self, reduced: Reduced):
         """What to draw: a Reduction of all patches; None: those at the positions stayed."""

@@ -1275,7 +1275,7 @@ def run_compare(s):
 def untrained_curves(task, model) -> dict:
     """What methods that need no training make of a model: reducer -> [[decoder GFLOPs, accuracy], ...]."""
     curves, T, P = {}, model.config.frames, model.config.patches
-    for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving(1.0, T, P)]:
+    for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving]:
         for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
             row = replace(task.s, recipe=name, model={**task.s.model, **REDUCERS[name].leaving(share, T, P)})
             method = build(row, configure(row, task.vocab), model).eval()

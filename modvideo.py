@@ -441,6 +441,8 @@ class Router(nn.Module):
         forced (N,) bool: tokens that are selected, and count in their run's k. Ties: the earlier token.
         """
         N = x.size(1) - words
+        if isinstance(group, Tensor) or N % group:
+            raise ValueError(f'{N} tokens do not divide into {group} groups of equal size; see RaggedRouter')
         return best_route(self.score(x), N, group, capacity(ratio, N // group), forced, GATES[self.gate])
 
 
@@ -451,8 +453,6 @@ def capacity(ratio: float, n: int) -> int:
 
 def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor, gate) -> Route:
     """The k best of each of `group` equal runs of the first N tokens, and all words, by score (B, S)."""
-    if N % group:
-        raise ValueError(f'{N} tokens do not divide into {group} groups of equal size')
     vision, first = score.detach()[:, :N], torch.arange(group, device=score.device) * (N // group)
     vision = vision if forced is None else vision.masked_fill(forced, math.inf)
     rank = vision.unflatten(1, (group, -1)).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
@@ -596,7 +596,7 @@ class ModVideo(nn.Module):
         tokens, place = reduced.tokens.to(x.dtype), reduced.position
         if self.stage is not None or place.size(-1) != T * self.config.patches:            # some are gone
             tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place.expand(tokens.shape[:2])))
-        return reduced._replace(tokens=tokens, position=place)                 # (B, M, C) or (B*Q, M, C)
+        return Reduced(tokens, place, reduced.reduction, reduced.loss, reduced.info)   # of B or B*Q clips
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, asked: Tensor = None,
                 after: Tensor = None, decisions: Tensor = None):
@@ -1556,6 +1556,7 @@ class VQToken(Reducer):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
         return reduced._replace(tokens=tokens * mask[..., None])
+
 
 def code_usage(indices: Tensor, num_codes: int):
     """Share of the codes that occur, and their perplexity, exp(-sum p log p): 0-dim tensors."""

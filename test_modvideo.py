@@ -191,7 +191,7 @@ def test_generate_equals_greedy_decoding_without_a_cache(way):
         for p in model.blocks.parameters():
             p.mul_(4 if p.dim() == 2 else 1)
         model.embed.weight.mul_(2)
-        model.head.weight[:2] = torch.tensor([[0], [1e-9]])    # and few end at once, by either mark
+        model.head.weight[mv.PAD] = 0                          # which seldom end without an end mark
     made = model.generate(video, text, max_new_tokens=4)
     for b, q in itertools.product(range(2), range(2)):
         ids = text[b, q][text[b, q] != 0]
@@ -2161,7 +2161,7 @@ def test_a_run_writes_everything(trained):
     assert [int(r['step']) for r in rows] == list(range(1, 13)) and rows[-1]['val_accuracy'] != ''
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch):
     """Catches Ctrl-C that loses work, a resume without optimizers, a command that breaks at a space."""
     real, run, before = train_tiny.ShapeWorld.batch, tmp_path / 'cut here', signal.getsignal(signal.SIGINT)
 
@@ -2170,12 +2170,12 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
             signal.raise_signal(signal.SIGINT)
         return real(self, split, step, *rest)
 
-    monkeypatch.setattr(train_tiny.ShapeWorld, 'batch', press_ctrl_c)
-    assert train_tiny.main([*TINY, '--steps', '12', '--out', str(run)]) == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tiny.ShapeWorld, 'batch', press_ctrl_c)
+        status, said = called('--steps 12 --out', run)
+    assert status == 130 and signal.getsignal(signal.SIGINT) is before
     assert not (run / 'result.json').exists() and len(losses(run)) == 8
-    monkeypatch.setattr(train_tiny.ShapeWorld, 'batch', real)
-    assert train_tiny.main(pasted(capsys.readouterr().err)) == 0
+    assert train_tiny.main(pasted(said)) == 0
     assert same_weights(trained, run) and losses(trained) == losses(run)
     a, b = result_of(trained), result_of(run)
     assert all(a[k] == b[k] for k in ('accuracy', 'blind_accuracy', 'accuracy_by_type', 'steps', 'recipe'))
@@ -2287,10 +2287,10 @@ def test_learning_happens():
 
 
 def test_the_training_loop_takes_any_model_and_dataset():
-    """Catches a loop that knows clips, questions or the configuration; a rate that never falls."""
-    torch.manual_seed(0)
+    """Catches a loop that knows clips, questions or the configuration; a rate that never falls; half a row
+    that Ctrl-C loses."""
     model = nn.ModuleDict(dict(blocks=nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))))
-    secret, seen = torch.randn(8, 4, generator=torch.Generator().manual_seed(9)), []
+    secret, start = torch.randn(8, 4), copy.deepcopy(model.state_dict())
 
     def draw(step):
         x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step))
@@ -2300,37 +2300,37 @@ def test_the_training_loop_takes_any_model_and_dataset():
         logits = model['blocks'](batch[0])
         return F.cross_entropy(logits, batch[1]), (logits.argmax(1) == batch[1]).float().mean()
 
-    note = lambda row, *_: seen.append(row) or {}
-    log = train_tiny.train(model, draw, loss, steps=60, lr=0.05, report=note)
-    assert seen == log and [row['step'] for row in log] == [*range(1, 61)]
-    assert log[0]['loss'] > 1.2 and log[-1]['loss'] < 0.6 and loss(model, draw(10 ** 6))[1] > 0.75
-    assert [row['lr'] for row in log] == [0.05 * train_tiny.schedule(step, 60) for step in range(60)]
-    def again(first=0, stop_at=None, **more):
-        """Train from the same weights, pressing Ctrl-C after a step."""
-        stop, held = [], {}
+    def run(first=0, stop_at=None, steps=250, **more):
+        """Train so many steps, pressing Ctrl-C after one -> its rows, and what it would save."""
+        stop, held, seen = [], {}, []
 
         def pressed(step):
             stop[:] = [True] * (step == stop_at)
             return draw(step)
 
-        def keep(row, optimizers, recent):
+        def report(row, optimizers, recent):
+            seen.extend([row] * bool(row))
             held.update(state=copy.deepcopy([o.state_dict() for o in optimizers]), recent=[*recent])
             return {}
 
-        return train_tiny.train(model, pressed, loss, 250, first=first, report=keep, stop=stop, **more), held
+        log = train_tiny.train(model, pressed, loss, steps, 0.05, first=first, report=report, stop=stop, **more)
+        assert seen == log
+        return [{**row, 'ms': 0} for row in log], held
 
-    start = copy.deepcopy(model.state_dict())
-    whole, _ = again()
+    log, _ = run(steps=60)
+    assert [row['step'] for row in log] == [*range(1, 61)]
+    assert log[0]['loss'] > 1.2 and log[-1]['loss'] < 0.6 and loss(model, draw(10 ** 6))[1] > 0.75
+    assert [row['lr'] for row in log] == [0.05 * train_tiny.schedule(step, 60) for step in range(60)]
     model.load_state_dict(start)
-    before, held = again(stop_at=102)                          # a row is two steps: this one is in the middle
-    after, _ = again(first=103, **held)
-    plain = lambda rows: [{**row, 'ms': 0} for row in rows]
-    assert plain(before + after) == plain(whole) and len(held['recent']) == 1
+    whole, _ = run()
+    model.load_state_dict(start)
+    before, held = run(stop_at=102)                            # a row is two steps: this one is in the middle
+    assert len(held['recent']) == 1 and before + run(first=103, **held)[0] == whole
     rates = [train_tiny.schedule(step, 1000) for step in range(1000)]          # up, level, down to zero
     assert rates[0] == 0.02 and rates[49] == 1 == rates[500] and rates[750] == 0.5 and 0 < rates[-1] < 0.01
 
 
-def test_a_loss_that_is_not_finite_names_its_step(tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_names_its_step(tmp_path, monkeypatch):
     """Catches NaN that is saved, another step than the first bad one, a last update nobody looks at."""
     batch, loss, steps = train_tiny.ShapeWorld.batch, train_tiny.Questions.loss, []
 
@@ -2349,8 +2349,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path, monkeypatch, capsys)
         run = tmp_path / f'{name}{count}'
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, harm)
-            assert train_tiny.main([*TINY, '--steps', str(count), '--out', str(run)]) == 2
-        assert f'not finite at step {step};' in capsys.readouterr().err
+            refused(f'not finite at step {step};', f'--steps {count} --out', run)
         assert not (run / 'result.json').exists() and not (run / 'ckpt.pt').exists()
 
 
@@ -2773,6 +2772,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Catches rows trained from their start, taken for finished, or stuck; a folder that is emptied."""
     s = train_tiny.parse([*TINY, '--compare', '--steps', '6'])
     real, calls, row = train_tiny.Questions.loss, [], 'seed0/dense'
+    run = lambda name: train_tiny.run_row(s, 'dense', 0, tmp_path / name)
 
     def stop_at_4(*args):
         calls.append(1)
@@ -2780,27 +2780,25 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    whole, command = train_tiny.run_row(s, 'dense', 0, tmp_path / 'whole')
+    whole, command = run('whole')
     assert command.startswith('python train_tiny.py --recipe dense --preset tiny --seed 0')
     monkeypatch.setattr(train_tiny.Questions, 'loss', stop_at_4)
     with pytest.raises(KeyboardInterrupt):
-        train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
-    halves, _ = train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
-    assert len(calls) == 6 and halves['accuracy'] == whole['accuracy']
-    assert same_weights(tmp_path / 'cut' / row, tmp_path / 'whole' / row)
-    (tmp_path / 'cut' / row / 'result.json').unlink()                          # cut while it evaluates
-    again, _ = train_tiny.run_row(s, 'dense', 0, tmp_path / 'cut')
-    assert len(calls) == 6 and again['accuracy'] == whole['accuracy']
-    begun = (tmp_path / 'whole' / row / 'config.json').read_text()             # dead: before a checkpoint
-    folders = {'dead': ('config.json', begun), 'mine': ('notes.txt', '{}'), 'his': ('config.json', '{}')}
-    for name, (file, text) in folders.items():
-        (tmp_path / name / row).mkdir(parents=True)
-        (tmp_path / name / row / file).write_text(text)
-    assert train_tiny.run_row(s, 'dense', 0, tmp_path / 'dead')[0]['accuracy'] == whole['accuracy']
-    for name, words in (('mine', 'name another folder'), ('his', 'not what a run wrote')):
-        with pytest.raises(ValueError, match=words):
-            train_tiny.run_row(s, 'dense', 0, tmp_path / name)
-        assert (tmp_path / name / row / folders[name][0]).read_text() == '{}'
+        run('cut')
+    for _ in range(2):                                         # the second time it was cut while it evaluated
+        assert run('cut')[0]['accuracy'] == whole['accuracy'] and len(calls) == 6
+        assert same_weights(tmp_path / 'cut' / row, tmp_path / 'whole' / row)
+        (tmp_path / 'cut' / row / 'result.json').unlink()
+    config = (tmp_path / 'whole' / row / 'config.json').read_text()
+    for name, file, text, words in (('dead', 'config.json', config, ''),       # before a checkpoint
+                                    ('mine', 'notes.txt', '{}', 'name another folder'),
+                                    ('his', 'config.json', '{}', 'not what a run wrote')):
+        path = tmp_path / name / row / file
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words) if words else nullcontext():
+            assert run(name)[0]['accuracy'] == whole['accuracy']
+        assert not words or path.read_text() == text
 
 
 EDGES = {     # row: key: as good as the paper, and not; next to what its base has

@@ -2849,6 +2849,9 @@ class OnGPU(torch.Tensor):
     def __init__(self, held):
         self.held = held
 
+    def __reduce_ex__(self, protocol):
+        return self.held.detach().__reduce_ex__(protocol)                      # saved as what it holds
+
 
 class Operations(TorchDispatchMode):
     """Sees every operation, those inside autograd, too. waits: how often the host waited, by what for."""
@@ -2933,19 +2936,17 @@ class Seeds(torch._C.Generator):
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU, as far as Python can tell."""
-    operations, autocast, save, load = Operations(), torch.autocast, torch.save, torch.load
-    home = lambda data: tree_map_only(OnGPU, lambda a: a.held.detach().clone(), data)
-    there = lambda data: tree_map_only(torch.Tensor, OnGPU, data)
-    there_or_home = lambda path, map_location=None, **more: (there if is_cuda(map_location) else home)(
-        load(path, map_location='cpu', **more))
+    operations, autocast, load = Operations(), torch.autocast, torch.load
+    loaded = lambda path, map_location=None, **more: tree_map_only(
+        torch.Tensor, OnGPU if is_cuda(map_location) else torch.Tensor.clone, load(path, 'cpu', **more))
     grouped = lambda lists, *_: {(lists[0][0].device, lists[0][0].dtype): (lists, [*range(len(lists[0]))])}
     for name, value in {
             'Generator': Seeds, 'autocast': lambda device, *rest, **more: autocast('cpu', *rest, **more),
-            'save': lambda data, path: save(home(data), path), 'load': there_or_home,
-            '_C._group_tensors_by_device_and_dtype': grouped, 'cuda.is_available': lambda: True,
-            'cuda._lazy_init': lambda: None, 'cuda.get_device_name': lambda: 'pretended',
-            'cuda.is_bf16_supported': lambda **_: True, 'cuda.max_memory_allocated': lambda: 2 ** 20,
-            'cuda.reset_peak_memory_stats': lambda: None, 'cuda.synchronize': lambda: None}.items():
+            'load': loaded, '_C._group_tensors_by_device_and_dtype': grouped,
+            'cuda.is_available': lambda: True, 'cuda._lazy_init': lambda: None,
+            'cuda.get_device_name': lambda: 'pretended', 'cuda.is_bf16_supported': lambda **_: True,
+            'cuda.max_memory_allocated': lambda: 2 ** 20, 'cuda.synchronize': lambda: None,
+            'cuda.reset_peak_memory_stats': lambda: None}.items():
         monkeypatch.setattr(f'torch.{name}', value)
     for name in ('torch.optim.optimizer', 'torch.utils._foreach_utils'):       # several tensors at a time
         monkeypatch.setattr(sys.modules[name], '_foreach_supported_types', [nn.Parameter, OnGPU])

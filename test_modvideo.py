@@ -307,25 +307,6 @@ def by_hand(x, frame, ratio, router, block, position):
     return chosen, y
 
 
-def test_mod_block_is_raposos_equation():
-    """Catches k - 1 tokens, a gated residual, new positions, a skipped token that is seen or changed."""
-    x, position = torch.randn(2, 14, 16, dtype=torch.double), 100 + 3 * torch.arange(14)
-    router, block = mv.Router(16).double(), mv.MoDBlock(mv.Block(16, 2).double())
-    route, given = router(x, 3, 0.5, 2), []                          # 2 of 4 tokens a frame, 2 words
-    block.block.register_forward_pre_hook(lambda _, args: given.append(args[0].shape))
-    y = block(x, route, position)
-    assert given == [(2, 8, 16)] and route.logits.shape == (2, 14)
-    for b in range(2):
-        frame = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, -1, -1]
-        chosen, wanted = by_hand(x[b], frame, 0.5, router, block.block, position)
-        close(y[b], wanted, 1e-6)
-        skipped = [i for i in range(14) if i not in chosen]
-        assert len(skipped) == 6 and torch.equal(y[b, skipped], x[b, skipped])
-    route = router(x, 3, 1.0, 2)                                     # all tokens, gate one: the dense block
-    y = block(x, route._replace(gate=torch.ones_like(route.gate)), position)
-    assert torch.equal(y, x + block.block(x, position)) and torch.equal(y, block(x, None, position))
-
-
 def test_exactly_k_tokens_a_frame_even_with_ties():
     """Catches k - 1 tokens, more with ties, those of the first frame, a decision that is skipped or extra."""
     for ratio, n, k in ((0.2, 10, 2), (0.07, 100, 7), (0.2, 16, 4), (0.01, 16, 1), (1.0, 16, 16)):
@@ -346,28 +327,33 @@ def test_exactly_k_tokens_a_frame_even_with_ties():
 FRAMES = torch.tensor([[-2, -2, -1, 0, 0, 0, -1, 1, 1, 1, 1, -1, -1],
                        [-2, -1, 0, 0, 0, 0, 0, -1, 2, 2, -1, -1, -1],
                        [-1, 0, 0, 1, 1, 1, 1, 1, -1, 3, -1, -1, -1]])       # two, one and no padding in front
+EVEN = torch.tensor([[0] * 4 + [1] * 4 + [2] * 4 + [-1]] * 3)                    # whole frames and a word
 
 
+@pytest.mark.parametrize('frame', [EVEN, FRAMES], ids=['whole frames', 'ragged'])
 @pytest.mark.parametrize('ratio', [0.5, 1.0])
-def test_a_lifted_block_routes_vision_between_words(ratio):
-    """Catches words that skip or are gated, padding chosen, seen, changed or learned from, a ragged k."""
-    x, real, causal = torch.randn(3, 13, 32), FRAMES > -2, torch.ones(13, 13, dtype=torch.bool).tril()
+def test_a_routed_block_is_raposos_equation(frame, ratio):
+    """Catches k - 1 tokens, a gated residual, new positions, a skipped token that is seen or changed; words
+    that skip or are gated, padding chosen, seen, changed or learned from, a ragged k."""
+    x, real, even = torch.randn(3, 13, 32), frame > -2, frame is EVEN
     router, block, losses = mv.RaggedRouter(32), mv.RaggedBlock(mv.Block(32, 2)), []
-    position = (real.cumsum(1) - 1).clamp(min=0)                       # text generators count real tokens
-    mask = (causal & real[:, None])[:, None] | torch.eye(13, dtype=torch.bool)
-    route = router(x, FRAMES, ratio)
-    y, one = (block(x, r, position, mask) for r in (route, route._replace(gate=route.mask.float())))
+    position = 3 * (real.cumsum(1) - 1).clamp(min=0)                   # text generators count real tokens
+    mask = torch.ones(13, 13, dtype=torch.bool).tril() & real[:, None]
+    mask = None if even else mask[:, None] | torch.eye(13, dtype=torch.bool)
+    route = router(x, 3, ratio, 1) if even else router(x, frame, ratio)
+    taken = torch.ones_like(route.index, dtype=torch.bool) if even else route.mask
+    y, one = (block(x, r, position, mask) for r in (route, route._replace(gate=taken.float())))
     assert y.isfinite().all() and (route.logits[~real] == -math.inf).all()
     for b in range(3):
-        chosen, wanted = by_hand(x[b], FRAMES[b].tolist(), ratio, router, block.block, position[b])
-        assert chosen == route.index[b][route.mask[b]].tolist()
+        chosen, wanted = by_hand(x[b], frame[b].tolist(), ratio, router, block.block, position[b])
+        assert chosen == route.index[b][taken[b]].tolist()
         close(y[b], wanted)
         left = [i for i in range(13) if i not in chosen]
         assert torch.equal(y[b, left], x[b, left])                      # padding and skipped ones, to the bit
         alone = real[b].nonzero()[:, 0]
-        if ratio == 1:
+        if ratio == 1:                                                  # with gates of one the dense block
             close(one[b, alone], block(x[b:b + 1, alone], None, position[b:b + 1, alone])[0])
-        single = router(x[b:b + 1, alone], FRAMES[b:b + 1, alone], ratio)
+        single = router(x[b:b + 1, alone], frame[b:b + 1, alone], ratio)
         assert alone[single.index[0]].tolist() == chosen
         target = torch.zeros(len(alone)).index_fill(0, single.index[0], 1)
         losses.append(F.binary_cross_entropy_with_logits(single.logits[0], target, reduction='none'))

@@ -2512,7 +2512,6 @@ def test_a_row_first_trains_what_it_begins_with(tmp_path, capsys):
 def test_recipes_that_merge_and_select(dense, tmp_path, capsys):
     """Catches recipes that do not run, a conversion without training that trains, costs of dense."""
     for name, flags in (('holitom', '--retain-ratio 0.5 --stage holitom --stage-layer 1'),
-                        ('mod+holitom', '--steps 1 --stage drop --stage-layer 1'),
                         ('bvllm', '--steps 1 --budget 16'),
                         ('vqtoken', '--steps 1 --codes 8 --placement 0,1'), ('vq', '--steps 1 --codes 32')):
         run = tmp_path / name

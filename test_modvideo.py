@@ -3121,6 +3121,8 @@ EVERY_OTHER = '''class EveryOther(Stage):
 STAGES['every-other'] = EveryOther
 
 '''
+
+
 def test_a_new_reducer_and_a_new_stage_are_one_class_each(tmp_path, monkeypatch, capsys):
     """Catches a list of methods anywhere but in the class itself, an inherited option that is lost."""
     source = SOURCE

@@ -1929,14 +1929,11 @@ def test_no_more_of_a_clip_is_held_than_is_needed(tmp_path, monkeypatch):
     """Catches a few kilobytes that become gigabytes, long clips refused though few frames are used."""
     monkeypatch.setattr(clips, 'LIMIT', 1000)
     film = [Image.new('L', (30, 30), i) for i in range(9)]
-    for count, wide in ((8, 30), (9, 30), (1, 40)):
+    for count, wide, fine in ((8, 30, True), (9, 30, False), (1, 40, False)):
         first, *rest = (image.resize((wide, 30)) for image in film[:count])
         first.save(tmp_path / 'x.gif', save_all=True, append_images=rest)
-        if (count, wide) == (8, 30):
+        with nullcontext() if fine else pytest.raises(ValueError, match='make it smaller'):
             assert clips.read_clip(tmp_path / 'x.gif', frames=3, size=5)[:, 0, 2, 2].tolist() == [0, 2, 5]
-        else:
-            with pytest.raises(ValueError, match='make it smaller'):
-                clips.read_clip(tmp_path / 'x.gif', frames=3, size=5)
 
 
 def test_words_of_every_script_survive():

@@ -1061,7 +1061,7 @@ def step_memory_mb(device: str, step) -> float:
 
 def measure(task, make: dict) -> dict:
     """Training step, memory, what the task times, of models in turn: medians. make: name -> a new model."""
-    s, batch, runs, meaning = task.s, task.draw('train', 0, task.s.batch), {}, {}
+    s, batch, runs, meaning = task.s, task.draw('train', 0, task.s.batch), [], {}
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(s.device, lambda: None)
 
     def training(model):
@@ -1081,24 +1081,22 @@ def measure(task, make: dict) -> dict:
         with torch.no_grad(), s.autocast():
             function()
 
-    memory = {name: step_memory_mb(s.device, training(new())) for name, new in make.items()}
+    rows = {name: dict(memory_mb=step_memory_mb(s.device, training(new()))) for name, new in make.items()}
     for name, new in make.items():
         functions, meaning[name] = task.timed(new().eval(), batch)
-        runs[name] = [training(new()), *(functools.partial(look, function) for function in functions)]
-    times = {name: [[] for _ in functions] for name, functions in runs.items()}
+        functions = [training(new()), *(functools.partial(look, function) for function in functions)]
+        runs += [(name, function, []) for function in functions]
     # In turn: what slows one slows all.
     for _ in tqdm(range(ROUNDS + 2), 'timing', dynamic_ncols=True):
-        for run, took in ((run, took) for name in runs for run, took in zip(runs[name], times[name])):
+        for _, run, took in runs:
             sync()
             start = time.perf_counter()
             run()
             sync()
             took.append(time.perf_counter() - start)
-    rows = {}
-    for name, all_of in times.items():
-        step, *others = (took[2:] for took in all_of)          # the first two warm up
-        rows[name] = dict(memory_mb=memory[name], step_ms=1000 * statistics.median(step),
-                          **meaning[name](*others))
+    for name, row in rows.items():
+        step, *others = (took[2:] for of, _, took in runs if of == name)       # the first two warm up
+        row.update(step_ms=1000 * statistics.median(step), **meaning[name](*others))
     return rows
 
 

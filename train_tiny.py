@@ -365,9 +365,9 @@ class Streams(Questions):
         return dict(super().cost(model, clips), cache_kb=held / 1000)
 
     def print_table(self, result: dict):
-        shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency', 'in the very frame': 'spoken',
-                  'turns without a mistake': 'accuracy', 'silent when nothing happens': 'silence',
-                  "accuracy, shown another clip's video": 'blind_accuracy'}
+        shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency', 'turns without mistake': 'accuracy',
+                  "the same, shown another clip's video": 'blind_accuracy',
+                  'narrated in the very frame': 'spoken', 'silent when nothing happens': 'silence'}
         print('', table([[f'{result["clips"]} held-out streams', ''], ['LM-PPL', f'{result["lm_ppl"]:.3f}'],
                          *([name, result[key]] for name, key in shares.items()),
                          ['TimeDiff, frames', f'{result["time_diff"]:.3f}']]), sep='\n')
@@ -900,12 +900,12 @@ def encode_question(question: str, vocab: list) -> list:
     return [known[word] for word in asked]
 
 
-def table(lines: list) -> str:
-    """A table in Markdown, its columns as wide as their cells, words or shares. The first line: its head."""
+def table(lines: list, bar: str = '') -> str:
+    """Columns as wide as their cells, words or shares; with bars in Markdown, its head is the first line."""
     lines = [[cell if isinstance(cell, str) else f'{cell:.1%}' for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ['-' * max(3, width) for width in widths])
-    return '\n'.join(f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines)
+    lines[1:1] = [['-' * max(3, width) for width in widths]] if bar else []
+    return '\n'.join(f'{bar} {f" {bar} ".join(map(str.ljust, line, widths))} {bar}'.strip() for line in lines)
 
 
 def stack(rows: list) -> Image.Image:
@@ -1116,7 +1116,7 @@ def table_of(rows: dict, columns) -> str:
         return f'{value:.4g}'
 
     return table([['recipe', *columns], *([name, *(cell(key, row.get(key)) for key in columns)]
-                                          for name, row in rows.items())])
+                                          for name, row in rows.items())], '|')
 
 
 def rows_of(s) -> list:
@@ -1288,7 +1288,7 @@ def write_report(report: dict) -> str:
             own[name] = dict(row, std=100 * row['std'], **points)
         out += [table_of(own, [*columns, 'learns']), '']
     out += [table([['paper', 'claim', 'its figure', 'here', 'reached'],
-                   *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])]), '']
+                   *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])], '|'), '']
     out += [f'- {name}: `{row["command"]}`' for name, row in rows.items()]
     head = '{device}, torch {torch}, {dtype}, preset {preset}, seeds {seeds}'.format(**report)
     head += '; std in points; times and commands of the first seed; in brackets: of the first row\n'

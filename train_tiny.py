@@ -365,8 +365,8 @@ class Streams(Questions):
         return dict(super().cost(model, clips), cache_kb=held / 1000)
 
     def print_table(self, result: dict):
-        shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency', 'turns without mistake': 'accuracy',
-                  "the same, shown another clip's video": 'blind_accuracy',
+        shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency',
+                  'turns without a mistake': 'accuracy', "the same, another clip's video": 'blind_accuracy',
                   'narrated in the very frame': 'spoken', 'silent when nothing happens': 'silence'}
         print('', table([[f'{result["clips"]} held-out streams', ''], ['LM-PPL', f'{result["lm_ppl"]:.3f}'],
                          *([name, result[key]] for name, key in shares.items()),

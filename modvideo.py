@@ -13,8 +13,8 @@
                                   |    last decoder layer   all tokens
                       logits (B, Q, L, V), loss
 
-The core, up to the line that says so, runs without anything after it. After it, each method is a class that
-enters itself in a dictionary of the core.
+The core, up to the line that says so, runs alone. After it each method is a class that enters itself in a
+dictionary of the core.
 
 Legend: B batch · T frames · P patches of one frame · N = T*P vision tokens before reduction · M after it ·
     Q questions a clip · L text tokens of one question · C channels · H heads · D channels of a head ·
@@ -35,8 +35,8 @@ Usage:
 
 Left out: distributed training, tokenizers (a word is a token), pretrained weights, dropout.
 """
+import contextlib
 import copy
-import functools
 import inspect
 import io
 import math
@@ -45,11 +45,13 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.module_tracker import ModuleTracker
 
 # ---- 1. Configuration --------------------------------------------------------------------------------------
 # All that decides the model's shape, its vocabulary too, so that a checkpoint explains itself. Five parts are
@@ -143,12 +145,11 @@ class ModVideoConfig:
             name = getattr(self, part)
             if name not in classes:
                 raise ValueError(f'{part} must be one of {", ".join(classes)}, got {name!r}')
-            own = options_of(classes[name])
+            known.update(own := options_of(classes[name]))
+            chosen += [f'{part} {name!r}'] if own else []
             for key, option in own.items():
                 if option.default is option.empty and key not in self.options:
-                    raise ValueError(f'{part} {name!r} wants {key}: {get_args(option.annotation)[1]}')
-            known.update(own)
-            chosen += [f'{part} {name!r}'] if own else []
+                    raise ValueError(f'{chosen[-1]} wants {key}: {get_args(option.annotation)[1]}')
         for key in self.options:
             if key not in known:
                 raise ValueError(f'{key} is no option of {" or ".join(chosen)}: {", ".join(known)}')
@@ -222,7 +223,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. `causal`: a token sees itself and the past if no mask is set."""
+    """Multi-head self-attention. `causal`: a token for which no mask is set sees itself and the past."""
 
     def __init__(self, dim: int, n_head: int, causal: bool = True):
         super().__init__()
@@ -245,9 +246,8 @@ class Attention(nn.Module):
             q = q.take_along_dim(row[:, None, None, None], 2)                  # (B, H, 1, D)
         score = (q @ k.mT / math.sqrt(q.size(-1))).float()                     # (B, H, S, S) or (B, H, 1, S)
         n = self.unmasked(score.size(2), mask)
-        future = torch.ones(n, x.size(1), dtype=torch.bool, device=x.device).triu(1)
-        past, rest = score[:, :, :n].masked_fill(future, -math.inf), score[:, :, n:]
-        score = torch.cat([past, rest if mask is None else rest + additive(mask, rest)], 2)
+        score[:, :, :n] += torch.full((n, x.size(1)), -math.inf, device=x.device).triu(1)      # the future
+        score[:, :, n:] += 0 if mask is None else additive(mask, score)
         return score.softmax(-1).masked_fill(score.amax(-1, keepdim=True) == -math.inf, 0)     # sees none: 0
 
     def unmasked(self, rows: int, mask: Tensor) -> int:
@@ -257,8 +257,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C), position (S,), (B, S) or None (no rotary) -> (B, S, C).
 
-        mask: (R, S) or (B, 1, R, S) of the last R tokens, bool: True where a row sees a column; or float:
-        added to the scores. A causal layer's tokens before those see the past.
+        mask (R, S) or (B, 1, R, S), of the last R tokens, bool (True: seen) or float, added to the scores.
         """
         q, k, v = self.project(x, position)
         if cache is not None:                                          # a filled cache makes the mask itself
@@ -330,8 +329,7 @@ class PatchEmbed(nn.Module):
         frames = video - 0.45                            # (B, T, 3, height, width) less an ordinary mean
         if self.stem[0].in_channels == 6:                # 3: without their changes
             before = video[:, :1] if previous is None else previous            # None: nothing changed
-            change = video - torch.cat([before, video[:, :-1]], 1)             # (B, T, 3, height, width)
-            frames = torch.cat([frames, change], 2)                            # (B, T, 6, height, width)
+            frames = torch.cat([frames, video - torch.cat([before, video[:, :-1]], 1)], 2)
         return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # (B*T, P, C)
 
 
@@ -363,15 +361,14 @@ class VisionEncoder(nn.Module):
 ENCODERS['plain'] = VisionEncoder
 
 # ---- 4. Mixture-of-Depths ----------------------------------------------------------------------------------
-# A routed layer processes the K tokens that its router scores highest and leaves the others as they are:
-# x + r f(x) for the selected, r = w·x (Raposo et al., arXiv 2404.02258, equation 1). VideoLLM-MoD (Wu et al.,
-# arXiv 2408.16730) chooses vision tokens, frame by frame: it looks across one frame and never at a later one,
-# so training, prefill and streaming choose alike.
+# A routed layer leaves all tokens as they are but K, which its router scores highest: they become x + r f(x),
+# r = w·x (Raposo et al., arXiv 2404.02258, equation 1). VideoLLM-MoD (Wu et al., arXiv 2408.16730) chooses
+# vision tokens frame by frame, never by a later one, so training, prefill and streaming choose alike.
 # needs sections 1, 2; MoDBlock works around any block(x, position, mask, cache) that returns its update
 
-GATES = {'raposo': lambda r: r,                      # from the score r to the factor of a token's update
-         # One at first, as w = 0: for layers that are trained (p-MoD, Zhang et al., arXiv 2412.04449).
-         'zero': lambda r: 1 + 0.2 * r.tanh()}
+# From the score r to the factor of an update. 'zero' is one at first, as w = 0: for layers that are trained
+# already (p-MoD, Zhang et al., arXiv 2412.04449).
+GATES = {'raposo': lambda r: r, 'zero': lambda r: 1 + 0.2 * r.tanh()}
 
 
 class Route(NamedTuple):
@@ -392,7 +389,7 @@ class MoDBlock(nn.Module):
     def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None, cache=None) -> Tensor:
         """x (B, S, C), position (S,) or (B, S), mask as of Attention, None = causal -> (B, S, C).
 
-        route None: every token. Else the block, and its cache, are given the K tokens at their own positions.
+        route None: every token. Else the block and its cache get the K tokens, at their own positions.
         """
         if route is None:
             return x + self.block(x, position, mask, cache)
@@ -443,11 +440,8 @@ class Router(nn.Module):
         frame; group = 1: of the clip (a later token can then push out an earlier one: offline use only).
         forced (N,) bool: tokens that are selected, and count in their run's k. Ties: the earlier token.
         """
-        logits, N = self.score(x), x.size(1) - words                           # (B, S)
-        index = select_tokens(logits.detach()[:, :N], group, capacity(ratio, N // group), forced)
-        gate = GATES[self.gate](logits.gather(1, index))                       # (B, group * k)
-        text = torch.arange(N, N + words, device=x.device).expand(len(x), -1)  # (B, words)
-        return Route(torch.cat([index, text], 1), F.pad(gate, (0, words), value=1.0), logits)
+        N = x.size(1) - words
+        return best_route(self.score(x), N, group, capacity(ratio, N // group), forced, GATES[self.gate])
 
 
 def capacity(ratio: float, n: int) -> int:
@@ -455,16 +449,17 @@ def capacity(ratio: float, n: int) -> int:
     return max(1, math.ceil(ratio * n - 1e-9))
 
 
-def select_tokens(score: Tensor, group: int, k: int, forced: Tensor = None) -> Tensor:
-    """The k best of each of `group` equal runs of tokens: score (B, N) -> (B, group * k) ascending."""
-    B, N = score.shape
+def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor, gate) -> Route:
+    """The k best of each of `group` equal runs of the first N tokens, and all words, by score (B, S)."""
     if N % group:
         raise ValueError(f'{N} tokens do not divide into {group} groups of equal size')
-    if forced is not None:
-        score = score.masked_fill(forced, math.inf)
-    rank = score.view(B, group, -1).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
-    start = torch.arange(group, device=score.device) * (N // group)            # (group,) first of each
-    return (rank[..., :k].sort(-1).values + start[:, None]).flatten(1)         # (B, group * k)
+    vision, first = score.detach()[:, :N], torch.arange(group, device=score.device) * (N // group)
+    vision = vision if forced is None else vision.masked_fill(forced, math.inf)
+    rank = vision.unflatten(1, (group, -1)).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
+    index = (rank[..., :k].sort(-1).values + first[:, None]).flatten(1)        # (B, group * k) ascending
+    factor = F.pad(gate(score.gather(1, index)), (0, score.size(1) - N), value=1.0)
+    words = torch.arange(N, score.size(1), device=score.device).expand(len(score), -1)     # (B, words)
+    return Route(torch.cat([index, words], 1), factor, score)
 
 
 def mod_layers(placement: str, depth: int) -> list:
@@ -486,13 +481,13 @@ class FrameRouting(nn.Module):
     whole_clip = False     # True: it looks at the whole clip, so a stream cannot have it
     ragged = False         # False: it wants all tokens of every frame
     last_layer = False     # True: the last layer may route even where no loss reads its vision tokens
-    router = Router
+    kind = Router          # of the routers
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
                  gate: Annotated[str, 'factor of updates: raposo, the score; zero, one at first'] = 'raposo'):
         super().__init__()
         self.keep_ratio, self.patches, self.streaming = keep_ratio, patches, streaming
-        self.routers = nn.ModuleDict({str(i): self.router(dim, gate) for i in layers})
+        self.routers = nn.ModuleDict({str(i): self.kind(dim, gate) for i in layers})
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         """The Route of layer i for x (B, S, C), its first N tokens vision; None: all tokens go through."""
@@ -525,6 +520,7 @@ class Reducer(nn.Module):
     wants_saliency = False     # True: forward is given the attention that each patch receives
     untrained = True           # False: a trained dense model must first learn to read what it returns
     in_place = True            # False: its tokens stand for no patches, so no picture shows who routes them
+    leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
 
     def __init__(self, dim: int):
         super().__init__()
@@ -532,15 +528,6 @@ class Reducer(nn.Module):
     def forward(self, x: Tensor, saliency: Tensor = None, words: Tensor = None, known=None) -> Reduced:
         """x (B, T, P, C), saliency (B, T, P), words (B, L, C) of which known (B, L) bool are no padding."""
         return Reduced(x.flatten(1, 2), torch.arange(x.size(1) * x.size(2), device=x.device))
-
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        """FLOPs for a clip whose T * P tokens became M, with so many words if it reads the question."""
-        return 0
-
-    @staticmethod
-    def leaving(share: float, T: int, P: int) -> dict:
-        """The options that leave this share of T * P tokens; none: it has no such option."""
-        return {}
 
     def picture(self, reduced: Reduced):
         """What to draw: a Reduction of all patches; None: those at the positions stayed."""
@@ -574,23 +561,20 @@ class ModVideo(nn.Module):
         self.embed = nn.Embedding(len(c.vocab), c.dim)
         self.reducer, self.stage = c.build('reducer', c.dim), c.build('stage', c.n_layer)
         routing, self.mod_layers = ROUTINGS[c.routing], mod_layers(c.placement, c.n_layer)
-        if not (c.streaming or routing.last_layer):
-            # Nothing after the last layer reads vision, unless frames decide about speech: a router there
-            # would learn nothing, so the layer stays dense.
+        if not (c.streaming or routing.last_layer):    # no loss reads vision there, to teach a router
             self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
         self.blocks = nn.ModuleList(routing.layer(Block(c.dim, c.n_head)) for _ in range(c.n_layer))
         self.routing = c.build('routing', c.dim, self.mod_layers, c.keep_ratio, c.patches, c.streaming)
         self.norm = nn.RMSNorm(c.dim)
         self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
         small_updates(self, c.n_layer)
-        # Whether a clip's vision tokens depend on the question, so that each question has its own.
-        self.by_question = self.reducer.by_question or self.stage is not None
+        self.by_question = self.reducer.by_question or self.stage is not None  # each has vision of its own
 
     def encode_video(self, video: Tensor, previous: Tensor = None, question: Tensor = None) -> Reduced:
-        """video (B, T, 3, frame_size, frame_size) float -> the vision tokens that the decoder is given.
+        """video (B, T, 3, height, width) float -> the vision tokens that the decoder is given.
 
-        previous (B, 1, 3, frame_size, frame_size): the frame before, None at the beginning. question
-        (B * Q, L) int64: if vision depends on it, tokens and positions have B * Q rows.
+        previous (B, 1, 3, height, width): the frame before, None at the beginning. question (B * Q, L) int64:
+        if vision depends on it, tokens and positions have B * Q rows.
         """
         size, (B, T) = self.config.frame_size, video.shape[:2]
         if video.dim() != 5 or video.shape[2:] != (3, size, size) or not video.is_floating_point():
@@ -598,8 +582,7 @@ class ModVideo(nn.Module):
                              f'got {tuple(video.shape)}, {video.dtype}')
         again = len(question) // B if self.by_question else 1                  # questions of each clip
         encoded = self.encoder(video, previous, self.reducer.wants_saliency)
-        # The dtype of the text tokens, whatever autocast says.
-        x = self.projector(encoded.tokens).to(self.embed.weight.dtype)         # (B*T, P, C) or (B, M, C)
+        x = self.projector(encoded.tokens).to(self.embed.weight.dtype)     # as text; (B*T, P, C) or (B, M, C)
         if not self.training and not x.isfinite().all():
             raise ValueError('vision tokens are not finite: NaN or infinite numbers in the video, or weights')
         if encoded.position is not None:                                       # the encoder merged already
@@ -754,7 +737,7 @@ class ModVideo(nn.Module):
         reduced = self.encode_video(video, question=words)
         if self.stage is None:
             place = reduced.position                           # two tokens may stand at one: no plain past
-            mask = additive(visible(place), reduced.tokens) if place.dim() == 2 else None
+            mask = visible(place) if place.dim() == 2 else None
             self.decode(reduced.tokens, place, reduced.tokens.size(1), mask, caches)
             for cache in caches:
                 cache.repeat(B * Q // len(reduced.tokens))
@@ -767,10 +750,10 @@ class ModVideo(nn.Module):
     def stream(self, frames, prompt: Tensor = None, theta: float = 0.5, max_new_tokens: int = 16):
         """Watch frames as they come; speak, or stay silent while P(silence) is at least theta.
 
-        frames: any iterable of (frame (B, 3, height, width), question (B, L) int64 or None), asked after its
-        frame; prompt (B, L): read first; 0 pads words at the end. Yields a dict a frame: 'silence' (B,), the
-        probability, 'said' and 'answer' (B, n) ids, or None, 'held' the keys of each layer. With
-        config.window = W all but the prompt and the last W frames is forgotten: memory stays level.
+        frames: any iterable of (frame (B, 3, height, width), question (B, L) int64 or None), asked after it;
+        prompt (B, L): read first; 0 pads words. Yields a dict a frame: 'silence' (B,), its probability, ids
+        'said' and 'answer' (B, n), or None, 'held', the keys of each layer. With config.window = W all but
+        the prompt and the last W frames is forgotten: memory stays level.
         """
         if not self.config.streaming:
             raise ValueError('this model was not made for streams; wanted config.streaming = True')
@@ -816,14 +799,12 @@ def save_checkpoint(path, model: nn.Module, **extra):
         torch.load(io.BytesIO(data.getvalue()), weights_only=True)
     except Exception as error:
         raise ValueError(f'{path} is not written: {reason_of(error)}') from None
-    part = f'{path}.part{os.getpid()}'                                         # of this process alone
+    part = Path(f'{path}.part{os.getpid()}')                                   # of this process alone
     try:
-        with open(part, 'wb') as file:
-            file.write(data.getvalue())
-        os.replace(part, path)
+        part.write_bytes(data.getvalue())
+        part.replace(path)
     finally:
-        if os.path.exists(part):
-            os.remove(part)
+        part.unlink(missing_ok=True)
 
 
 def reason_of(error: Exception) -> str:
@@ -869,19 +850,16 @@ class Reduction(NamedTuple):
     mask: Tensor        # (B, M) bool: False where a sample has fewer slots than the longest of its batch
 
 
-def exact(function):
-    """Run it without autocast and TF32: what is alike is decided in float32, whatever the compute dtype."""
-    @functools.wraps(function)
-    def run(*args, **more):
-        first = next(a for a in (*args, *more.values()) if isinstance(a, Tensor))
-        matmul = torch.backends.cuda.matmul
-        before, matmul.allow_tf32 = matmul.allow_tf32, False
-        try:
-            with torch.autocast(first.device.type, enabled=False):
-                return function(*args, **more)
-        finally:
-            matmul.allow_tf32 = before
-    return run
+@contextlib.contextmanager
+def exact():
+    """Without autocast and TF32: what is alike is decided in float32, whatever the compute dtype."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def precise(x: Tensor) -> Tensor:
@@ -900,11 +878,6 @@ def hashed(x: Tensor) -> Tensor:
     for _ in range(2):                         # mix the bits of 32-bit numbers; products fit 63 bits
         x = ((x ^ (x >> 15)) * 1103515245 + 12345) % 2 ** 32
     return x
-
-
-def block_flops(S: int, C: int) -> int:
-    """A Block on S tokens, C channels: 12C² multiply-adds a token (qkv and out 4, MLP 8), attention 2S²C."""
-    return 24 * S * C * C + 4 * S * S * C
 
 
 def best_of(score: Tensor, count, among: Tensor) -> Tensor:
@@ -964,14 +937,9 @@ def compose(first: Reduction, second: Reduction) -> Reduction:
     return Reduction(assign, weight, position, second.mask)
 
 
-def from_clusters(assign: Tensor, num_clusters: int, position: Tensor = None) -> Reduction:
-    """The means of clusters: assign (B, N) int64 in [0, num_clusters), -1 = dropped. Empty ones are padding.
-
-    position (B, num_clusters): where each stands, None: at its first member. Slots are put in this order.
-    """
-    N, first = assign.size(1), first_members(assign, num_clusters)             # (B, K)
-    position = first if position is None else torch.where(first < N, position, N)
-    position, order = position.sort(dim=1, stable=True)          # (B, K) ascending, empty ones last
+def from_clusters(assign: Tensor, num_clusters: int) -> Reduction:
+    """The means of clusters, by first member: assign (B, N) int64 below num_clusters, -1 = dropped."""
+    position, order = first_members(assign, num_clusters).sort(dim=1, stable=True)     # (B, K) empty last
     return mean_of(look_up(order.argsort(1), assign, -1), position)
 
 
@@ -982,14 +950,9 @@ def mean_of(assign: Tensor, position: Tensor) -> Reduction:
     return Reduction(assign, weight, position, position < assign.size(1))
 
 
-def most_of(*keeps) -> list:
-    """Of each (B, N) bool the most that a sample keeps. Waits for the device once: sizes are data."""
-    return torch.stack([keep.sum(1).max() for keep in keeps]).tolist()
-
-
 def pack(keep: Tensor, M: int = None) -> Reduction:
-    """Keep some tokens, drop the others: keep (B, N) bool. M: the most that a sample keeps, if known."""
-    N, M = keep.size(1), most_of(keep)[0] if M is None else M
+    """Keep some tokens, drop the others: keep (B, N) bool. M: the most of a sample, if it is known."""
+    N, M = keep.size(1), int(keep.sum(1).max()) if M is None else M
     assign = torch.where(keep, keep.cumsum(1) - 1, -1)                         # (B, N)
     position = first_members(assign, M)                                        # (B, M)
     return Reduction(assign, keep.float(), position, position < N)
@@ -1007,17 +970,17 @@ class Budgeted(Reducer):
     def __init__(self, dim: int, *,
                  budget: Annotated[int, 'the most vision tokens of a clip, 0 = a quarter'] = 0):
         super().__init__(dim)
-        self.dim, self.budget = dim, budget
+        if budget < 0:
+            raise ValueError(f'budget must be at least 1, or 0 for a quarter of them, got {budget}')
+        self.budget = budget
 
     @staticmethod
     def leaving(share: float, T: int, P: int) -> dict:
         return dict(budget=max(1, round(share * T * P)))
 
     def most(self, x: Tensor) -> int:
-        """The most tokens of a clip of x (B, T, P, C). ValueError: a negative budget."""
+        """The most tokens of a clip of x (B, T, P, C)."""
         N = x.size(1) * x.size(2)
-        if self.budget < 0:
-            raise ValueError(f'budget must be at least 1, or 0 for a quarter of them, got {self.budget}')
         return min(N, self.budget) or max(1, N // 4)
 
 
@@ -1043,7 +1006,8 @@ class Prune(Budgeted):
     wants_saliency = True
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
-        position = select_tokens(saliency.flatten(1), 1, self.most(x))         # (B, M)
+        order = saliency.flatten(1).argsort(dim=1, descending=True, stable=True)       # (B, N)
+        position = order[:, :self.most(x)].sort(dim=1).values                  # (B, M)
         return Reduced(x.flatten(1, 2).take_along_dim(position[..., None], 1), position)
 
 
@@ -1051,8 +1015,7 @@ class Pool(Budgeted):
     """Means over a grid of time and space: its cells are the same in every clip."""
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
-        cell = pool_grid(x.size(1), side_of(x.size(2)), self.most(x))       # (N,) on the host
-        return reduced_by(x, from_clusters(cell.to(x.device).expand(len(x), -1), int(cell.max()) + 1))
+        return pool(x, self.most(x))
 
 
 def side_of(P: int) -> int:
@@ -1062,14 +1025,15 @@ def side_of(P: int) -> int:
     return math.isqrt(P)
 
 
-def pool_grid(T: int, side: int, budget: int) -> Tensor:
-    """(T * side * side,) int64: the cell of each patch in a grid of as many cells as the budget allows."""
-    # Of grids with as many cells the one with the most parts of time.
+def pool(x: Tensor, budget: int) -> Reduced:
+    """Means of the cells of a grid, as many as fit, first over time: x (B, T, P, C) -> (B, M, C)."""
+    T, side = x.size(1), side_of(x.size(2))
     b = max(range(1, side + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
-    return grid_cells(T, side, min(T, budget // b ** 2), b)
+    a = min(T, budget // b ** 2)
+    return reduced_by(x, from_clusters(grid_cells(T, side, a, b, x.device).expand(len(x), -1), a * b * b))
 
 
-def grid_cells(T: int, side: int, a: int, b: int, device=None) -> Tensor:
+def grid_cells(T: int, side: int, a: int, b: int, device) -> Tensor:
     """(T * side * side,) int64: which of a * b * b equal cells of time, height and width each patch is in."""
     time, place = (torch.arange(n, device=device) * m // n for n, m in ((T, a), (side, b)))
     return ((time[:, None, None] * b + place[:, None]) * b + place).flatten()
@@ -1079,7 +1043,7 @@ class Gaps(Reducer):
     """Every token; but in training most batches lose some, so that the model learns to read what is left.
 
     Patches (PatchDropout, Liu et al., arXiv 2208.07220), whole frames, or detail: means over a coarse grid of
-    time and space stand for all. So do images and clips of every length in the training of large models.
+    time and space. So do images and clips of every length in the training of large models.
     """
 
     def __init__(self, dim: int, *,
@@ -1097,14 +1061,13 @@ class Gaps(Reducer):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         if not self.training:
             return super().forward(x)
-        generator, (B, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
+        generator, (_, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
         self.calls += 1
         luck, share, kind = torch.rand(3, generator=generator).tolist()
         share = self.least + (1 - self.least) * share if luck < self.gaps else 1.0
         n = math.ceil(share * T * P)
-        if share < 1 and kind < 1 / 3:                                         # the same cells in all clips
-            cell = pool_grid(T, math.isqrt(P), n).to(x.device)                 # (N,)
-            return reduced_by(x, from_clusters(cell.expand(B, -1), int(cell.max()) + 1))
+        if share < 1 and kind < 1 / 3:
+            return pool(x, n)
         group = P if kind < 2 / 3 else 1                                       # whole frames, or patches
         chance = torch.rand(T * P // group, generator=generator).repeat_interleave(group)
         position = chance.argsort(stable=True)[:max(1, n // group) * group].sort().values.to(x.device)
@@ -1149,7 +1112,7 @@ class RaggedBlock(MoDBlock):
 
 class RaggedRouting(FrameRouting):
     """FrameRouting that also takes clips whose frames have unequal numbers of tokens left."""
-    layer, router, ragged = RaggedBlock, RaggedRouter, True
+    layer, kind, ragged = RaggedBlock, RaggedRouter, True
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0 or self.streaming or position.dim() == 1:                    # whole frames
@@ -1166,43 +1129,33 @@ ROUTINGS['frame'] = RaggedRouting        # in the place of FrameRouting, which i
 # the most similar one in the other half, and the best pairs become one token.
 # needs sections 1, 2, 4, 5, 7
 
-@exact
-def bipartite_soft_matching(metric: Tensor, r, protected: int = 0, size: Tensor = None,
-                            pairing='parity', mask: Tensor = None) -> Reduction:
+@exact()
+def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0, size: Tensor = None,
+                            pairing='parity') -> Reduction:
     """ToMe: merge the r sources that resemble a destination most, at most half: N tokens -> N - r.
 
-    metric (B, N, C), r int or (B,), the first `protected` tokens never merge. pairing: 'parity', even places
-    are sources, odd ones destinations; or the places of both (A,), (D,). size (B, N): what tokens stand for
-    already. mask (B, N) bool: False is dropped. Slots: protected, sources that stay, destinations.
+    metric (B, N, C); the first `protected` tokens never merge. pairing: 'parity', even places are sources,
+    odd ones destinations; or the places of both (A,), (D,). size (B, N): what tokens stand for already.
+    Slots: protected, sources that stay, destinations.
     """
     (B, N, _), device = metric.shape, metric.device
     if pairing == 'parity':
         place = torch.arange(N, device=device)[protected:]
         pairing = place[protected % 2::2], place[1 - protected % 2::2]
-    sources, targets = pairing                                                 # (A,), (D,) places
-    real, M = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask, None
-    if not len(targets) or not len(sources) or isinstance(r, int) and r <= 0:  # nothing to merge
-        return pack(real)
+    (sources, targets), every = pairing, torch.ones(B, N, dtype=torch.bool, device=device)     # (A,), (D,)
+    r = min(r, len(sources), (N - protected) // 2)
+    if r <= 0 or not len(targets):                                             # nothing to merge
+        return pack(every, N)
     u = unit(metric.detach())
-    score = u[:, sources] @ u[:, targets].mT                                   # (B, A, D)
-    if isinstance(r, int) and mask is None:                               # all sizes known without the device
-        r = max(0, min(r, len(sources), (N - protected) // 2))
-        M = N - r
-    else:
-        score = score.masked_fill(~real[:, None, targets], -math.inf)
-        most = torch.minimum(real[:, sources].sum(1), (real.sum(1) - protected) // 2)          # (B,)
-        most = most * real[:, targets].any(1)
-        r = torch.minimum(torch.as_tensor(r, device=device), most).clamp(min=0)[:, None]       # (B, 1)
-    best, choice = score.max(-1)                                              # (B, A) the most similar target
-    gone = best_of(best, r, real[:, sources])                                  # (B, A) sources that merge
-    stays = real.index_copy(1, sources, real[:, sources] & ~gone)            # (B, N) with a slot of their own
+    best, choice = (u[:, sources] @ u[:, targets].mT).max(-1)                # (B, A) the most similar target
+    gone = best_of(best, r, every[:, sources])                                 # (B, A) sources that merge
+    stays = every.index_copy(1, sources, ~gone)                              # (B, N) with a slot of their own
     front = torch.cat([torch.arange(protected, device=device), sources, targets])      # (N,) in slot order
     slot = (stays[:, front].cumsum(1) - 1)[:, front.argsort()].where(stays, -1)        # (B, N)
-    position = first_members(slot, int(stays.sum(1).max()) if M is None else M)        # (B, M)
     joined = torch.where(gone, slot[:, targets].gather(1, choice), slot[:, sources])   # (B, A)
-    assign = slot.index_copy(1, sources, joined)                               # (B, N)
-    size = real.float() if size is None else size.float() * real
-    total = look_up(slot_sums(size, assign, position.size(1)), assign, 1)      # (B, N)
+    assign, position = slot.index_copy(1, sources, joined), first_members(slot, N - r)     # (B, N), (B, N-r)
+    size = every.float() if size is None else size.float()
+    total = look_up(slot_sums(size, assign, N - r), assign, 1)                 # (B, N)
     return Reduction(assign, size / total.clamp(min=1e-6), position, position < N)
 
 
@@ -1232,14 +1185,6 @@ class ToMe(Budgeted):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         return reduced_by(x, tome(x.flatten(1, 2), self.most(x)))
 
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        """The similarities of all rounds."""
-        n, total = T * P, 0
-        while n > M:
-            total += 2 * ((n + 1) // 2) * (n // 2) * self.dim
-            n = max(M, n - n // 2)
-        return total
-
 
 REDUCERS['tome'] = ToMe
 
@@ -1249,14 +1194,13 @@ REDUCERS['tome'] = ToMe
 # al., 2016) thin those out. It looks at the whole clip: for offline use only.
 # needs sections 1, 2, 4, 5, 7
 
-@exact
+@exact()
 def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int = None):
     """Density-peak clustering: centres have the highest density * distance to the nearest denser token.
 
     x (B, N, C), num_clusters int or (B,), mask (B, N): who takes part -> centers (B, K), ascending, N at
     padding; assign (B, N): the nearest centre's place in the list, -1 outside the mask. density =
-    exp(-mean squared distance to the k nearest that take part, itself included). Ties: the earlier token.
-    most: K, if it is known.
+    exp(-mean squared distance to the k nearest that take part, itself included). most: K, if it is known.
     """
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -1304,7 +1248,7 @@ def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
     return begins[:, T].cumsum(1) - 1, best[:, T]
 
 
-@exact
+@exact()
 @torch.no_grad()
 def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float = 0.8,
             beta: float = 0.6, k: int = 7, max_len: int = None) -> Reduction:
@@ -1418,7 +1362,7 @@ class Stage(nn.Module):
         return x, torch.cat([place, position[:, N:]], 1), place.size(1), reduced
 
 
-@exact
+@exact()
 def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 0.5,
                   mask: Tensor = None, rows: int = 1024) -> Reduction:
     """HoliTom inside the decoder: of the vision tokens the best by score stay and take in the others.
@@ -1431,7 +1375,8 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     kept = best_of(score, keep, vision)                                        # (B, S)
     goes = vision & ~kept
     stays = ~goes if mask is None else ~goes & mask
-    slots, goer, host = (pack(*a) for a in zip((stays, goes, kept), most_of(stays, goes, kept)))
+    most = torch.stack([a.sum(1).max() for a in (stays, goes, kept)]).tolist()         # waits for the device
+    slots, goer, host = map(pack, (stays, goes, kept), most)
     goer, host = goer.position, F.pad(host.position, (0, 1), value=S)          # (B, G), (B, K) S = nobody
     u = unit(h)
     hosts, nobody = look_up(u, host, 0).mT, (host == S)[:, None]               # (B, C, K), (B, 1, K)
@@ -1471,7 +1416,7 @@ def cluster_sums(x: Tensor, assign: Tensor, K: int):
     return slot_sums(x, assign, K), slot_sums(torch.ones_like(x[..., 0]), assign, K)
 
 
-@exact
+@exact()
 def nearest(x: Tensor, centers: Tensor, metric: str) -> Tensor:
     """The centre of each token: x (B, N, C), centers (B, K, C) -> (B, N) int64. Ties: the first."""
     if metric == 'cosine':                             # the angle is smallest where x·c/|c| is largest
@@ -1480,56 +1425,49 @@ def nearest(x: Tensor, centers: Tensor, metric: str) -> Tensor:
     return torch.baddbmm(-0.5 * centers.square().sum(-1)[:, None], x, centers.mT).argmax(-1)
 
 
-def spread_centers(x: Tensor, K: int, mask: Tensor, generator: torch.Generator = None,
-                   trials: int = 8) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii, 2007), greedy: x (B, N, C), mask (B, N) -> (B, K, C).
+def spread_centers(x: Tensor, K: int, trials: int = 8) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii, 2007), greedy: x (B, N, C) -> (B, K, C).
 
     The chance of a token to be the next centre is in proportion to its squared distance to the nearest so
     far; of `trials` such tokens the one stays that leaves the smallest sum of them. Chances are the same for
     each sample of a batch, and the first k centres are what K = k would give.
     """
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    luck = torch.rand(K, trials, generator=generator).to(precise(x[:0]))       # in [0, 1)
+    luck = torch.rand(K, trials, generator=torch.Generator().manual_seed(0)).to(precise(x[:0]))    # in [0, 1)
     square, rows = x.square().sum(-1), torch.arange(len(x), device=x.device)   # (B, N), (B,)
-    last = (mask.cumsum(1) * mask).argmax(1, keepdim=True)                    # (B, 1) taken if all gaps are 0
-    far, chosen = mask.to(x.dtype), []                     # (B, N) squared distance; at first any token
+    far, chosen = torch.ones_like(square), []              # (B, N) squared distance; at first any token
     for k in range(K):
         edge = precise(far).cumsum(1)                                          # (B, N)
-        pick = torch.searchsorted(edge, luck[k] * edge[:, -1:], right=True).minimum(last)
+        pick = torch.searchsorted(edge, luck[k] * edge[:, -1:], right=True).clamp(max=x.size(1) - 1)
         tried = x[rows[:, None], pick]                                         # (B, trials, C)
         gap = square[..., None] - 2 * x @ tried.mT + square.gather(1, pick)[:, None]
-        gap = gap.clamp(min=0).masked_fill(~mask[..., None], 0)                # (B, N, trials)
-        gap = torch.minimum(gap, far[..., None]) if k else gap
+        gap = torch.minimum(gap.clamp(min=0), far[..., None] if k else gap.new_tensor(math.inf))
         best = gap.sum(1).argmin(-1)                                           # (B,)
         far = gap[rows, :, best]
         chosen.append(tried[rows, best])
     return torch.stack(chosen, 1)
 
 
-@exact
+@exact()
 @torch.no_grad()
-def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, metric: str = 'l2',
-           generator: torch.Generator = None, mask: Tensor = None):
+def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, metric: str = 'l2'):
     """Lloyd's algorithm: x (B, N, C) -> centroids (B, K, C) float32, assign (B, N) int64.
 
     init (B, K, C), None: spread_centers. metric 'l2', or 'cosine': of tokens of length one, but means as they
-    come. mask (B, N) bool: tokens that take part, the others get -1. Clusters are in order of their first
-    token; an empty one keeps its centre and stands last. ValueError: another metric.
+    come. Clusters are in order of their first token; an empty one keeps its centre and stands last.
     """
     if metric not in ('l2', 'cosine'):
         raise ValueError(f"metric must be 'l2' or 'cosine', got {metric!r}")
     K, x = num_clusters, unit(x) if metric == 'cosine' else x.float()
-    mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-    centers = spread_centers(x, K, mask, generator) if init is None else init.float()
+    centers = spread_centers(x, K) if init is None else init.float()
     for _ in range(iters):
-        sums, count = cluster_sums(x, nearest(x, centers, metric).where(mask, -1), K)
+        sums, count = cluster_sums(x, nearest(x, centers, metric), K)
         centers = torch.where(count[..., None] > 0, sums / count[..., None].clamp(min=1), centers)
-    assign = nearest(x, centers, metric).where(mask, -1)                       # (B, N)
+    assign = nearest(x, centers, metric)                                       # (B, N)
     order = first_members(assign, K).argsort(dim=1, stable=True)               # (B, K)
     return centers.take_along_dim(order[..., None], 1), look_up(order.argsort(1), assign, -1)
 
 
-@exact
+@exact()
 @torch.no_grad()
 def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     """Mean silhouette by cosine distance, exact in O(N K C): x (B, N, C), assign (B, N) -> (B,).
@@ -1537,20 +1475,18 @@ def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     (b - a) / max(a, b): a, mean distance to the others of its cluster; b, to the nearest other cluster
     (Rousseeuw, 1987). A mean of 1 - u·v over v is 1 - u·(sum of v)/n.
     """
-    u, real = unit(x), assign >= 0
+    u, own = unit(x), F.one_hot(assign, K)                                     # (B, N, C), (B, N, K)
     sums, count = cluster_sums(u, assign, K)                                   # (B, K, C), (B, K)
-    own = F.one_hot(assign.clamp(min=0), K)                                    # (B, N, K)
     others = count[:, None] - own                                              # (B, N, K) without itself
     along = u @ sums.mT - own * u.square().sum(-1, keepdim=True)
     distance = 1 - along / others.clamp(min=1)                                 # (B, N, K)
     a = (distance * own).sum(-1)                                               # (B, N)
     b = distance.masked_fill((own > 0) | (count == 0)[:, None], math.inf).amin(-1)
     alone = (others * own).sum(-1) == 0                                        # (B, N) 0 by definition
-    score = ((b - a) / torch.maximum(a, b).clamp(min=1e-6)).masked_fill(~real | alone | b.isinf(), 0)
-    return score.sum(1) / real.sum(1).clamp(min=1)
+    return ((b - a) / torch.maximum(a, b).clamp(min=1e-6)).masked_fill(alone | b.isinf(), 0).mean(1)
 
 
-@exact
+@exact()
 @torch.no_grad()
 def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     """k-means by cosine with the number of clusters that has the best silhouette, for each sample.
@@ -1559,7 +1495,7 @@ def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     the same k-means++ centres, so few iterations do.
     """
     u, fits = unit(x), []
-    init = spread_centers(u, most, torch.ones_like(u[..., 0], dtype=torch.bool))
+    init = spread_centers(u, most)
     for k in range(least, most + 1):
         centers, assign = kmeans(u, k, iters, init[:, :k], 'cosine')
         fits.append((silhouette(u, assign, k), F.pad(centers, (0, 0, 0, most - k)), assign))
@@ -1621,19 +1557,6 @@ class VQToken(Reducer):
         tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
         return reduced._replace(tokens=tokens * mask[..., None])
 
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        # k-means++ and k-means of every number of codes that is tried, then VQ-Attention.
-        C, cells = self.out.in_features, self.value[0].in_features
-        fits = [self.codes] if self.codes else range(self.least, self.most + 1)
-        search = 2 * 8 * max(fits) + sum(2 * k * (self.iters + 1 + (not self.codes)) for k in fits)
-        return T * P * C * search + 2 * M * (cells * C + 4 * C * C) + 4 * M * M * C
-
-
-def token_density(accuracy_percent: float, tokens: float) -> float:
-    """TokDense of VQToken: percentage points of accuracy for each token that the decoder is given."""
-    return accuracy_percent / tokens
-
-
 def code_usage(indices: Tensor, num_codes: int):
     """Share of the codes that occur, and their perplexity, exp(-sum p log p): 0-dim tensors."""
     count = torch.bincount(indices.flatten(), minlength=num_codes).float()
@@ -1680,7 +1603,7 @@ class VectorQuantizer(nn.Module):
         if not len(flat):
             raise ValueError(f'wanted at least one vector, got {tuple(x.shape)}')
         # Checkpointing computes this again while the gradient is computed, and wants what it had before.
-        again = self.training and torch._C._current_graph_task_id() >= 0
+        again = self.training and ModuleTracker().is_bw
         if self.training and not again and not self.calls:                     # waits for the device
             centers = together(kmeans(flat[None], len(self.codebook))[0], 'first')
             self.move(flat, nearest(flat.detach()[None], centers, 'l2')[0], 0.0)
@@ -1733,10 +1656,6 @@ class LearnedCodes(Reducer):
         x, index_map, loss = self.quantizer(x)
         return super().forward(x)._replace(loss=loss, info=dict(index_map=index_map))
 
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        """Distances to all codes."""
-        return 2 * T * P * self.quantizer.codebook.numel()
-
     def picture(self, reduced: Reduced) -> Reduction:
         """Patches of one code share a colour."""
         return from_clusters(reduced.info['index_map'].flatten(1), len(self.quantizer.codebook))
@@ -1754,7 +1673,7 @@ REDUCERS.update(vqtoken=VQToken, vq=LearnedCodes)
 # each, as many as a budget says. It looks at the whole clip: for offline use only.
 # needs sections 1, 2, 4, 5, 7
 
-@exact
+@exact()
 def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
     """Rows alike by (1 + cosine) / 2 above threshold become one: selector (B, K, T) -> Reduction of rows."""
     u, K = unit(selector), selector.size(1)
@@ -1799,7 +1718,8 @@ class FrameSelector(Budgeted):
         position = F.pad(torch.arange(L, device=words.device), (n, 0))                 # queries at 0
         seen = F.pad(known, (n, 0), value=False)[:, None, None]                # words alone are read
         both = both + self.blocks[0](both, position, seen)
-        return exact(F.linear)(self.norm(both[:, :n]).float(), self.wish.weight.float())
+        with exact():
+            return F.linear(self.norm(both[:, :n]).float(), self.wish.weight.float())
 
     def near(self, own: Tensor, width, S: int) -> Tensor:
         """own (..., 1) in (0, 1) -> (..., S): 1 at this place among S, less beside it, 0 far from it."""
@@ -1808,7 +1728,8 @@ class FrameSelector(Budgeted):
 
     def alike(self, wish: Tensor, x: Tensor) -> Tensor:
         """Of wish (..., K, C) and x (..., S, C), less its mean: 1.5 * cosine, more than `near` can be."""
-        return 1.5 * exact(torch.matmul)(unit(wish), unit(x - x.mean(-2, keepdim=True)).mT)
+        with exact():
+            return 1.5 * (unit(wish) @ unit(x - x.mean(-2, keepdim=True)).mT)
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> M tokens, info 'selector' (B, K, T).
@@ -1828,17 +1749,13 @@ class FrameSelector(Budgeted):
         if self.hard:                                                # straight-through: one frame each
             one = F.one_hot(selector.argmax(-1), T).to(selector.dtype)
             selector = one + selector - selector.detach()
-        shares, frame = self.distinct(selector)                                # (B, K, T), (B, K)
+        kept = merge_duplicates(selector.detach())
+        shares = reduce_tokens(selector, kept)                                 # (B, K, T)
+        frame, order = shares.argmax(-1).where(kept.mask, T).sort(dim=1, stable=True)      # (B, K)
+        shares = shares.take_along_dim(order[..., None], 1)                    # those that differ, in time
         mixed = (shares.to(x.dtype) @ x.flatten(2)).unflatten(2, (P, C))       # (B, K, P, C)
         tokens, position = self.sample(mixed, frame, wish[:, K:], self.most(x), T)
         return Reduced(tokens, position, info=dict(selector=selector, patches=P))
-
-    def distinct(self, selector: Tensor):
-        """(B, K, T) -> those that differ (B, K, T), by their strongest frame (B, K); T at padding."""
-        kept = merge_duplicates(selector.detach())
-        shares = reduce_tokens(selector, kept)
-        frame, order = shares.argmax(-1).where(kept.mask, selector.size(2)).sort(dim=1, stable=True)
-        return shares.take_along_dim(order[..., None], 1), frame
 
     def sample(self, mixed: Tensor, frame: Tensor, wish: Tensor, M: int, T: int):
         """M tokens, as many of each of mixed (B, K, P, C) whose frame (B, K) is below T, and their places."""
@@ -1857,11 +1774,6 @@ class FrameSelector(Budgeted):
         position, order = (frame.gather(1, home) * P + number * P // n).sort(dim=1, stable=True)
         return tokens.take_along_dim(order[..., None], 1), position
 
-    def flops(self, T: int, P: int, M: int, words: int) -> int:
-        """All queries' frames, though some turn out to be duplicates."""
-        (Q, C), K = self.queries.shape, self.K
-        return block_flops(Q + words, C) + 2 * C * (Q * C + K * T + K * T * P + 2 * M * K * P)
-
     def picture(self, reduced: Reduced) -> Reduction:
         """The strongest frame of each mixture, whole."""
         selector = reduced.info['selector']                                    # (B, K, T)
@@ -1869,7 +1781,6 @@ class FrameSelector(Budgeted):
         return pack(taken.repeat_interleave(reduced.info['patches'], 1))
 
     def facts(self, reduced: Reduced) -> dict:
-        """How many mixtures of frames differ, on average."""
         return dict(frames=merge_duplicates(reduced.info['selector']).mask.sum(1).float().mean().item())
 
 
@@ -1885,6 +1796,7 @@ class MergeStep(NamedTuple):
     """What a layer merges."""
     joins: tuple    # before attention, in turn: (M, r), M neighbouring clips become one, then r tokens merge
     inner: int      # tokens that merge after attention
+    tokens: int     # of each clip in attention
 
 
 def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04, cross: float = 0.3,
@@ -1893,8 +1805,7 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04,
 
     The prime factors of `frames` are dealt to at most three layers, the last but one and those before it:
     12 -> 2, 2, 3. Earlier layers merge `image` of a frame's patches; these `cross` of all tokens at each join
-    and `intra` of the rest inside; the last `intra`. At most half of the patches merge at once. ValueError: a
-    single layer, as frames are seen one by one before they are joined.
+    and `intra` of the rest inside; the last `intra`. At most half of the patches merge at once.
     """
     if n_layer < 2 and frames > 1:
         raise ValueError(f'merging frames wants 2 layers, the first for each frame alone, got {n_layer}')
@@ -1916,7 +1827,7 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04,
             joins.append((M, min((n - c) // 2, share(n, cross))))
             n -= joins[-1][1]
         inside = min((n - c) // 2, share(patches, image) if i < first else share(n, intra))
-        steps.append(MergeStep(tuple(joins), inside))
+        steps.append(MergeStep(tuple(joins), inside, n))
         n -= inside
     return steps
 
@@ -1971,7 +1882,7 @@ class TempMeEncoder(VisionEncoder):
         self.frames = frames
         self.cls = nn.Parameter(0.2 * torch.randn(dim))                        # (C,)
         self.steps = (merge_schedule(n_layer, frames, patches, *shares) if joins
-                      else [MergeStep((), 0)] * n_layer)
+                      else [MergeStep((), 0, patches + 1)] * n_layer)
         self.clip_place = nn.ParameterList()               # of the clips before each join
         for M in [M for step in self.steps for M, _ in step.joins]:
             self.clip_place.append(nn.Parameter(place_std * torch.randn(frames, dim)))
@@ -1979,34 +1890,11 @@ class TempMeEncoder(VisionEncoder):
 
     def counts(self, T: int) -> list:
         """Of each layer: how many clips, tokens of each in attention, tokens of each in the MLP."""
-        rows, clips, n = [], T, len(self.place) + 1
+        rows = []
         for step in self.steps:
-            for M, r in step.joins:
-                clips, n = clips // M, n * M - r
-            rows.append((clips, n, n - step.inner))
-            n -= step.inner
+            T //= math.prod(M for M, _ in step.joins)
+            rows.append((T, step.tokens, step.tokens - step.inner))
         return rows
-
-    def num_tokens(self, T: int) -> int:
-        """M, the tokens that come out."""
-        clips, _, n = self.counts(T)[-1]
-        return clips * n
-
-    def flops(self, T: int) -> int:
-        """FLOPs of the blocks on T frames, the similarities that decide what merges included."""
-        C, D, c, total = len(self.cls), len(self.cls) // self.blocks[0].attention.n_head, 1, 0
-        clips, n = T, len(self.place) + 1
-        for step in self.steps:
-            for M, r in step.joins:
-                clips, n, c = clips // M, n * M, c * M
-                even = (n - c) // M * ((M + 1) // 2)                           # patches of even clips
-                total += 2 * clips * even * (n - c - even) * C if r else 0
-                n -= r
-            first, after = (n + 1) // 2 - (c + 1) // 2, n - step.inner         # patches at even places
-            inner = 2 * first * (n - c - first) * D if step.inner else 0
-            total += clips * (inner + 8 * n * C * C + 4 * n * n * C + 16 * after * C * C)
-            n = after
-        return total
 
     def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
         """video (B, T, 3, height, width) -> tokens (B, M, C), each where its first patch is, or its frame."""
@@ -2127,7 +2015,8 @@ class Retriever(nn.Module):
     def forward(self, video: Tensor, text: Tensor):
         """Similarity (B, B), rows are sentences, and InfoNCE loss (van den Oord et al., arXiv 1807.03748)."""
         sentences, clips = self.encode_text(text), self.encode_video(video)    # (B, C) each
-        similarity = exact(torch.matmul)(sentences, clips.T)                   # (B, B) in [-1, 1], float32
+        with exact():
+            similarity = sentences @ clips.T                                   # (B, B) in [-1, 1], float32
         same = (text[:, None] == text[None]).all(-1).fill_diagonal_(False)     # no negatives
         logits = (self.log_scale.exp() * similarity).masked_fill(same, -math.inf)
         own = torch.arange(len(text), device=text.device)
@@ -2153,14 +2042,14 @@ class GammaBlock(MoDBlock):
         return a + (route.gate[..., None] * m).to(m.dtype)
 
 
-class GammaRouting(nn.Module):
+class GammaRouting(FrameRouting):
     """One router for all layers: the best of the clip, by what a layer will see; words go through, gated."""
-    layer, whole_clip, ragged, last_layer = GammaBlock, True, False, False
+    layer, whole_clip = GammaBlock, True
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
                  routing_loss: Annotated[float, "weight of the router's own loss"] = 0.01):
-        super().__init__()
-        self.keep_ratio, self.weight = keep_ratio, routing_loss
+        super().__init__(dim, [], keep_ratio, patches)
+        self.weight = routing_loss
         self.router = Router(dim) if layers else None
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int) -> Route:
@@ -2183,11 +2072,11 @@ def routing_loss(route: Route) -> Tensor:
 
 class UniformRouting(FrameRouting):
     """Evenly spaced tokens of a frame, its last among them. The base of ways without a router, gate one."""
-    ragged = False
+    ragged, count = False, staticmethod(capacity)
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False):
-        nn.Module.__init__(self)
-        self.patches, self.streaming, self.k = patches, streaming, capacity(keep_ratio, patches)
+        super().__init__(dim, [], keep_ratio, patches, streaming)
+        self.k = self.count(keep_ratio, patches)               # tokens of each frame
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0:
@@ -2195,10 +2084,8 @@ class UniformRouting(FrameRouting):
         position = position.expand(x.shape[:2])[:, :N]                         # (B, N)
         place = torch.arange(N, device=x.device) % self.patches                # (N,) in its frame
         score = self.score(i, position, place).float().expand(len(x), N)       # (B, N)
-        index = select_tokens(score, N // self.patches, self.k, self.deciding(place))
-        words = torch.arange(N, x.size(1), device=x.device).expand(len(x), -1)
-        index = torch.cat([index, words], 1)                                   # (B, K + words)
-        return Route(index, torch.ones(index.shape, device=x.device), F.pad(score, (0, words.size(1))))
+        score = F.pad(score, (0, x.size(1) - N))                               # (B, S)
+        return best_route(score, N, N // self.patches, self.k, self.deciding(place), torch.ones_like)
 
     def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
         """Which tokens layer i prefers: position (B, N), place (N,) in its frame -> (N,) or (B, N)."""
@@ -2214,26 +2101,22 @@ class RandomRouting(UniformRouting):
 
 class SkipRouting(UniformRouting):
     """No vision token at all: with placement all-deep early exit, with interleaved layer skipping."""
-    last_layer = True
-
-    def __init__(self, *numbers):
-        super().__init__(*numbers)
-        self.k = 0
+    last_layer, count = True, staticmethod(lambda ratio, n: 0)
 
 
 ROUTINGS.update(gamma=GammaRouting, uniform=UniformRouting, random=RandomRouting, skip=SkipRouting)
 
 
-def attention_rank(attention: Tensor, rtol: float = None):
+def attention_rank(attention: Tensor):
     """gamma-MoD's ARank, and the effective rank: attention (B, H, S, S) -> two of (H,), mean over B.
 
-    ARank: how many singular values of the map below its diagonal are above rtol (None: S * 2**-23) * the
-    largest. A *uniform* map has S - 1, the most: it tells how far attention sinks stretch the values, not
-    redundancy. Effective rank: exp(entropy of the normalized singular values).
+    ARank: how many singular values of the map below its diagonal are above S * 2**-23 * the largest. A
+    *uniform* map has S - 1, the most: it tells how far attention sinks stretch the values, not redundancy.
+    Effective rank: exp(entropy of the normalized singular values).
     """
     values = torch.linalg.svdvals(attention.float().tril(-1))                  # (B, H, S)
-    rtol = attention.size(-1) * torch.finfo(torch.float32).eps if rtol is None else rtol
-    rank = (values > rtol * values[..., :1]).sum(-1).float()                   # (B, H)
+    least = attention.size(-1) * torch.finfo(torch.float32).eps * values[..., :1]
+    rank = (values > least).sum(-1).float()                                    # (B, H)
     share = values / values.sum(-1, keepdim=True).clamp(min=1e-30)             # (B, H, S)
     return rank.mean(0), torch.special.entr(share).sum(-1).exp().mean(0)
 
@@ -2246,12 +2129,12 @@ def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
 
 
 @torch.no_grad()
-def layer_ranks(model: ModVideo, video: Tensor, text: Tensor, rtol: float = None) -> Tensor:
+def layer_ranks(model: ModVideo, video: Tensor, text: Tensor) -> Tensor:
     """ARank and effective rank of every decoder layer of a dense model: (2, layers)."""
     rows = []
 
     def look(attention, args):
-        rows.append(torch.stack(attention_rank(attention.weights(*args[:3]), rtol)).mean(1))
+        rows.append(torch.stack(attention_rank(attention.weights(*args[:3]))).mean(1))
 
     hooks = [layer.block.attention.register_forward_pre_hook(look) for layer in model.blocks]
     try:
@@ -2276,60 +2159,38 @@ def init_from(model: nn.Module, dense: nn.Module):
 
 
 # ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
-# What a forward pass costs, as torch.utils.flop_counter counts it: a multiply-add is two FLOPs, attention is
-# counted in full, although causal kernels skip half of it, and element-wise work is not. What became of each
-# patch, as a picture. And Muon (Jordan et al., 2024), which trains the matrices of the blocks.
-# needs sections 1 to 5, 7
+# What a pass costs: a multiply-add is two FLOPs, causal attention counts in full, element-wise work does not.
+# What became of each patch, as a picture. Muon (Jordan et al., 2024) trains the matrices of the blocks.
+# needs sections 1 to 5
 
 def num_params(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
-def encoder_flops(encoder: nn.Module, T: int, size: int) -> int:
-    """FLOPs of an encoder on T frames of size * size pixels."""
-    P, C = encoder.place.shape
-    total = encoder.flops(T) if encoder.merges else T * len(encoder.blocks) * block_flops(P, C)
-    for conv in [layer for layer in encoder.embed.stem if isinstance(layer, nn.Conv2d)]:
-        size = -(-size // conv.stride[0])                      # pixels of a side of what comes out
-        total += T * 2 * size * size * conv.weight.numel()
-    return total
+@torch.no_grad()
+def count_flops(model: nn.Module, run):
+    """FLOPs of run(), which calls the model -> of each part, of the 'rest', the 'total'; what run gave."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    aten, matrix_vector = torch.ops.aten, lambda a, b, **more: 2 * math.prod(a)
+    attention = lambda q, k, v, *args, **more: sdpa_flop_count(q, k, v)
+    omitted = {aten.mv: matrix_vector, aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=omitted) as counter:
+        result = run()
+    found, root, flops = counter.get_flop_counts(), type(model).__name__, {}
+    for name, part in model.named_children():                              # a list is not called as a whole
+        called = [f'{name}.{i}' for i in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
+        flops[name] = sum(sum(found.get(f'{root}.{one}', {}).values()) for one in called)
+    total = counter.get_total_flops()
+    return {**flops, 'rest': total - sum(flops.values()), 'total': total}, result
 
 
-def count_flops(model: ModVideo, video_shape, text_len: int, questions: int, aux: dict) -> dict:
-    """FLOPs of one forward pass by part, and their 'total'.
-
-    video_shape: (B, T, 3, height, width); text_len: L; questions: Q; aux: of that pass, whose tokens are
-    counted, padding too. Of finding what merges, only what the method's own `flops` says.
-    """
-    c, (B, T, _, size, _), encoder, reducer = model.config, video_shape, model.encoder, model.reducer
-    again = questions if model.by_question else 1              # each question is a clip of its own
-    text, P, C, width = questions * text_len // again, c.patches, c.dim, c.encoder_dim
-    M = aux['reduced'].tokens.size(1)
-    look = lambda S, rows, C: 6 * S * C * C + 2 * rows * S * C                 # queries, keys, values, scores
-    reduction = (questions if reducer.by_question else 1) * reducer.flops(T, P, M, text)
-    reduction += T * look(P, P, width) if reducer.wants_saliency else 0
-    reduction += again * look(M + text, 1, C) if 'stage' in aux else 0
-    scored = [route.logits.size(1) for route in aux['routes'].values()] if num_params(model.routing) else []
-    # The rows of vision are causal, so with several questions they never look at words.
-    spared = 4 * text * C if questions > again and aux['position'].dim() == 1 else 0
-    flops = {
-        'encoder': encoder_flops(encoder, T, size),
-        'projector': 2 * (M if encoder.merges else T * P) * (width * C + C * C),
-        'reduction': reduction,
-        'routers': again * 2 * sum(scored) * C,
-        'decoder': again * sum(block_flops(S, C) - (S - text) * spared for S in aux['tokens']),
-        'head': again * 2 * (text + T * c.streaming) * C * len(c.vocab)}
-    flops = {part: B * n for part, n in flops.items()}
-    return {**flops, 'total': sum(flops.values())}
-
-
-def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment: Tensor = None, grid=None):
+def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, grid=None):
     """Draw what became of the patches of a clip: a PIL image, the frames in a row.
 
     video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route (skipped patches are dimmed) or a
-    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). segment (T,): a black gap
-    where it changes. grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
+    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). grid: rows, columns of
+    patches in a frame; None: 8 pixels a side. ValueError: no fit.
     """
     from PIL import Image
     (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
@@ -2352,8 +2213,6 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, segment:
     frames[:, :, ::height * scale // rows] *= 0.6                              # the grid of patches
     frames[..., ::width * scale // columns] *= 0.6
     frames = F.pad(frames, (0, 2), value=1.0)                                  # a white gap after each frame
-    if segment is not None:
-        frames[:-1][(segment[1:] != segment[:-1]).cpu(), :, :, -2:] = 0.0
     picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-2]                 # (height, width of all, 3)
     return Image.fromarray((picture * 255).round().byte().numpy())
 
@@ -2414,28 +2273,23 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
 
 def main():
     """Self-check: shapes, parameters, FLOPs dense and routed, what an untrained router picks."""
-    vocab, models = ['<pad>', '<eos>', 'what', 'moves', 'square'], {}
-    video = torch.full((2, 8, 3, 32, 32), 0.3)
+    text, video = torch.tensor([[2, 3, 4], [2, 3, 0]]).expand(2, 2, 3), torch.full((2, 8, 3, 32, 32), 0.3)
     for t in range(8):                                                         # a white square moves right
         video[:, t, :, 10:18, 2 + 2 * t:10 + 2 * t] = 0.9
-    text = torch.tensor([[2, 3, 4], [2, 3, 0]]).expand(2, 2, 3)                # (B, Q, L)
-    for placement in ('none', 'all'):
+    for name, placement in (('dense', 'none'), ('MoD', 'all')):
         torch.manual_seed(0)
-        model = ModVideo(ModVideoConfig(**PRESETS['cpu'], vocab=vocab, placement=placement))
-        logits, _, aux = model(video, text)
-        models[placement] = count_flops(model, video.shape, 3, 2, aux)
-    route, answer = aux['routes'][0], model.generate(video, text, max_new_tokens=2)
+        config = ModVideoConfig(['<pad>', '<eos>', 'what', 'moves', 'square'], placement=placement)
+        model = ModVideo(config)
+        flops, (logits, _, aux) = count_flops(model, lambda: model(video, text))
+        print(f'MFLOPs, {name:5}', *(f'{part} {n / 1e6:.1f}' for part, n in flops.items() if n), sep='   ')
     shapes = {'video (B, T, 3, height, width)': video, 'vision tokens (B, N, C)': aux['reduced'].tokens,
-              'route (B, K + Q*L)': route.index, 'logits (B, Q, L, V)': logits, 'answer (B, Q, new)': answer}
+              'route (B, K + Q*L)': aux['routes'][0].index, 'logits (B, Q, L, V)': logits,
+              'answer (B, Q, new)': model.generate(video, text, max_new_tokens=2)}
     for name, tensor in shapes.items():
         print(f'{name:32}{tuple(tensor.shape)}')
-    print(f'{"parameters":32}{num_params(model):,}\n')
-    print('MFLOPs           dense      MoD     2 clips, 2 questions of 3 words each')
-    for part, dense in models['none'].items():
-        print(f'{part:12} {dense / 1e6:9.1f} {models["all"][part] / 1e6:8.1f}')
     os.makedirs('out', exist_ok=True)
-    draw_tokens(video[0], route).save('out/modvideo.png')
-    print('what the untrained router of layer 0 picks: out/modvideo.png')
+    draw_tokens(video[0], aux['routes'][0]).save('out/modvideo.png')
+    print(f'{num_params(model):,} parameters; what the untrained router of layer 0 picks: out/modvideo.png')
 
 
 if __name__ == '__main__':

@@ -218,7 +218,7 @@ def test_the_contract_of_every_way(way, tmp_path):
         kept = reduced.reduction.mask                          # a stage repeats the tokens for each question
         assert reduced.reduction.assign.shape == (len(kept), 64)
         assert torch.equal(kept.repeat_interleave(rows // len(kept), 0), place < mv.NEVER)
-    assert not model.encoder.merges or M == model.encoder.num_tokens(4)
+    assert not model.encoder.merges or M == math.prod(model.encoder.counts(4)[-1][::2])
     words = 5 if model.by_question else 10
     assert all(n < M + words or M <= 4 if i in model.mod_layers else n == M + words
                for i, n in enumerate(aux['tokens'][:2]))
@@ -226,8 +226,8 @@ def test_the_contract_of_every_way(way, tmp_path):
     again = mv.load_checkpoint(tmp_path / 'm.pt')[0].eval()
     assert torch.equal(again(video, text)[0], logits) and again.config == model.config
     assert all(isinstance(value, torch.Tensor) for value in model.state_dict().values())
-    flops = mv.count_flops(model, video.shape, 5, 2, aux)
-    assert min(flops.values()) >= 0 and flops['total'] > 0 and model.reducer.flops(4, 16, M, 5) >= 0
+    flops, _ = mv.count_flops(model, lambda: model(video, text))
+    assert min(flops.values()) >= 0 and flops['blocks'] > 0 and flops['encoder'] > 0
     picture, facts = model.reducer.picture(reduced), model.reducer.facts(reduced)
     assert picture is None or mv.draw_tokens(video[0], picture, grid=(4, 4)).width > 64
     assert all(math.isfinite(number) for number in facts.values())
@@ -492,7 +492,6 @@ def test_attention_rank_equals_gamma_mods_code():
     assert mv.attention_rank(both)[0].tolist() == [3.5, 3.5]                   # mean of 0 and S - 1
     orthogonal = torch.eye(9)[None, None].roll(-1, -1)                         # 8 equal values
     assert abs(mv.attention_rank(orthogonal)[1] - 8) < 1e-4
-    assert mv.attention_rank(torch.ones(1, 1, 9, 9), rtol=0.9)[0].item() == 1
     assert mv.choose_mod_layers(torch.tensor([5.0, 2.0, 9.0, 2.0, 7.0]), 2) == [1, 3, 0]
 
 
@@ -804,11 +803,11 @@ def test_gaps_take_tokens_away_in_training_alone():
 def test_baselines_keep_to_the_budget():
     """Catches a grid over the budget, ToMe that drops tokens or sizes, pruning by frame, the first frames."""
     for grid in ((8, 4, 12), (8, 4, 64), (8, 4, 500), (3, 5, 1), (16, 8, 7), (7, 3, 20)):
-        (T, side, budget), cell = grid, mv.pool_grid(*grid)
-        used = cell.unique()
-        assert len(cell) == T * side ** 2 and torch.equal(used, torch.arange(len(used)))
-        assert min(budget, T * side ** 2) / 2.3 < len(used) <= budget, (T, side, budget, len(used))
-    assert len(mv.pool_grid(8, 4, 12).unique()) == 12 and len(mv.pool_grid(8, 4, 500).unique()) == 128
+        T, side, budget = grid
+        made = mv.pool(torch.randn(1, T, side ** 2, 4), budget)
+        M = made.tokens.size(1)
+        assert (made.reduction.assign >= 0).all() and made.reduction.mask.all()
+        assert min(budget, T * side ** 2) / 2.3 < M <= budget and grid[2] not in (12, 500) or M in (12, 128)
     x = torch.randn(2, 50, 8)
     for n in (50, 30, 7, 1):
         merged = mv.tome(x, n)
@@ -980,15 +979,12 @@ def test_bipartite_matching_equals_tomes_code():
         assert torch.equal(mv.slot_sizes(step, size), g['size_out'][..., 0])
 
 
-def test_bipartite_matching_of_ragged_and_zero_tokens():
-    """Catches a zero token that draws every source (NaN), one r for the whole batch."""
-    step = mv.bipartite_soft_matching(torch.randn(2, 9, 4), torch.tensor([1, 3]))
-    assert step.mask.sum(1).tolist() == [8, 6] and step.position.size(1) == 8
+def test_bipartite_matching_of_zero_and_few_tokens():
+    """Catches a zero token that draws every source (NaN), tokens that have nobody to merge with."""
     zero = torch.cat([torch.randn(1, 3, 4), torch.zeros(1, 1, 4), torch.randn(1, 4, 4)], 1)
     step = mv.bipartite_soft_matching(zero, 3)
     assert mv.reduce_tokens(zero, step).isfinite().all() and (step.assign[0] == step.assign[0, 3]).sum() < 4
-    alone = mv.bipartite_soft_matching(torch.randn(2, 1, 4), 1, mask=torch.tensor([[True], [False]]))
-    assert alone.assign.tolist() == [[0], [-1]]                     # nobody to merge with; padding is dropped
+    assert mv.bipartite_soft_matching(torch.randn(2, 1, 4), 1).assign.tolist() == [[0], [0]]
     assert torch.equal(mv.bipartite_soft_matching(zero, 0).assign[0], torch.arange(8))      # left in order
 
 
@@ -1047,21 +1043,16 @@ def test_kmeans_equals_vqtokens_code_step_by_step():
 
 
 def test_kmeans_finds_what_brute_force_finds():
-    """Catches centres that are not means, tokens outside the mask that pull, other ids for a batch."""
-    x, counts = torch.randn(4, 9, 2), (9, 7, 3, 1)
+    """Catches centres that are not means, other ids for a batch."""
+    x = torch.randn(4, 9, 2)
     centers, assign = mv.kmeans(x, 2, 10)
-    mask = torch.arange(9) < torch.tensor(counts)[:, None]
-    ragged = mv.kmeans(torch.where(mask[..., None], x, 1e3), 2, 10, mask=mask)[1]
     loss = lambda x, side: sum(((p - p.mean(0)) ** 2).sum() for p in (x[side], x[~side]))
     sides = torch.tensor([*itertools.product([False, True], repeat=9)][1:-1])
-    for b, n in enumerate(counts):
+    for b in range(4):
         best = min(loss(x[b], side) for side in sides)
         assert best <= loss(x[b], assign[b] == 0) <= 1.3 * best                # a local optimum, a good one
         close(centers[b], members_mean(x[b], assign[b]))
         assert assign[b, 0] == 0 and torch.equal(assign[b:b + 1], mv.kmeans(x[b:b + 1], 2, 10)[1])
-        alone = mv.kmeans(x[b:b + 1, :n], 2, 10)[1][0]
-        assert torch.equal(ragged[b, :n], alone) and (ragged[b, n:] == -1).all()
-    assert torch.equal(mv.kmeans(x, 2, 10, generator=torch.Generator().manual_seed(0))[1], assign)
 
 
 def test_clusters_of_few_different_tokens():
@@ -1071,8 +1062,6 @@ def test_clusters_of_few_different_tokens():
         centers, assign = mv.kmeans(x, 5, metric=metric)
         assert centers.isfinite().all() and assign.max() == len(x[0].unique(dim=0)) - 1
         close(centers[0][assign[0]], x[0] if metric == 'l2' else mv.unit(x[0]))
-    masked = mv.spread_centers(torch.tensor([[[0.0], [0.0], [9.0]]]), 2, torch.tensor([[True, True, False]]))
-    assert not masked.any()                                         # equal ones are no reason to take another
     far = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [50.0, 50.0]]])        # nobody's centre stays where it was
     close(mv.kmeans(torch.rand(1, 20, 2), 3, init=far)[0][:, 2], far[:, 2])
     assert torch.equal(mv.kmeans(torch.randn(2, 6, 8), 9)[1], torch.arange(6).expand(2, -1))
@@ -1089,7 +1078,7 @@ def test_the_number_of_planted_clusters_is_found():
     count, centers, assign = mv.select_k(x, 2, 32)
     assert ((count - wanted).abs() <= 1).float().mean() >= 0.9
     k = int(count[0])
-    spread = mv.spread_centers(x[:1], 32, torch.ones(1, 512, dtype=torch.bool))
+    spread = mv.spread_centers(x[:1], 32)
     fit = mv.kmeans(x[:1], k, init=spread[:, :k], metric='cosine')
     assert torch.equal(assign[0], fit[1][0])
     close(centers[0, :k], fit[0][0])
@@ -1379,7 +1368,8 @@ def test_every_patch_is_traced_to_its_token(T, layers):
         nn.init.zeros_(place)
     tokens, position, where, *_ = encoder(video)
     sizes = mv.slot_sizes(where)
-    assert tokens.shape == (2, encoder.num_tokens(T), 32) and (where.assign >= 0).all() and where.mask.all()
+    assert tokens.shape == (2, math.prod(encoder.counts(T)[-1][::2]), 32)
+    assert (where.assign >= 0).all() and where.mask.all()
     patches = (encoder.embed(video) + encoder.place).reshape(2, T * 16, 32)
     close(encoder.norm(mv.reduce_tokens(patches, where)), tokens * (sizes > 0)[..., None], 2e-5)
     assert torch.equal(encoder(video[1:]).reduction.assign, where.assign[1:])
@@ -1442,25 +1432,29 @@ def test_contrastive_loss_and_embeddings():
 
 # ---- accounting, checkpoints, pictures, errors ---------------------------------------------------
 
-EXACT = ['none', 'none and mod', 'early exit', 'gamma', 'evenly', 'tempme', 'tempme and mod', 'drop inside',
-         'vq', 'vqtoken', 'adaptive and mod', 'pool', 'uniform', 'prune']
-
-
 @pytest.mark.parametrize('changes', [
-    *map(WAYS.get, EXACT), dict(placement='interleaved', routing='skip'), dict(streaming=True),
+    *WAYS.values(), dict(placement='interleaved', routing='skip'), dict(streaming=True),
     dict(mv.PRESETS['cpu'], patch_size=8), dict(encoder='tempme', encoder_layers=4, frames=8)], ids=str)
-def test_flops_equal_what_torch_counts(changes):
-    """Catches a cost formula that drifted from the model."""
+def test_flops_by_hand(changes):
+    """Catches operations that torch's counter omits, a part that is counted twice or not at all."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
     model = make(**changes).eval()
     c, Q = model.config, 1 if 'streaming' in changes else 3
     video, text = torch.rand(2, c.frames, 3, c.frame_size, c.frame_size), torch.randint(2, 8, (2, Q, 5))
-    times_vector = {torch.ops.aten.mv: lambda matrix, *_, **more: 2 * math.prod(matrix)}     # torch omits it
-    with FlopCounterMode(display=False, custom_mapping=times_vector) as counter, sdpa_kernel(SDPBackend.MATH):
-        aux = model(video, text)[2]
-    mine = mv.count_flops(model, video.shape, 5, Q, aux)
-    assert mine['total'] == counter.get_total_flops() == sum(v for k, v in mine.items() if k != 'total')
+    flops, (_, _, aux) = mv.count_flops(model, lambda: model(video, text))
+    assert flops['total'] == sum(v for part, v in flops.items() if part != 'total')
+    words, rows, C, places = 5 * Q, 2, c.dim, 10 * Q + 2 * c.frames * c.streaming
+    if model.by_question:                                      # each question is a clip of its own
+        words, rows = 5, 2 * Q
+    alone = words if Q > 1 and not model.by_question and aux['position'].dim() == 1 else 0     # vision's rows
+    assert flops['head'] == 2 * places * C * len(VOCAB)
+    assert flops['blocks'] == sum(rows * (24 * S * C * C + 4 * S * S * C - 4 * (S - words) * alone * C)
+                                  for S in aux['tokens'])
+    learns = len([*model.routing.parameters()])
+    scores = sum(2 * rows * route.logits.size(1) * C for route in aux['routes'].values())
+    assert flops['routing'] == (scores if learns else 0)
+    with sdpa_kernel(SDPBackend.MATH):                         # attention as products of matrices
+        assert mv.count_flops(model, lambda: model(video, text))[0] == flops
 
 
 def test_orthogonalize_against_singular_values():
@@ -1534,7 +1528,7 @@ def test_checkpoints_are_exact_and_atomic_and_cannot_run_code(tmp_path, monkeypa
 
 @pytest.mark.parametrize('words', [0, 10])
 def test_pictures_show_what_was_processed(words):
-    """Catches bright patches that are not routed, another sample, a cut without a gap, words drawn."""
+    """Catches bright patches that are not routed, another sample, words drawn."""
     video = torch.full((2, 3, 16, 16), 0.8)
     value = lambda image, t, patch: image.getpixel((t * 34 + patch % 4 * 8 + 4, patch // 4 * 8 + 4))
     index = torch.tensor([[0, 21, *range(32, 32 + words)]])
@@ -1545,10 +1539,9 @@ def test_pictures_show_what_was_processed(words):
     assert bright == [(0, 0), (1, 5)]
     assign = torch.full((2, 32), -1)
     assign[1, [2, 18, 6]] = torch.tensor([0, 0, 1])
-    picture = mv.draw_tokens(video, mv.from_clusters(assign, 2), 1, 2, torch.tensor([0, 1]), (4, 4))
+    picture = mv.draw_tokens(video, mv.from_clusters(assign, 2), 1, 2, (4, 4))
     assert value(picture, 0, 2) == value(picture, 1, 2) != value(picture, 0, 6) == (204, 204, 204)
-    assert picture.getpixel((33, 20)) == (0, 0, 0)
-    picture = mv.draw_tokens(video, mv.pack(torch.arange(32)[None] % 3 == 0), 0, 2, None, (4, 4))
+    picture = mv.draw_tokens(video, mv.pack(torch.arange(32)[None] % 3 == 0), 0, 2, (4, 4))
     assert value(picture, 0, 0) == value(picture, 0, 3) == (204, 204, 204), 'dropped ones are no slot 0'
 
 
@@ -1654,7 +1647,7 @@ def try_core(v, tmp=None):
             optimizer.zero_grad()
     assert losses[2] < losses[0] and not any(map(torch.equal, model.parameters(), before))
     assert model.generate(video, text, 2).shape == (2, 2, 2)
-    assert 'count_flops' not in v or v['count_flops'](model, video.shape, 5, 2, aux)['total'] > 0
+    assert 'count_flops' not in v or v['count_flops'](model, lambda: model(video, text))[0]['total'] > 0
     assert 'draw_tokens' not in v or v['draw_tokens'](video[0], aux['routes'][0], grid=(4, 4)).width > 64
     return model, aux
 
@@ -1673,7 +1666,7 @@ def try_parts(**parts):
         for name in parts.get('reducers', ()):
             reducer = v['REDUCERS'][name](32, **OPTIONS[name])
             made = reducer(x, torch.rand(2, 4, 16), flat, torch.ones(2, 10).bool())
-            assert made.tokens.shape[2] == 32 and reducer.flops(4, 16, made.tokens.size(1), 3) >= 0
+            assert made.tokens.shape[2] == 32
             assert reducer.picture(made) is not None or made.position is not None
         for name in parts.get('stages', ()):
             stage = v['STAGES'][name](4, stage_layer=1)
@@ -1714,7 +1707,7 @@ def test_the_core_runs_alone(tmp_path):
     """Catches a core that needs what comes after it, by name or by string, or that outgrew a beginner."""
     core, v = SOURCE.split(END)[0], {'__name__': 'core'}
     exec(compile(core, 'core', 'exec'), v)
-    assert len(core.splitlines()) <= 850
+    assert len(core.splitlines()) <= 835
     nodes, later = [*ast.walk(ast.parse(core))], vars(mv).keys() - v.keys()
     parts = {name for part, kinds in mv.PARTS.items() for name in kinds if name not in v['PARTS'][part]}
     assert not later & {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -1732,7 +1725,6 @@ def test_every_method_can_be_deleted(number):
     gone = {n for n in SECTIONS if n == number or number in NEEDS[n]}
     v = build(set(SECTIONS) - gone)
     assert try_core(v)[1]['tokens'] == [16 + 10] * 3 + [74] and ('Muon' in v) == (14 not in gone)
-    assert 14 not in gone or number in (7, 14)
     for part, kinds in v['PARTS'].items():                                     # all that is left can be built
         for name in kinds:
             options = {k: value for k, value in chosen(part, name).items() if k != part}
@@ -2937,7 +2929,7 @@ def each_tensor(function, x):
     """The same lists and tuples with function(tensor) for each tensor."""
     if isinstance(x, torch.Tensor):
         return function(x)
-    return type(x)(each_tensor(function, a) for a in x) if type(x) in (list, tuple) else x
+    return type(x)([each_tensor(function, a) for a in x]) if type(x) in (list, tuple) else x
 
 
 def tensors(x) -> list:
@@ -3013,7 +3005,8 @@ class PretendedGPU(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name, first = kwargs or {}, getattr(func, '__name__', ''), args[0] if args else None
-        device, inside = kwargs.get('device'), any(map(on_gpu, tensors((args, *kwargs.values()))))
+        device, given = kwargs.get('device'), (*args, *kwargs.values())
+        inside = any(on_gpu(a) or type(a) in (list, tuple) and any(map(on_gpu, a)) for a in given)
         if on_gpu(first) and name in ('numpy', '__array__'):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if on_gpu(first) and name == 'tolist':
@@ -3114,13 +3107,14 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     waits = Counter(gpu.waits)
-    task.timed(model.eval(), batch)[0][0]()     # answers, streams, encodes
-    print(f'host waits a step: {sum(waits.values())} {dict(waits)}')
-    assert loss.isfinite() and sum(waits.values()) <= HOST_WAITS.get(recipe, 0), waits
+    task.timed(model.eval(), batch)[0][0]()                    # answers, streams, encodes
+    count = sum(waits.values())
+    print(f'{recipe}: host waits a step: {count} {dict(waits)}')
+    assert math.isfinite(loss.item()) and count <= HOST_WAITS.get(recipe, 0), waits
 
 
 @pytest.mark.parametrize('flags', ['--steps 2', '--steps 2 --recipe stream --window 2 --deterministic',
-                                   '--steps 1 --recipe frames', '--bench --rows holitom'])
+                                   '--steps 1 --recipe frames', '--bench --rows pool'])
 def test_the_script_on_a_pretended_gpu(gpu, flags, tmp_path):
     """Catches pictures, scores, checkpoints, answers, measurements that work on a CPU alone."""
     try:
@@ -3218,10 +3212,10 @@ def fuzz_lines(rng, path):
 
 
 def fuzz_files(rng, path):
-    job = rng.choice(['run', 'run', 'run', 'compare'])
-    shutil.copytree(f'kept/{job}', path)
+    job = rng.choice([*Path('kept').iterdir()])
+    shutil.copytree(job, path)
     damage(rng.choice([p for p in path.rglob('*') if p.suffix in ('.json', '.pt')]), rng)
-    if job == 'compare':
+    if job.name == 'compare':
         script(*'--compare --rows dense --seeds 1 --steps 2 --out'.split(), path)
     else:
         script('--out', path, '--ask', COCKATOO, 'what shape is red')
@@ -3247,12 +3241,13 @@ def stop(*_):
 
 
 @pytest.mark.parametrize('kind', FUZZED, ids=lambda kind: kind.__name__)
-def test_fuzz(kind, tmp_path, monkeypatch):
+def test_fuzz(kind, tmp_path, monkeypatch, request):
     """Catches tracebacks, inputs that hang for 20 seconds or take 8 GB."""
     monkeypatch.chdir(tmp_path)
     if kind is fuzz_files:
-        go('--steps 12 --out kept/run')
-        go('--compare --rows dense --seeds 1 --steps 2 --out kept/compare')
+        shutil.copytree(request.getfixturevalue('trained'), 'kept/run')
+        if 'FUZZ' in os.environ:
+            go('--compare --rows dense --seeds 1 --steps 2 --out kept/compare')
     held, faults = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize(), []
     limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (held + 8 * 2 ** 30, limits[1]))
@@ -3304,7 +3299,7 @@ import contextlib, io, json, torch
 from pathlib import Path
 torch.set_num_threads(1)
 import train_tiny
-train_tiny.EVAL_CLIPS, train_tiny.ROUNDS, train_tiny.WORDS = 8, 1, 2
+vars(train_tiny).update(EVAL_CLIPS=8, CURVE_CLIPS=4, SHARES=[0.5], ROUNDS=1, WORDS=2)
 
 def call(line, code=0):
     said = io.StringIO()

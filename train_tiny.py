@@ -17,6 +17,7 @@
 A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.webp and pictures.
 """
 import argparse
+import copy
 import difflib
 import functools
 import itertools
@@ -57,9 +58,9 @@ from tqdm import tqdm
 from data.clips import ClipFolder, read_clip, read_rows, save_clip, words
 from data.shapes import PROMPT, Batch, ShapeWorld
 from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCache, ModVideoConfig,
-                      block_flops, choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens,
-                      encoder_flops, init_from, layer_ranks, load_checkpoint, merge_lora, num_params,
-                      options_of, pack, save_checkpoint, token_density)
+                      choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens, init_from,
+                      layer_ranks, load_checkpoint, merge_lora, num_params, options_of, pack,
+                      save_checkpoint)
 
 EVAL_CLIPS = 512      # held-out clips of the synthetic world that the final accuracy is measured on
 FIND_CLIPS = 256      # held-out clips, their sentences all different, that retrieval is measured on
@@ -264,16 +265,16 @@ class Questions:
         """Vision tokens of each layer and GFLOPs of a clip, mean over some. paper_share: of dense, as papers
         that merge count it, the blocks on vision tokens alone."""
         c, found = model.config, []
-        paper = lambda tokens: sum(block_flops(n, c.dim) for n in tokens)
+        paper = lambda tokens: sum(24 * n * c.dim ** 2 + 4 * n * n * c.dim for n in tokens)
         for step in range(clips if c.merges else 1):
             batch = self.draw('test', step, 1)
             if not len(batch.text):                            # a small folder
                 break
-            aux, (Q, L) = self.forward(model.eval(), batch)[2], batch.text.shape[1:]
-            flops, N = count_flops(model, batch.video.shape, L, Q, aux), batch.video.size(1) * c.patches
+            flops, (_, _, aux) = count_flops(model, functools.partial(self.forward, model.eval(), batch))
+            (Q, L), N = batch.text.shape[1:], batch.video.size(1) * c.patches
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
             found.append(dict(vision_by_layer=layers, decoder_tokens=aux['reduced'].tokens.size(1),
-                              gflops=flops['total'] / 1e9, decoder_gflops=flops['decoder'] / 1e9,
+                              gflops=flops['total'] / 1e9, decoder_gflops=flops['blocks'] / 1e9,
                               paper_share=paper(layers) / paper([N] * c.n_layer)))
         return average(found)
 
@@ -464,9 +465,13 @@ class Retrieval(Questions):
 
     def cost(self, model) -> dict:
         """Tokens of each layer of the encoder, GFLOPs of encoding a clip, or a single frame."""
-        T = 1 if self.single else model.config.frames
+        c, T = model.config, 1 if self.single else model.config.frames
+        video = next(model.parameters()).new_zeros(1, T, 3, c.frame_size, c.frame_size)
+        encoder = copy.deepcopy(model.encoder)
+        merge_lora(encoder)                                    # as it is used
+        flops, _ = count_flops(encoder, lambda: encoder(video))
         return dict(vision_by_layer=[clips * n for clips, _, n in model.encoder.counts(T)],
-                    gflops=round(encoder_flops(model.encoder, T, model.config.frame_size) / 1e9, 4))
+                    gflops=round(flops['total'] / 1e9, 4))
 
     def timed(self, model, batch):
         encode = lambda: model.encode_video(batch.video)
@@ -860,7 +865,8 @@ def scores_of(task, model) -> dict:
     scores = task.evaluate(model.eval(), 'test', EVAL_CLIPS if task.s.data == 'shapes' else 10 ** 9)
     scores.update(task.cost(model))
     if 'decoder_tokens' in scores:
-        scores['tok_density'] = round(token_density(100 * scores['accuracy'], scores['decoder_tokens']), 3)
+        density = 100 * scores['accuracy'] / scores['decoder_tokens']             # VQToken's TokDense
+        scores['tok_density'] = round(density, 3)
     return scores
 
 
@@ -1267,7 +1273,7 @@ def run_compare(s):
 def untrained_curves(task, model) -> dict:
     """What methods that need no training make of a model: reducer -> [[decoder GFLOPs, accuracy], ...]."""
     curves, T, P = {}, model.config.frames, model.config.patches
-    for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving(1.0, T, P)]:
+    for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving]:
         for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
             row = replace(task.s, recipe=name, model={**task.s.model, **REDUCERS[name].leaving(share, T, P)})
             method = build(row, configure(row, task.vocab), model).eval()

@@ -366,9 +366,9 @@ class Streams(Questions):
         return dict(super().cost(model, clips), cache_kb=held / 1000)
 
     def print_table(self, result: dict):
-        shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency', 'in the very frame': 'spoken',
-                  'turns without a mistake': 'accuracy', 'silent when nothing happens': 'silence',
-                  "accuracy, shown another clip's video": 'blind_accuracy'}
+        shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency',
+                  'turns without a mistake': 'accuracy', "the same, another clip's video": 'blind_accuracy',
+                  'narrated in the very frame': 'spoken', 'silent when nothing happens': 'silence'}
         print('', table([[f'{result["clips"]} held-out streams', ''], ['LM-PPL', f'{result["lm_ppl"]:.3f}'],
                          *([name, result[key]] for name, key in shares.items()),
                          ['TimeDiff, frames', f'{result["time_diff"]:.3f}']]), sep='\n')
@@ -906,12 +906,12 @@ def encode_question(question: str, vocab: list) -> list:
     return [known[word] for word in asked]
 
 
-def table(lines: list) -> str:
-    """A table in Markdown, its columns as wide as their cells, words or shares. The first line: its head."""
+def table(lines: list, bar: str = '') -> str:
+    """Columns as wide as their cells, words or shares; with bars in Markdown, its head is the first line."""
     lines = [[cell if isinstance(cell, str) else f'{cell:.1%}' for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ['-' * max(3, width) for width in widths])
-    return '\n'.join(f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines)
+    lines[1:1] = [['-' * max(3, width) for width in widths]] if bar else []
+    return '\n'.join(f'{bar} {f" {bar} ".join(map(str.ljust, line, widths))} {bar}'.strip() for line in lines)
 
 
 def stack(rows: list) -> Image.Image:
@@ -1067,7 +1067,7 @@ def step_memory_mb(device: str, step) -> float:
 
 def measure(task, make: dict) -> dict:
     """Training step, memory, what the task times, of models in turn: medians. make: name -> a new model."""
-    s, batch, runs, meaning = task.s, task.draw('train', 0, task.s.batch), {}, {}
+    s, batch, runs, meaning = task.s, task.draw('train', 0, task.s.batch), [], {}
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(s.device, lambda: None)
 
     def training(model):
@@ -1087,24 +1087,22 @@ def measure(task, make: dict) -> dict:
         with torch.no_grad(), s.autocast():
             function()
 
-    memory = {name: step_memory_mb(s.device, training(new())) for name, new in make.items()}
+    rows = {name: dict(memory_mb=step_memory_mb(s.device, training(new()))) for name, new in make.items()}
     for name, new in make.items():
         functions, meaning[name] = task.timed(new().eval(), batch)
-        runs[name] = [training(new()), *(functools.partial(look, function) for function in functions)]
-    times = {name: [[] for _ in functions] for name, functions in runs.items()}
+        functions = [training(new()), *(functools.partial(look, function) for function in functions)]
+        runs += [(name, function, []) for function in functions]
     # In turn: what slows one slows all.
     for _ in tqdm(range(ROUNDS + 2), 'timing', dynamic_ncols=True):
-        for run, took in ((run, took) for name in runs for run, took in zip(runs[name], times[name])):
+        for _, run, took in runs:
             sync()
             start = time.perf_counter()
             run()
             sync()
             took.append(time.perf_counter() - start)
-    rows = {}
-    for name, all_of in times.items():
-        step, *others = (took[2:] for took in all_of)          # the first two warm up
-        rows[name] = dict(memory_mb=memory[name], step_ms=1000 * statistics.median(step),
-                          **meaning[name](*others))
+    for name, row in rows.items():
+        step, *others = (took[2:] for of, _, took in runs if of == name)       # the first two warm up
+        row.update(step_ms=1000 * statistics.median(step), **meaning[name](*others))
     return rows
 
 
@@ -1124,7 +1122,7 @@ def table_of(rows: dict, columns) -> str:
         return f'{value:.4g}'
 
     return table([['recipe', *columns], *([name, *(cell(key, row.get(key)) for key in columns)]
-                                          for name, row in rows.items())])
+                                          for name, row in rows.items())], '|')
 
 
 def rows_of(s) -> list:
@@ -1296,7 +1294,7 @@ def write_report(report: dict) -> str:
             own[name] = dict(row, std=100 * row['std'], **points)
         out += [table_of(own, [*columns, 'learns']), '']
     out += [table([['paper', 'claim', 'its figure', 'here', 'reached'],
-                   *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])]), '']
+                   *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])], '|'), '']
     out += [f'- {name}: `{row["command"]}`' for name, row in rows.items()]
     head = '{device}, torch {torch}, {dtype}, preset {preset}, seeds {seeds}'.format(**report)
     head += '; std in points; times and commands of the first seed; in brackets: of the first row\n'

@@ -291,6 +291,23 @@ def test_every_part_runs_in_another_precision(part, name, dtype):
     assert model.eval().generate(video.to(dtype), text, 2).shape == (2, 2, 2)
 
 
+@pytest.mark.parametrize('causal', [False, True])
+def test_attention_equals_torchs_own_layer(causal):
+    """Catches a wrong split of qkv into heads, a wrong scale, a missing causal mask."""
+    mine, theirs = mv.Attention(32, 4, causal), nn.MultiheadAttention(32, 4, bias=False, batch_first=True)
+    theirs.in_proj_weight.data, theirs.out_proj.weight.data = mine.qkv.weight.data, mine.out.weight.data
+    x, mask = torch.randn(2, 9, 32), torch.ones(9, 9).triu(1).bool() if causal else None
+    close(mine(x), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def test_generate_stops_at_the_end_mark():
+    """Catches answers that run on after '<eos>'."""
+    model = make()
+    model.head.weight.data = F.one_hot(torch.tensor(mv.EOS), len(VOCAB))[:, None] * torch.full((1, 32), 1e-3)
+    made = model.generate(*sample(), max_new_tokens=5)         # of equal logits word 0 is taken
+    assert (made[..., 0] == mv.EOS).any() and not made[..., 1:].any()
+
+
 # ---- Mixture-of-Depths ---------------------------------------------------------------------------
 
 def by_hand(x, frame, ratio, router, block, position):
@@ -672,6 +689,21 @@ def test_streaming_loss_is_the_papers_and_every_router_learns_from_it():
     norms = [p.grad.norm() for p in model.routing.parameters()]
     assert len(norms) == 4 and min(norms) > 1e-3 * max(norms), norms
     assert sum(name.startswith('routing.') for name in model.state_dict()) == 4
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_stream_never_looks_ahead(training):
+    """Catches selection or attention that reaches a later frame, or words that stand after."""
+    model, (video, text) = streamer('all').train(training), sample(Q=1, L=6)
+    after = torch.tensor([[-1, 0, 0, 1, 2, 3]]).expand(2, -1)
+    logits, _, aux = decided(model, video, text, after=after)
+    other = torch.cat([video[:, :2], 1 - video[:, 2:]], 1)
+    changed = decided(model, other, other_words(text, 4), after=after)[0]
+    close(logits[:, [0, 1, 4, 5, 6, 7]], changed[:, [0, 1, 4, 5, 6, 7]], 1e-6)
+    assert (logits[:, 2] - changed[:, 2]).abs().max() > 1e-3
+    position = aux['position'][0]                              # each word moves all after it by one
+    assert position[15:64:16].tolist() == [16, 34, 51, 68]
+    assert position[64:].tolist() == [0, 17, 18, 35, 52, 69]
 
 
 # ---- token reduction -----------------------------------------------------------------------------
@@ -1182,6 +1214,22 @@ def test_gumbel_noise_in_training_alone_and_repeatable():
     assert (-(-(((hashes >> 9) + 0.5) / 2 ** 23).log()).log()).isfinite().all()
     hard = picked(make(hard=True, **WAYS['bvllm']).eval())
     close(hard, F.one_hot(hard.argmax(-1), 4).float(), 1e-6)
+
+
+def test_segments_equal_brute_force_over_all_partitions():
+    """Catches a dynamic programme that misses the optimum, or takes another of several."""
+    for case in range(200):
+        T, P, longest = (int(torch.randint(1, high, ())) for high in (9, 4, 12))
+        still, found = torch.rand(T - 1, P) < 0.7, []
+        for cuts in itertools.product((0, 1), repeat=T - 1):
+            ends = [i + 1 for i in range(T - 1) if cuts[i]] + [T]
+            spans = list(zip([0, *ends], ends))
+            lengths = [b - a for a, b in spans]
+            gain = sum(int(still[a:b - 1].all(0).sum()) * (b - a - 1) for a, b in spans if b > a + 1)
+            if max(lengths) <= longest:                        # ties: shortest, read from the end
+                found.append((-gain, lengths[::-1]))
+        segment, gain = mv.temporal_segments(still[None].float(), 0.5, longest)
+        assert (-gain.item(), segment[0].bincount().tolist()[::-1]) == min(found), case
 
 
 # ---- TempMe and retrieval ------------------------------------------------------------------------

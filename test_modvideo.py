@@ -2182,6 +2182,13 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
     assert same_weights(trained, run) and losses(trained) == losses(run)
     a, b = result_of(trained), result_of(run)
     assert all(a[k] == b[k] for k in ('accuracy', 'blind_accuracy', 'accuracy_by_type', 'steps', 'recipe'))
+    saved = torch.load(run / 'ckpt.pt', weights_only=True)
+    adam = copy.deepcopy(saved['optimizers'])
+    next(iter(adam[1]['state'].values()))['exp_avg'] = [1.0]
+    for name, value in (('optimizers', [{}, {}]), ('optimizers', adam), ('step', 'x'), ('log', [{}]),
+                        ('recent', None), ('seconds', [])):
+        torch.save({**saved, name: value}, run / 'ckpt.pt')
+        refused('holds a model, but no run to go on with', '--steps 14 --resume', run)
 
 
 def test_the_seed_decides_everything_and_folders_are_not_shared(tmp_path, monkeypatch, capsys):
@@ -2638,7 +2645,8 @@ def png(*size):
 BAD_FLAGS = {
     '--compare --rows holitom --frames 2': 'at least 4 frames', '--compare --init-from x': 'begins by itself',
     '--recipe mod-all --init-from nowhere': 'does not exist', '--recipe blind --batch 1': '--batch 2 or more',
-    '--rows dense': '--rows goes with --compare or --bench', '--stepz 3': 'unrecognized arguments: --stepz 3',
+    '--rows dense': '--rows goes with --compare or --bench', '--batch 2000000000': 'wanted at most 2**32',
+    '--stepz 3': 'unrecognized arguments: --stepz 3',
     '--compare --rows mod-al': "'mod-al' is none of dense", '--compare --bench': 'not allowed with argument',
     '--recipe dense --init-from x': 'begins from scratch', '--steps -1': '--steps must be finite, at least 0',
     '--question 2 how': '--question goes with --stream', '--compare --recipe vq': 'leave --recipe away',
@@ -2769,6 +2777,8 @@ def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys):
     assert train_tiny.main([*shlex.split(row['command'])[2:], *TINY, '--out', str(tmp_path / 'again')]) == 0
     assert result_of(tmp_path / 'again')['accuracy'] == row['accuracy']
     refused('begun with another --lr', f'{flags} --lr 0.02')
+    (folder / 'seed0/dense/result.json').write_text('{"accuracy": 1, "vision_tokens": 64}')
+    refused('a result.json of row dense in', f'{flags} --rows mod-all --seeds 1')
 
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -162,8 +162,10 @@ def nanmean(values) -> float:
 
 def means(values: list, keys: list) -> dict:
     """Mean of the values that share a key."""
-    among = lambda key: [value for value, own in zip(values, keys) if own == key]
-    return {key: nanmean(among(key)) for key in sorted({*keys})}
+    groups = {}
+    for key, value in zip(keys, values):
+        groups.setdefault(key, []).append(value)
+    return {key: nanmean(groups[key]) for key in sorted(groups)}
 
 
 def average(values: list):
@@ -284,9 +286,13 @@ class Questions:
         model.head.bias = torch.nn.Parameter(torch.zeros_like(model.head.weight[:, 0]))
         model.head.bias[:2] = -math.inf                        # never ends
         answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
-        return [lambda: answer(0), lambda: answer(WORDS)], lambda first, whole: dict(
-            first_ms=1000 * statistics.median(first), tokens_per_s=WORDS * len(batch.text) / max(
-                1e-9, statistics.median(b - a for a, b in zip(first, whole))))
+
+        def meaning(first, whole):
+            rest = statistics.median(b - a for a, b in zip(first, whole))
+            return dict(first_ms=1000 * statistics.median(first),
+                        tokens_per_s=WORDS * len(batch.text) / max(rest, 1e-9))
+
+        return [lambda: answer(0), lambda: answer(WORDS)], meaning
 
     def print_table(self, result: dict):
         """The scores, by type of question."""
@@ -745,6 +751,8 @@ class Run:
         except BlockingIOError:
             raise ValueError(f'another process trains in {self.path}; name another folder') from None
         self.check_free()
+        for part in self.path.glob('*.part*'):                 # of one that was killed while it wrote
+            part.unlink()
 
     def begin(self, task):
         """The model, new or as an interrupted run left it."""
@@ -770,7 +778,12 @@ class Run:
         """What save() wrote besides the model. ValueError: it is something else."""
         try:
             for optimizer, state in zip(configure_optimizer(model, self.s.lr), optimizers, strict=True):
+                fixed = [{**group, 'params': 0, 'lr': 0} for group in optimizer.param_groups]
                 optimizer.load_state_dict(state)
+                loaded = [{**group, 'params': 0, 'lr': 0} for group in optimizer.param_groups]
+                held = [(p, a) for p, own in optimizer.state.items() for a in own.values()]
+                if fixed != loaded or not all(a.shape in (p.shape, ()) for p, a in held):
+                    raise TypeError('a state of another optimizer')
             self.log = [{name: row[name] for name in (*self.COLUMNS, 'ms')} for row in log]
             self.recent, self.done = recent.to(self.s.device).unbind(), step.__index__()
             self.before, self.state = float(seconds), optimizers
@@ -1120,7 +1133,8 @@ def table_of(rows: dict, columns) -> str:
         if key in ('accuracy', 'fluency') or key.endswith('pairs'):
             return f'{100 * value:.1f} %'
         if key.endswith(('_ms', '_mb', '_s', '_kb', 'gflops')) and first.get(key):
-            return f'{value:.3g} ({value / first[key]:.2f})'
+            share = f'({value / first[key]:.2f})'
+            return f'{value:.0f} {share}' if value >= 1000 else f'{value:.3g} {share}'
         return f'{value:.4g}'
 
     return table([['recipe', *columns], *([name, *(cell(key, row.get(key)) for key in columns)]
@@ -1247,7 +1261,11 @@ def run_compare(s):
     done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
     for name in [name for name in RECIPES if name in asked or done(name)]:
         results, commands = zip(*(run_row(s, name, seed, folder) for seed in seeds))
-        rows[name] = dict(summarize(results), command=commands[0])
+        try:
+            rows[name] = dict(summarize(results), command=commands[0])
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise ValueError(f'a result.json of row {name} in {folder} is not what a run wrote '
+                             f'({type(error).__name__})') from None
     for kind in dict.fromkeys(RECIPES[name].task for name in rows):
         names = [name for name in rows if RECIPES[name].task is kind]
         load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
@@ -1478,6 +1496,10 @@ def set_up(s: Settings):
         batch, steps = RUNS[s.preset][recipe.task.kind]
         s.batch = s.batch or batch
         s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * steps))
+    shape = {**PRESETS[s.preset], **s.model}
+    pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2
+    if pixels > 2 ** 32:
+        raise ValueError(f'a step of --batch {s.batch} would have {pixels:,} pixels, wanted at most 2**32')
     if WORLD > 1:
         join_processes(s)
     if s.deterministic:
@@ -1610,8 +1632,10 @@ def main(argv=None, began: float = None) -> int:
         job = next((job for name, job in JOBS.items() if getattr(s, name)), None)
         job(s) if job else run_recipe(s, began)
         return 0
-    except torch.cuda.OutOfMemoryError:
-        message = 'the GPU is out of memory; try a smaller --batch or --preset'
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and 'memory' not in str(error):
+            raise
+        message = 'there is not enough memory; try a smaller --batch, --frames or --preset'
     except FileNotFoundError as error:
         message = f'{error.filename} does not exist'
     except (ValueError, OSError) as error:

@@ -2186,6 +2186,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
     adam = copy.deepcopy(saved['optimizers'])
     next(iter(adam[1]['state'].values()))['exp_avg'] = [1.0]
     for name, value in (('optimizers', [{}, {}]), ('optimizers', adam), ('step', 'x'), ('log', [{}]),
+                        ('log', [dict(saved['log'][0], loss='high')]),
                         ('recent', None), ('seconds', [])):
         torch.save({**saved, name: value}, run / 'ckpt.pt')
         refused('holds a model, but no run to go on with', '--steps 14 --resume', run)

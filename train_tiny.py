@@ -785,6 +785,8 @@ class Run:
                 if fixed != loaded or not all(a.shape in (p.shape, ()) for p, a in held):
                     raise TypeError('a state of another optimizer')
             self.log = [{name: row[name] for name in (*self.COLUMNS, 'ms')} for row in log]
+            if not all(value == '' or math.isfinite(value) for row in self.log for value in row.values()):
+                raise TypeError('a log of something else')
             self.recent, self.done = recent.to(self.s.device).unbind(), step.__index__()
             self.before, self.state = float(seconds), optimizers
         except Exception:       # of damaged states torch raises many types

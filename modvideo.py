@@ -33,7 +33,7 @@ Usage:
     answer = model.generate(video, text, max_new_tokens=3)          # (2, 1, 3)
     draw_tokens(video[0], aux['routes'][0]).save('tokens.png')      # what layer 0 processed
 
-Left out: distributed training, tokenizers (a word is a token), pretrained weights, dropout.
+Left out: one model spread over several devices, tokenizers (a word is a token), pretrained weights, dropout.
 """
 import contextlib
 import copy

@@ -2699,6 +2699,8 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path):
         refused(words, '--data', folder, '--out', never)
     refused('clips that say what happens', '--recipe stream --data', ROOT / 'data/natural', '--out', never)
     refused('chooses layers of a dense model', '--recipe gamma --out', never, '--init-from', trained)
+    refused('weights, and this row trains none', '--recipe prune --reducer vqtoken --out', never,
+            '--init-from', trained)
     assert not [*tmp_path.glob('never*')]
     refused('was begun with another --keep-ratio', '--keep-ratio 0.5 --steps 14 --resume', trained)
     refused('was begun with another --budget', '--budget 4 --steps 14 --resume', trained)
@@ -2765,7 +2767,7 @@ def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys):
     report = json.loads((folder / 'results.json').read_text())
     rows, curves = report['rows'], report['curves']
     assert {*curves} == {'dense', 'gaps'}
-    assert {*curves['gaps']} == {'uniform', 'prune', 'pool', 'tome', 'holitom'}
+    assert {*curves['gaps']} >= {'uniform', 'prune', 'pool', 'tome', 'holitom'}
     assert all(line[0][0] > line[1][0] > 0 for found in curves.values() for line in found.values())
     cells = table_rows((folder / 'results.md').read_text())
     row, share = rows['holitom-inner'], rows['holitom-inner']['step_ms'] / rows['dense']['step_ms']

@@ -78,15 +78,15 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; of several processes, what
-    this one adds to them. report(row of the log, optimizers, recent) -> more to show in the bar. stop: a list
-    that ends training once something is in it, after a report whose row is None. state and recent: what the
-    optimizers and the list of steps since the last row then held. Numbers are read, which waits, for rows.
+    this one adds to them. report(row of the log, optimizers, recent) -> more to show in the bar; recent: what
+    the steps since that row gave. stop: a list; once something is in it, training ends after a report whose
+    row is None. To go on, give the states of its optimizers and its `recent`. A GPU is waited for at rows.
     """
     optimizers = configure_optimizer(model, lr)
     rates = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
     for optimizer, saved in zip(optimizers, state or ()):
         optimizer.load_state_dict(saved)
-    every, log, recent, tick, began = max(1, steps // 100), [], [*recent], time.time(), first
+    every, log, recent, tick, since = max(1, steps // 100), [], [*recent], time.time(), first
     bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True)
     for step in bar:
         for group, rate in zip((group for o in optimizers for group in o.param_groups), rates):
@@ -105,10 +105,10 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
             mean_loss, accuracy = finite_mean(recent, done, model)
             log.append(dict(step=done, loss=round(mean_loss, 4), accuracy=round(accuracy, 4),
                             lr=optimizers[0].param_groups[0]['lr'],
-                            ms=1000 * (time.time() - tick) / (done - began)))
+                            ms=1000 * (time.time() - tick) / (done - since)))
             more = report(log[-1], optimizers, []) if report else {}
             bar.set_postfix(loss=f'{mean_loss:.3f}', acc=f'{accuracy:.1%}', **more, refresh=False)
-            recent, tick, began = [], time.time(), done
+            recent, tick, since = [], time.time(), done
         elif stop:
             finite_mean(recent, done, model)
             report(None, optimizers, recent)
@@ -843,6 +843,9 @@ def run_recipe(s, began: float = None) -> Path:
     try:
         model = run.begin(task)
         s, cost = run.s, task.cost(model)
+        if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
+            raise ValueError(f'reducer {model.config.reducer!r} has weights, and this row trains none; say '
+                             'untrained = False in its class, or --steps')
         learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
         run.claim()                                            # not before the first pass, which may refuse
         (run.path / 'result.json').unlink(missing_ok=True)     # it goes on: not finished

@@ -17,6 +17,7 @@
 A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.webp and pictures.
 """
 import argparse
+import atexit
 import copy
 import difflib
 import functools
@@ -1526,6 +1527,7 @@ def join_processes(s: Settings):
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     if not distributed.is_initialized():
         distributed.init_process_group('nccl' if s.device == 'cuda' else 'gloo')
+        atexit.register(distributed.destroy_process_group)     # its threads would outlive Python
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, 'w')
 

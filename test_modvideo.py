@@ -2238,7 +2238,7 @@ def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch):
 
 
 TOGETHER = """
-import sys, torch, modvideo, pytest, train_tiny, test_modvideo
+import os, sys, torch, modvideo, pytest, train_tiny, test_modvideo
 test_modvideo.few(pytest.MonkeyPatch())
 test_modvideo.train_together(sys.argv[1])
 vq, books = modvideo.VectorQuantizer(8, 4).train(), [torch.empty(8, 4) for _ in range(2)]
@@ -2246,6 +2246,8 @@ for step in range(3):
     vq(torch.randn(20 + train_tiny.RANK, 4, generator=torch.Generator().manual_seed(train_tiny.RANK)))
 torch.distributed.all_gather(books, vq.codebook)
 assert torch.equal(*books) and vq.cluster_size.sum() > 38
+sys.stdout.flush()
+os._exit(0)                                                    # as the script ends, too
 """
 
 

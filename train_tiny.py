@@ -17,7 +17,6 @@
 A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.webp and pictures.
 """
 import argparse
-import atexit
 import copy
 import difflib
 import functools
@@ -1527,7 +1526,6 @@ def join_processes(s: Settings):
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     if not distributed.is_initialized():
         distributed.init_process_group('nccl' if s.device == 'cuda' else 'gloo')
-        atexit.register(distributed.destroy_process_group)     # its threads would outlive Python
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, 'w')
 
@@ -1656,4 +1654,8 @@ def main(argv=None, began: float = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main(began=BEGAN))
+    status = main(began=BEGAN)
+    if WORLD > 1:       # the threads of a process group now and then abort a process that ends in the usual way
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1655,7 +1655,7 @@ def main(argv=None, began: float = None) -> int:
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = main(began=BEGAN)
-    if WORLD > 1:       # the threads of a process group now and then abort a process that ends in the usual way
+    if WORLD > 1:       # threads of its group now and then abort a process that ends in the usual way
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

@@ -856,7 +856,9 @@ def exact():
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
-        with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
+        with contextlib.ExitStack() as stack:
+            for kind in ('cpu', 'cuda', 'mps'):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         matmul.allow_tf32 = before

@@ -37,6 +37,7 @@ Left out: one model spread over several devices, tokenizers (a word is a token),
 """
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import math
@@ -856,9 +857,8 @@ def exact():
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
-        with contextlib.ExitStack() as stack:
-            for kind in ('cpu', 'cuda', 'mps'):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        off = functools.partial(torch.autocast, enabled=False)
+        with off('cpu'), off('cuda'), off('mps'):
             yield
     finally:
         matmul.allow_tf32 = before

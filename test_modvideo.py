@@ -765,6 +765,14 @@ def test_gaps_take_tokens_away_in_training_alone():
         mv.Gaps(8, least=0.0)
 
 
+def test_a_round_of_tome_is_one_graph():
+    """Catches sizes that are read from the device, and a context that torch.compile cannot enter."""
+    x, size, metric = torch.randn(2, 13, 8), torch.ones(2, 13), torch.randn(2, 13, 4)
+    merge = lambda *given: mv.merge_tokens(*given, 3, 1)[0]
+    graph = torch.compile(merge, fullgraph=True, backend='eager')
+    close(graph(x, size, metric), merge(x, size, metric))
+
+
 def test_baselines_keep_to_the_budget():
     """Catches a grid over the budget, ToMe that drops tokens or sizes, pruning by frame, the first frames."""
     for grid in ((8, 4, 12), (8, 4, 64), (8, 4, 500), (3, 5, 1), (16, 8, 7), (7, 3, 20)):

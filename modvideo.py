@@ -71,7 +71,7 @@ PRESETS = {
     'cpu': dict(frames=8, frame_size=32, encoder_layers=1, encoder_dim=96, encoder_heads=3,
                 n_layer=4, dim=96, n_head=3),                                 # 128 vision tokens
     'wide': dict(frames=16, frame_size=64, encoder_layers=1, encoder_dim=96, encoder_heads=3,
-                 n_layer=4, dim=96, n_head=3),                                # 1,024 vision tokens
+                 n_layer=8, dim=64, n_head=2),                                # 1,024 vision tokens
     'gpu': GPU,                                                               # 1,024 vision tokens
     'deep': dict(GPU, n_layer=16),
     'long': dict(GPU, frames=64, frame_size=128),                             # 16,384 vision tokens
@@ -1026,10 +1026,11 @@ def side_of(P: int) -> int:
     return math.isqrt(P)
 
 
-def pool(x: Tensor, budget: int) -> Reduced:
-    """Means of the cells of a grid, as many as fit, first over time: x (B, T, P, C) -> (B, M, C)."""
+def pool(x: Tensor, budget: int, b: int = None) -> Reduced:
+    """Means of the cells of a grid, b to a side of the frame (None: so many that most cells fit) and of time
+    what the budget leaves: x (B, T, P, C) -> (B, M, C)."""
     T, side = x.size(1), side_of(x.size(2))
-    b = max(range(1, side + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
+    b = b or max(range(1, side + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
     a = min(T, budget // b ** 2)
     return reduced_by(x, from_clusters(grid_cells(T, side, a, b, x.device).expand(len(x), -1), a * b * b))
 
@@ -1044,12 +1045,13 @@ class Gaps(Reducer):
     """Every token; but in training most batches lose some, so that the model learns to read what is left.
 
     Patches (PatchDropout, Liu et al., arXiv 2208.07220), whole frames, or detail: means over a coarse grid of
-    time and space. So do images and clips of every length in the training of large models.
+    time or space. So do images and clips of every length in the training of large models.
     """
 
     def __init__(self, dim: int, *,
                  gaps: Annotated[float, 'share of the training batches that lose tokens'] = 0.9,
-                 least: Annotated[float, 'share of the tokens that stays in training, at least'] = 0.05):
+                 least: Annotated[float, 'share of the tokens that stays in training, at least; half of the '
+                                  'gaps leave less than its square root'] = 0.05):
         super().__init__(dim)
         if not 0 <= gaps <= 1 or not 0 < least <= 1:
             raise ValueError(f'gaps must be from 0 to 1, least above 0 and at most 1, got {gaps} and {least}')
@@ -1065,10 +1067,12 @@ class Gaps(Reducer):
         generator, (_, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
         self.calls += 1
         luck, share, kind = torch.rand(3, generator=generator).tolist()
-        share = self.least + (1 - self.least) * share if luck < self.gaps else 1.0
+        share = self.least ** share if luck < self.gaps else 1.0
         n = math.ceil(share * T * P)
-        if share < 1 and kind < 1 / 3:
-            return pool(x, n)
+        if share < 1 and kind < 1 / 3:                         # from all of time to all of space
+            most = math.isqrt(min(n, P))
+            least = min(most, math.ceil((n / T) ** 0.5))
+            return pool(x, n, least + int(3 * kind * (most + 1 - least)))
         group = P if kind < 2 / 3 else 1                                       # whole frames, or patches
         chance = torch.rand(T * P // group, generator=generator).repeat_interleave(group)
         position = chance.argsort(stable=True)[:max(1, n // group) * group].sort().values.to(x.device)
@@ -2057,7 +2061,7 @@ class GammaRouting(FrameRouting):
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int) -> Route:
         # The paper's softmax over two scores is the sigmoid of one.
         route = self.router(block.norm1(x), 1, self.keep_ratio, x.size(1) - N)
-        return route._replace(gate=route.logits.gather(1, route.index).sigmoid())
+        return Route(route.index, route.logits.gather(1, route.index).sigmoid(), route.logits, route.mask)
 
     def loss(self, routes: list):
         return self.weight * sum(routing_loss(route) for route in routes)

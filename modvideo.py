@@ -1070,9 +1070,9 @@ class Gaps(Reducer):
         share = self.least ** share if luck < self.gaps else 1.0
         n = math.ceil(share * T * P)
         if share < 1 and kind < 1 / 3:                         # from all of time to all of space
-            most = math.isqrt(min(n, P))
-            least = min(most, math.ceil((n / T) ** 0.5))
-            return pool(x, n, least + int(3 * kind * (most + 1 - least)))
+            finest = math.isqrt(min(n, P))                     # cells to a side of the frame
+            coarsest = min(finest, math.ceil((n / T) ** 0.5))
+            return pool(x, n, coarsest + int(3 * kind * (finest + 1 - coarsest)))
         group = P if kind < 2 / 3 else 1                                       # whole frames, or patches
         chance = torch.rand(T * P // group, generator=generator).repeat_interleave(group)
         position = chance.argsort(stable=True)[:max(1, n // group) * group].sort().values.to(x.device)

@@ -2666,7 +2666,8 @@ BAD_FLAGS = {
     '--bench --rows x': "'x' is none of dense", '--recipe best': "invalid choice: 'best'",
     '--grid 4': '--grid wants COLUMNSxROWS', '--question x how': 'number of a frame',
     '--theta 2': '--theta must be between', '--lr nan': '--lr must be finite', '--seed 9999999999': '2**31',
-    '--frames 1': 'at least 4 frames', '--device cuda': 'has none', '--lr -1': 'at least 0',
+    '--frames 1': 'at least 4 frames', '--device cuda': 'has none', '--lr 0': '--lr above 0',
+    '--lr -1': '--lr must be finite, at least 0',
     # the model, in the words of its own options
     '--recipe dense --keep-ratio 0.5': '--keep-ratio would do nothing', '--keep-ratio nan': 'must be finite',
     '--stage drop --stage-layer 3': 'stage_layer must be from 1 to 2', '--window 2': 'frames for streaming',
@@ -2778,6 +2779,7 @@ def test_comparison_trains_what_is_missing_and_says_how(tmp_path, capsys):
     rows, curves = report['rows'], report['curves']
     assert {*curves} == {'dense', 'gaps'}
     assert {*curves['gaps']} >= {'uniform', 'prune', 'pool', 'tome', 'holitom'}
+    assert all(mv.REDUCERS[name].untrained for name in curves['gaps'])
     assert all(line[0][0] > line[1][0] > 0 for found in curves.values() for line in found.values())
     cells = table_rows((folder / 'results.md').read_text())
     row, share = rows['holitom-inner'], rows['holitom-inner']['step_ms'] / rows['dense']['step_ms']

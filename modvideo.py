@@ -32,8 +32,6 @@ Usage:
     logits, loss, aux = model(video, text)                          # (2, 1, 2, 4), None, dict
     answer = model.generate(video, text, max_new_tokens=3)          # (2, 1, 3)
     draw_tokens(video[0], aux['routes'][0]).save('tokens.png')      # what layer 0 processed
-
-Left out: one model spread over several devices, tokenizers (a word is a token), pretrained weights, dropout.
 """
 import contextlib
 import copy
@@ -169,13 +167,12 @@ NEVER = 2 ** 40     # position of padding: later than any query, so no query see
 
 
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of x (B, S, H, D) by position (S,) or (B, S) * base**(-2i/D)."""
+    """Turn channel pairs (2i, 2i + 1) of x (B, S, H, D) by position (S,) or (B, S) * base**(-2i/D)."""
     half = x.size(-1) // 2
-    frequency = base ** (-torch.arange(half, device=x.device) / half)          # (D/2,)
-    angle = position[..., None, None] * frequency                    # (S, 1, D/2) or (B, S, 1, D/2)
-    cos, sin = angle.cos(), angle.sin()
-    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)           # (..., 1, D)
-    return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)           # (B, S, H, D)
+    angle = position[..., None, None] * base ** (-torch.arange(half, device=x.device) / half)
+    turn = torch.polar(torch.ones_like(angle), angle)                # (S, 1, D/2) or (B, S, 1, D/2) complex
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (half, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)     # (B, S, H, D)
 
 
 def visible(query: Tensor, key: Tensor = None) -> Tensor:
@@ -288,7 +285,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C) -> f(x) (B, S, C)."""
         a = self.attention(self.norm1(x), position, mask, cache)
-        return a + self.mlp(self.norm2(x + a))
+        return self.mlp(self.norm2(x + a)).add_(a)             # in place: small blocks wait for memory
 
 
 class Reduced(NamedTuple):
@@ -343,7 +340,7 @@ class VisionEncoder(nn.Module):
         self.embed = PatchEmbed(dim, patch_size, channels)
         self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
-        self.norm = nn.RMSNorm(dim)
+        self.final_norm = nn.RMSNorm(dim)
 
     def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
         """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C).
@@ -355,7 +352,7 @@ class VisionEncoder(nn.Module):
             before, x = x, x + block(x)
         if want_saliency:
             info['saliency'] = block.attention.weights(block.norm1(before).detach()).mean((1, 2))
-        return Reduced(self.norm(x), info=info)
+        return Reduced(self.final_norm(x), info=info)
 
 
 ENCODERS['plain'] = VisionEncoder
@@ -375,8 +372,14 @@ class Route(NamedTuple):
     """Which tokens a routed layer processes."""
     index: Tensor           # (B, K) int64, ascending: the selected tokens, and those that always go through
     gate: Tensor            # (B, K) float32: factor of each one's update
-    logits: Tensor          # (B, S) float32: the score of every token
+    logits: Tensor          # (B, S) float32: the score of every token; a gradient flows where a loss reads it
     mask: Tensor = None     # (B, K) bool: False at padding, where a sample selects fewer; None = all are real
+
+
+def tokens_at(x: Tensor, index: Tensor):
+    """The tokens index (B, K) of x (B, S, C): (B, K, C), and which rows of x.flatten(0, 1) they are."""
+    row = (index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]).flatten()   # (B*K,)
+    return x.flatten(0, 1).index_select(0, row).view(*index.shape, x.size(2)), row     # gather would keep x
 
 
 class MoDBlock(nn.Module):
@@ -393,11 +396,10 @@ class MoDBlock(nn.Module):
         """
         if route is None:
             return x + self.block(x, position, mask, cache)
-        row = route.index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]     # (B, K)
-        chosen = x.flatten(0, 1).index_select(0, row.flatten()).view(*row.shape, x.size(2))    # (B, K, C)
+        chosen, row = tokens_at(x, route.index)                                            # (B, K, C), (B*K,)
         place = position.expand(x.shape[:2]).gather(1, route.index)                        # (B, K)
         update = self.update(chosen, route, place, mask_of(mask, route.index, x.size(1)), cache)
-        return x.flatten(0, 1).index_add(0, row.flatten(), update.to(x.dtype).flatten(0, 1)).view_as(x)
+        return x.flatten(0, 1).index_add(0, row, update.to(x.dtype).flatten(0, 1)).view_as(x)
 
     def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache) -> Tensor:
         """The gated update of the routed tokens x (B, K, C)."""
@@ -443,7 +445,11 @@ class Router(nn.Module):
         N = x.size(1) - words
         if isinstance(group, Tensor) or N % group:
             raise ValueError(f'{N} tokens do not divide into {group} groups of equal size; see RaggedRouter')
-        return best_route(self.score(x), N, group, capacity(ratio, N // group), forced, GATES[self.gate])
+        with torch.no_grad():
+            route = best_route(self.score(x), N, group, capacity(ratio, N // group), forced)
+        chosen, _ = tokens_at(x, route.index[:, :route.index.size(1) - words]) # (B, group * k, C)
+        gate = GATES[self.gate](self.score(chosen))            # these alone teach it: the others are not kept
+        return route._replace(gate=F.pad(gate, (0, words), value=1.0))
 
 
 def capacity(ratio: float, n: int) -> int:
@@ -451,15 +457,15 @@ def capacity(ratio: float, n: int) -> int:
     return max(1, math.ceil(ratio * n - 1e-9))
 
 
-def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor, gate) -> Route:
-    """The k best of each of `group` equal runs of the first N tokens, and all words, by score (B, S)."""
+def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor = None) -> Route:
+    """The k best by score (B, S) of each of `group` equal runs of the first N tokens, all words; gate 1."""
     vision, first = score.detach()[:, :N], torch.arange(group, device=score.device) * (N // group)
     vision = vision if forced is None else vision.masked_fill(forced, math.inf)
     rank = vision.unflatten(1, (group, -1)).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
     index = (rank[..., :k].sort(-1).values + first[:, None]).flatten(1)        # (B, group * k) ascending
-    factor = F.pad(gate(score.gather(1, index)), (0, score.size(1) - N), value=1.0)
     words = torch.arange(N, score.size(1), device=score.device).expand(len(score), -1)     # (B, words)
-    return Route(torch.cat([index, words], 1), factor, score)
+    index = torch.cat([index, words], 1)
+    return Route(index, torch.ones_like(index, dtype=score.dtype), score)
 
 
 def mod_layers(placement: str, depth: int) -> list:
@@ -521,6 +527,8 @@ class Reducer(nn.Module):
     untrained = True           # False: a trained dense model must first learn to read what it returns
     in_place = True            # False: its tokens stand for no patches, so no picture shows who routes them
     leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
+    picture = None             # or a method (reduced) -> the Reduction of all patches to draw, not reduced's
+    facts = None               # or a method (reduced) -> what to report besides accuracy: name -> number
 
     def __init__(self, dim: int):
         super().__init__()
@@ -528,14 +536,6 @@ class Reducer(nn.Module):
     def forward(self, x: Tensor, saliency: Tensor = None, words: Tensor = None, known=None) -> Reduced:
         """x (B, T, P, C), saliency (B, T, P), words (B, L, C) of which known (B, L) bool are no padding."""
         return Reduced(x.flatten(1, 2), torch.arange(x.size(1) * x.size(2), device=x.device))
-
-    def picture(self, reduced: Reduced):
-        """What to draw: a Reduction of all patches; None: those at the positions stayed."""
-        return reduced.reduction
-
-    def facts(self, reduced: Reduced) -> dict:
-        """What to report besides accuracy and cost: name -> number."""
-        return {}
 
 
 REDUCERS['none'] = Reducer
@@ -565,7 +565,7 @@ class ModVideo(nn.Module):
             self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
         self.blocks = nn.ModuleList(routing.layer(Block(c.dim, c.n_head)) for _ in range(c.n_layer))
         self.routing = c.build('routing', c.dim, self.mod_layers, c.keep_ratio, c.patches, c.streaming)
-        self.norm = nn.RMSNorm(c.dim)
+        self.final_norm = nn.RMSNorm(c.dim)
         self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
         small_updates(self, c.n_layer)
         self.by_question = self.reducer.by_question or self.stage is not None  # each has vision of its own
@@ -693,7 +693,7 @@ class ModVideo(nn.Module):
 
     def next_word(self, x: Tensor) -> Tensor:
         """States (..., C) -> logits of the word that follows each, (..., V) float32."""
-        return self.head(self.norm(x)).float()
+        return self.head(self.final_norm(x)).float()
 
     def read_words(self, words: Tensor, position: Tensor, caches: list, vision: Reduced = None):
         """Read words (B, L) int64, padded with 0 at the end, from `position` (B, 1) on, into the caches.
@@ -881,6 +881,11 @@ def hashed(x: Tensor) -> Tensor:
     return x
 
 
+def chances(index: Tensor) -> Tensor:
+    """Whole numbers, not negative -> float32, as if drawn evenly from (0, 1): the same on every device."""
+    return ((hashed(index) >> 9) + 0.5) / 2 ** 23
+
+
 def best_of(score: Tensor, count, among: Tensor) -> Tensor:
     """The `count` highest scores of those that are `among`, both bool. Ties: the earlier one."""
     score = score.float().masked_fill(~among, -math.inf)
@@ -1009,7 +1014,7 @@ class Prune(Budgeted):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         order = saliency.flatten(1).argsort(dim=1, descending=True, stable=True)       # (B, N)
         position = order[:, :self.most(x)].sort(dim=1).values                  # (B, M)
-        return Reduced(x.flatten(1, 2).take_along_dim(position[..., None], 1), position)
+        return Reduced(tokens_at(x.flatten(1, 2), position)[0], position)
 
 
 class Pool(Budgeted):
@@ -1082,8 +1087,12 @@ class Gaps(Reducer):
 class RaggedRouter(Router):
     """A Router for vision tokens that stand anywhere, in frames of unequal numbers."""
 
-    def forward(self, x: Tensor, group, ratio: float, words: int = 0, forced: Tensor = None) -> Route:
-        """x (B, S, C), group (S,) or (B, S): frame of each token, -1 = a word, -2 = padding; or an int."""
+    def forward(self, x: Tensor, group, ratio: float, words: int = 0, forced: Tensor = None,
+                most: int = None) -> Route:
+        """x (B, S, C), group (S,) or (B, S): frame of each token, -1 = a word, -2 = padding; or an int.
+
+        most: K, if it is known; else the host waits for the device, as K is data.
+        """
         if not isinstance(group, Tensor):
             return super().forward(x, group, ratio, words, forced)
         logits, frame = self.score(x), group.expand(x.shape[:2])               # (B, S) each
@@ -1094,7 +1103,7 @@ class RaggedRouter(Router):
         count = torch.searchsorted(home, home, right=True) - first             # (B, S) tokens of its frame
         place = torch.arange(x.size(1), device=x.device) - first            # (B, S) 0 = the best of its frame
         best = place < (ratio * precise(count) - 1e-9).ceil().clamp(min=1)
-        kept = pack(best.gather(1, order.argsort(1)) & (frame > -2) | (frame == -1))   # M = K is data
+        kept = pack(best.gather(1, order.argsort(1)) & (frame > -2) | (frame == -1), most)
         text = look_up(frame, kept.position, -2) == -1                         # (B, K)
         gate = GATES[self.gate](look_up(logits, kept.position, 0)).masked_fill(text, 1.0) * kept.mask
         index = kept.position.clamp(max=x.size(1) - 1)                         # (B, K)
@@ -1118,12 +1127,18 @@ class RaggedBlock(MoDBlock):
 class RaggedRouting(FrameRouting):
     """FrameRouting that also takes clips whose frames have unequal numbers of tokens left."""
     layer, kind, ragged = RaggedBlock, RaggedRouter, True
+    seen = None, None       # positions and K of the layer before: layers that share the one share the other
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0 or self.streaming or position.dim() == 1:                    # whole frames
             return super().forward(i, block, x, position, N)
         frame = torch.where(position < NEVER, position // self.patches, -2)[:, :N]     # (B, N)
-        return self.routers[str(i)](x, F.pad(frame, (0, x.size(1) - N), value=-1), self.keep_ratio)
+        frame, most = F.pad(frame, (0, x.size(1) - N), value=-1), None         # (B, S)
+        if position is self.seen[0]:
+            most = self.seen[1]
+        route = self.routers[str(i)](x, frame, self.keep_ratio, most=most)
+        self.seen = position, route.index.size(1)
+        return route
 
 
 REDUCERS.update(gaps=Gaps, uniform=Uniform, prune=Prune, pool=Pool)
@@ -1265,14 +1280,9 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     (B, T, P, _), u = x.shape, unit(x)
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
     segment, gain = temporal_segments(similarity, tau, max_len)                # (B, T), (B,)
-    total = x.sum(dtype=torch.float) + saliency.sum(dtype=torch.float)         # finite if all are
-    S, fine = torch.stack([segment.max() + 1, total.isfinite().long()]).tolist()       # waits for the device
-    if not (retain_ratio >= 0 and -1 <= tau <= 1 and fine):
-        raise ValueError('wanted retain_ratio of at least 0, tau from -1 to 1, and no token or saliency NaN '
-                         f'or infinite; got retain_ratio {retain_ratio} and tau {tau}')
     ratio = (retain_ratio * T * P / precise(T * P - gain)).clamp(max=1)[:, None]       # (B, 1)
-    # 1. Which patches stand still all through their segment.
-    frames = F.one_hot(segment, S).float()                                     # (B, T, S)
+    # 1. Which patches stand still all through their segment. There are S = T segments at most, some empty.
+    frames = F.one_hot(segment, T).float()                                     # (B, T, S)
     moved = (segment[:, 1:] == segment[:, :-1])[..., None] & (similarity <= tau)       # (B, T - 1, P)
     static = (frames[:, 1:].mT @ moved.float() == 0) & (frames.sum(1) > 1)[..., None]  # (B, S, P)
     # 2. Of the others keep the most looked-at of each frame.
@@ -1282,8 +1292,12 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     kept = best_of(saliency, quota[..., None], ~still)                         # (B, T, P)
     # 3. Merge what stands still over time, and around density peaks in space.
     peaks = (static.sum(-1) * ratio).round().long()                            # (B, S)
-    counts = (peaks > 0).sum(), peaks.max(), (kept.sum((1, 2)) + peaks.sum(1)).max()
-    rows, K, M = torch.stack(counts).tolist()                                  # waits for the device
+    total = x.sum(dtype=torch.float) + saliency.sum(dtype=torch.float)         # finite if all are
+    counts = (peaks > 0).sum(), peaks.max(), (kept.sum((1, 2)) + peaks.sum(1)).max(), total.isfinite().long()
+    rows, K, M, fine = torch.stack(counts).tolist()                            # waits for the device
+    if not (retain_ratio >= 0 and -1 <= tau <= 1 and fine):
+        raise ValueError('wanted retain_ratio of at least 0, tau from -1 to 1, and no token or saliency NaN '
+                         f'or infinite; got retain_ratio {retain_ratio} and tau {tau}')
     slot, share = merge_static(x, frames, static, peaks, rows, K, beta, k)     # (B, S, P) each
     # 4. One slot for each token: its group's, its own, or none.
     index = torch.arange(T * P, device=x.device).view(T, P).where(kept, -1)
@@ -1369,19 +1383,20 @@ class Stage(nn.Module):
 
 @exact()
 def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 0.5,
-                  mask: Tensor = None, rows: int = 1024) -> Reduction:
+                  mask: Tensor = None, rows: int = 1024, sizes: tuple = None) -> Reduction:
     """HoliTom inside the decoder: of the vision tokens the best by score stay and take in the others.
 
     h (B, S, C), score (B, S), vision (B, S) bool; other tokens stay, but for padding, where mask (B, S) is
     False. What goes joins the one that stays and resembles it most (cosine), `rows` at once, in a plain mean.
+    sizes, if they are known: the most tokens of a sample that stay, that go, that are vision and stay.
     """
     S = h.size(1)
     keep = (precise(vision.sum(1, keepdim=True)) * (1 - drop_ratio)).round()   # (B, 1) half to even
     kept = best_of(score, keep, vision)                                        # (B, S)
     goes = vision & ~kept
     stays = ~goes if mask is None else ~goes & mask
-    most = torch.stack([a.sum(1).max() for a in (stays, goes, kept)]).tolist()         # waits for the device
-    slots, goer, host = map(pack, (stays, goes, kept), most)
+    parts = stays, goes, kept
+    slots, goer, host = map(pack, parts, sizes or [None] * 3)                  # None waits for the device
     goer, host = goer.position, F.pad(host.position, (0, 1), value=S)          # (B, G), (B, K) S = nobody
     u = unit(h)
     hosts, nobody = look_up(u, host, 0).mT, (host == S)[:, None]               # (B, C, K), (B, 1, K)
@@ -1396,7 +1411,8 @@ class HoliTomStage(Stage):
     """HoliTom's second stage: what is looked at least merges into what it resembles."""
 
     def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
-        return holitom_inner(x, score, real, self.ratio, real)
+        N, keep = x.size(1), round(x.size(1) * (1 - self.ratio))               # of a sample without padding
+        return holitom_inner(x, score, real, self.ratio, real, sizes=(keep, N - keep, keep))
 
 
 class DropStage(Stage):
@@ -1404,7 +1420,7 @@ class DropStage(Stage):
 
     def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
         keep = (precise(real.sum(1, keepdim=True)) * (1 - self.ratio)).round()         # (B, 1)
-        return pack(best_of(score, keep, real))
+        return pack(best_of(score, keep, real), round(x.size(1) * (1 - self.ratio)))
 
 
 REDUCERS['holitom'] = HoliTom
@@ -1437,7 +1453,7 @@ def spread_centers(x: Tensor, K: int, trials: int = 8) -> Tensor:
     far; of `trials` such tokens the one stays that leaves the smallest sum of them. Chances are the same for
     each sample of a batch, and the first k centres are what K = k would give.
     """
-    luck = torch.rand(K, trials, generator=torch.Generator().manual_seed(0)).to(precise(x[:0]))    # in [0, 1)
+    luck = precise(chances(torch.arange(K * trials, device=x.device).view(K, trials)))
     square, rows = x.square().sum(-1), torch.arange(len(x), device=x.device)   # (B, N), (B,)
     far, chosen = torch.ones_like(square), []              # (B, N) squared distance; at first any token
     for k in range(K):
@@ -1749,8 +1765,8 @@ class FrameSelector(Budgeted):
         logits = self.sharpness[0] * (self.alike(wish[:, :K], frames) + self.near(own, K, T))  # (B, K, T)
         if self.training:
             index = torch.arange(logits.numel(), device=device).view_as(logits)
-            chance = ((hashed(index + self.calls * index.numel()) >> 9) + 0.5) / 2 ** 23  # in (0, 1)
-            logits, self.calls = logits - (-chance.log()).log().to(logits.dtype), self.calls + 1
+            noise = -(-chances(index + self.calls * index.numel()).log()).log()
+            logits, self.calls = logits + noise.to(logits.dtype), self.calls + 1
         selector = (logits / self.temperature).softmax(-1)                     # (B, K, T)
         if self.hard:                                                # straight-through: one frame each
             one = F.one_hot(selector.argmax(-1), T).to(selector.dtype)
@@ -1937,7 +1953,7 @@ class TempMeEncoder(VisionEncoder):
                 slot, c = follow(merged), c * M
             x, size, merged = image_block(block, x, size, step.inner, c)
             slot = follow(merged)
-        return self.norm(x), slot, T // c
+        return self.final_norm(x), slot, T // c
 
 
 class LoRA(nn.Module):
@@ -1999,7 +2015,7 @@ class Retriever(nn.Module):
                                      c.encoder == 'tempme', **{name: c.options[name] for name in merging})
         self.embed = nn.Embedding(len(c.vocab), C)
         self.blocks = nn.ModuleList(Block(C, c.encoder_heads) for _ in range(c.n_layer))
-        self.norm = nn.RMSNorm(C)
+        self.final_norm = nn.RMSNorm(C)
         self.see, self.read = (nn.Linear(C, C, bias=False) for _ in range(2))
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))            # of the similarities
         small_updates(self, c.n_layer)
@@ -2016,7 +2032,7 @@ class Retriever(nn.Module):
         for block in self.blocks:
             x = x + block(x, position)
         last = ((text != PAD).sum(1) - 1).clamp(min=0)                         # (B,)
-        return unit(self.read(self.norm(x[torch.arange(len(x), device=x.device), last])))
+        return unit(self.read(self.final_norm(x[torch.arange(len(x), device=x.device), last])))
 
     def forward(self, video: Tensor, text: Tensor):
         """Similarity (B, B), rows are sentences, and InfoNCE loss (van den Oord et al., arXiv 1807.03748)."""
@@ -2060,8 +2076,9 @@ class GammaRouting(FrameRouting):
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int) -> Route:
         # The paper's softmax over two scores is the sigmoid of one.
-        route = self.router(block.norm1(x), 1, self.keep_ratio, x.size(1) - N)
-        return Route(route.index, route.logits.gather(1, route.index).sigmoid(), route.logits, route.mask)
+        score = self.router.score(block.norm1(x))                              # (B, S)
+        route = best_route(score, N, 1, capacity(self.keep_ratio, N))
+        return route._replace(gate=score.gather(1, route.index).sigmoid())
 
     def loss(self, routes: list):
         return self.weight * sum(routing_loss(route) for route in routes)
@@ -2091,7 +2108,7 @@ class UniformRouting(FrameRouting):
         place = torch.arange(N, device=x.device) % self.patches                # (N,) in its frame
         score = self.score(i, position, place).float().expand(len(x), N)       # (B, N)
         score = F.pad(score, (0, x.size(1) - N))                               # (B, S)
-        return best_route(score, N, N // self.patches, self.k, self.deciding(place), torch.ones_like)
+        return best_route(score, N, N // self.patches, self.k, self.deciding(place))
 
     def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
         """Which tokens layer i prefers: position (B, N), place (N,) in its frame -> (N,) or (B, N)."""
@@ -2254,13 +2271,19 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: Tensor, iterations: int = 5) -> Tensor:
-    """Singular values near one, x (n, rows, columns), Newton-Schulz: x <- a x + (b A + c A²) x, A = x xᵀ."""
+    """Singular values near one, of x (n, rows, columns), by Newton and Schulz: x <- S x, again and again.
+
+    S = a + b A + c A², A = x xᵀ. A becomes S A S, as all of these commute: the products are small ones.
+    """
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    one = torch.eye(x.size(-2), device=x.device, dtype=x.dtype)
+    A, all_steps = x @ x.mT, one                                     # (n, rows, rows)
     for _ in range(iterations):
-        A = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x         # coefficients of the cited work
+        S = 3.4445 * one - 4.7750 * A + 2.0315 * A @ A               # coefficients of the cited work
+        A, all_steps = S @ A @ S, S @ all_steps
+    x = all_steps @ x
     return x.mT if tall else x
 
 

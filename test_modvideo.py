@@ -228,7 +228,8 @@ def test_the_contract_of_every_way(way, tmp_path):
     assert dtypes == {torch.float32}, 'the residual stream'
     flops, _ = mv.count_flops(model, lambda: model(video, text))
     assert min(flops.values()) >= 0 and flops['blocks'] > 0 and flops['encoder'] > 0
-    picture, facts = model.reducer.picture(reduced), model.reducer.facts(reduced)
+    picture = model.reducer.picture(reduced) if model.reducer.picture else reduced.reduction
+    facts = model.reducer.facts(reduced) if model.reducer.facts else {}
     assert picture is None or mv.draw_tokens(video[0], picture, grid=(4, 4)).width > 64
     assert all(math.isfinite(number) for number in facts.values())
     with pytest.raises(ValueError, match='not finite'):
@@ -258,7 +259,9 @@ def test_some_patches_of_each_frame_are_routed_frame_by_frame(monkeypatch):
     assert torch.equal(model.generate(video, text, 1)[..., 0], model(video, text)[0][:, :, -1].argmax(-1))
 
 
-@pytest.mark.parametrize('way', [dict(), dict(streaming=True), WAYS['gamma']], ids=str)
+@pytest.mark.parametrize('way', [
+    dict(), dict(streaming=True), WAYS['gamma'], dict(encoder='tempme', placement='none'),
+    dict(reducer='vqtoken', codes=5, placement='none', stage='drop', stage_layer=2)], ids=str)
 def test_a_training_step_is_one_graph(way):
     """Catches what splits a compiled model: a number that is data, an object it cannot trace; recompiling."""
     torch.compiler.reset()
@@ -428,7 +431,7 @@ def test_the_readmes_layer_of_a_library():
 
 def test_gradient_reaches_every_router_and_is_right():
     """Catches a router that only selects (gradient None), one after the last layer (near zero)."""
-    model, (video, text) = make('all').double(), sample()
+    model, (video, text) = make('all').double(), sample(seed=2)
     assert model.mod_layers == [0, 1, 2] == [int(i) for i in model.routing.routers]        # not the last
     loss = lambda: model(video.double(), text, text.roll(-1, -1))[1]
     loss().backward()
@@ -448,7 +451,9 @@ def llama(w, prefix='', compact=False):
     block, of = mv.Block(16, 2), lambda name: w[f'{prefix}{name}.weight']
     block.norm1.eps = block.norm2.eps = 1e-6
     block.norm1.weight.data, block.norm2.weight.data = of('input_layernorm'), of('post_attention_layernorm')
-    block.attention.qkv.weight.data = torch.cat([of(f'self_attn.{name}_proj') for name in 'qkv'])
+    q, k, v = (of(f'self_attn.{name}_proj') for name in 'qkv')
+    q, k = (a.view(2, 2, 4, 16).transpose(1, 2).flatten(0, 2) for a in (q, k))     # pairs are i, i + D/2
+    block.attention.qkv.weight.data = torch.cat([q, k, v])
     block.attention.out.weight.data = of('self_attn.o_proj')
     gate, up, down = (of(f'mlp.{name}_proj') for name in ('gate', 'up', 'down'))
     del block.mlp
@@ -1322,7 +1327,7 @@ def test_every_patch_is_traced_to_its_token(T, layers):
     for place, (M, _) in zip(encoder.clip_place, [join for step in encoder.steps for join in step.joins]):
         nn.init.normal_(place)
         places, clip = places + place[clip], clip // M
-    close(encoder.summaries(video), encoder.norm(encoder.cls + places).expand(2, T, 32), 2e-5)
+    close(encoder.summaries(video), encoder.final_norm(encoder.cls + places).expand(2, T, 32), 2e-5)
     for place in encoder.clip_place:
         nn.init.zeros_(place)
     tokens, position, where, *_ = encoder(video)
@@ -1330,7 +1335,7 @@ def test_every_patch_is_traced_to_its_token(T, layers):
     assert tokens.shape == (2, math.prod(encoder.counts(T)[-1][::2]), 32)
     assert (where.assign >= 0).all() and where.mask.all()
     patches = (encoder.embed(video) + encoder.place).reshape(2, T * 16, 32)
-    close(encoder.norm(mv.reduce_tokens(patches, where)), tokens * (sizes > 0)[..., None], 2e-5)
+    close(encoder.final_norm(mv.reduce_tokens(patches, where)), tokens * (sizes > 0)[..., None], 2e-5)
     assert torch.equal(encoder(video[1:]).reduction.assign, where.assign[1:])
     assert position[sizes == 0].tolist() == [*range(0, T * 16, 16)] * 2     # summaries: where frames begin
     first = (where.assign[:, None] == torch.arange(tokens.size(1))[:, None]).long().argmax(-1)
@@ -1410,7 +1415,9 @@ def test_flops_by_hand(changes):
     assert flops['blocks'] == sum(rows * (24 * S * C * C + 4 * S * S * C - 4 * (S - words) * alone * C)
                                   for S in aux['tokens'])
     learns = len([*model.routing.parameters()])
-    scores = sum(2 * rows * route.logits.size(1) * C for route in aux['routes'].values())
+    frames = isinstance(model.routing, mv.RaggedRouting) and (aux['position'].dim() == 1 or c.streaming)
+    again = lambda route: frames * (route.index.size(1) - words)               # of the chosen: the gate
+    scores = sum(2 * rows * C * (route.logits.size(1) + again(route)) for route in aux['routes'].values())
     assert flops['routing'] == (scores if learns else 0)
     with sdpa_kernel(SDPBackend.MATH):                         # attention as products of matrices
         assert mv.count_flops(model, lambda: model(video, text))[0] == flops
@@ -1611,7 +1618,7 @@ def try_parts(**parts):
             reducer = v['REDUCERS'][name](32, **OPTIONS[name])
             made = reducer(x, torch.rand(2, 4, 16), flat, torch.ones(2, 10).bool())
             assert made.tokens.shape[2] == 32
-            assert reducer.picture(made) is not None or made.position is not None
+            assert reducer.picture is None or reducer.picture(made) is not None
         for name in parts.get('stages', ()):
             stage = v['STAGES'][name](4, stage_layer=1)
             assert stage.run(block, flat, flat, place.expand(2, -1), 8, torch.tensor([9, 9]))[2] == 4
@@ -2075,8 +2082,8 @@ def test_donkeycar_import(tmp_path, capsys):
 
 TINY = '--preset tiny --batch 4 --device cpu'.split()
 COCKATOO, ROCKET = (ROOT / f'data/natural/{name}.webp' for name in ('cockatoo', 'rocket_cut'))
-FEW = dict(EVAL_CLIPS=8, CURVE_CLIPS=4, SHARES=(0.5, 0.25), ROUNDS=1, WORDS=4, FIND_CLIPS=32, RUNS={
-    'tiny': dict(questions=(4, 5), streams=(4, 5), retrieval=(8, 4), asked=4)})
+FEW = dict(EVAL_CLIPS=8, CURVE_CLIPS=4, COST_CLIPS=2, SHARES=(0.5, 0.25), ROUNDS=1, WORDS=4, FIND_CLIPS=32,
+           RUNS={'tiny': dict(questions=(4, 5), streams=(4, 5), retrieval=(8, 4), asked=4)})
 
 
 def few(patch):
@@ -3008,8 +3015,8 @@ def gpu(monkeypatch):
 
 
 HOST_WAITS = {      # how often the host waits in a training step, at most; never in that of any other recipe
-    'gaps': 1, 'holitom': 2, 'holitom-inner': 3, 'holitom-trained': 2, 'mod+holitom': 4, 'vqtoken': 1,
-    'vqtoken-adaptive': 2, 'mod+vqtoken': 3, 'mod+tempme': 2, 'vq': 1, 'pool': 1}
+    'gaps': 1, 'holitom': 1, 'holitom-inner': 1, 'holitom-trained': 1, 'mod+holitom': 2,
+    'vqtoken-adaptive': 1, 'mod+vqtoken': 1, 'mod+tempme': 1, 'vq': 1, 'pool': 1}
 
 
 @pytest.mark.parametrize('recipe', train_tiny.RECIPES)

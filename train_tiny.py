@@ -68,6 +68,7 @@ SHARES = 0.5, 0.25, 0.15, 0.1, 0.05      # of the vision tokens, for which metho
 CURVE_CLIPS = 128     # held-out clips of each such point
 ROUNDS = 7            # of a measurement, after two to warm up
 WORDS = 32            # of an answer whose speed is measured
+COST_CLIPS = 8        # clips over which tokens and FLOPs are averaged where their number is data
 RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1)))   # of torchrun
 
 # ---- 1. The training loop ----------------------------------------------------------------------------------
@@ -235,42 +236,40 @@ class Questions:
         return loss * (words / all_words), right * len(own.text) / len(batch.text)
 
     @torch.no_grad()
-    def evaluate(self, model, split: str, clips: int) -> dict:
+    def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
         """Shares of right answers on held-out clips: overall, by type, balanced over a type's answers, by a
-        type's most frequent answer (chance), and, of test clips, with another clip's video (blind)."""
-        right, blind, rows, facts = [], [], [], {}
+        type's most frequent answer (chance), and, if asked, with another clip's video (blind)."""
+        right, guessed, rows, facts = [], [], [], {}
         for batch in self.held_out(split, clips):
-            shown = [(batch.video, right)]
-            if split == 'test':
-                shown.append((batch.video.roll(max(1, len(batch.video) // 2), 0), blind))
-            for video, found in shown:
+            other = batch.video.roll(max(1, len(batch.video) // 2), 0)
+            for video, found in [(batch.video, right), (other, guessed)][:1 + blind]:
                 # As many clips at a time as training fits.
                 for part in zip(*(a.split(self.s.batch) for a in (video, *batch[1:4]))):
                     with self.s.autocast():
                         logits, _, aux = self.forward(model, Batch(*part))
                     found += is_right(logits, part[2]).flatten().float().tolist()
-                    facts = model.reducer.facts(aux['reduced'])
+                    facts = model.reducer.facts(aux['reduced']) if model.reducer.facts else {}
             if len(batch.video) == 1:                                          # no other clip to show
-                blind[len(rows):] = [math.nan] * batch.kind.numel()
+                guessed[len(rows):] = [math.nan] * batch.kind.numel()
             rows += [(kind, *answer[answer != IGNORE].tolist()) for kind, answer in
                      zip(batch.kind.flatten().tolist(), batch.targets.flatten(0, 1).cpu())]
         kinds, by_answer, counts = [kind for kind, *_ in rows], means(right, rows), Counter(rows)
         most = {kind: max(n for row, n in counts.items() if row[0] == kind) for kind in sorted({*kinds})}
-        types = dict(accuracy=means(right, kinds), blind=means(blind, kinds),
+        types = dict(accuracy=means(right, kinds), blind=means(guessed, kinds),
                      balanced_accuracy=means([*by_answer.values()], [kind for kind, *_ in by_answer]),
                      chance={kind: n / kinds.count(kind) for kind, n in most.items()})
-        return dict(accuracy=nanmean(right), blind_accuracy=nanmean(blind), questions=len(rows),
+        return dict(accuracy=nanmean(right), blind_accuracy=nanmean(guessed), questions=len(rows),
                     chance=sum(most.values()) / len(rows), **facts,
                     **{f'{key}_by_type': {self.data.kinds[kind]: share for kind, share in found.items()}
                        for key, found in types.items()})
 
     @torch.no_grad()
-    def cost(self, model, clips: int = 8) -> dict:
+    def cost(self, model) -> dict:
         """Vision tokens of each layer and GFLOPs of a clip, mean over some. paper_share: of dense, as papers
         that merge count it, the blocks on vision tokens alone."""
         c, found = model.config, []
         paper = lambda tokens: sum(24 * n * c.dim ** 2 + 4 * n * n * c.dim for n in tokens)
-        for step in range(clips if c.merges else 1):
+        for step in range(COST_CLIPS if c.merges else 1):
             batch = self.draw('test', step, 1)
             if not len(batch.text):                            # a small folder
                 break
@@ -340,20 +339,20 @@ class Streams(Questions):
         return torch.cat([aux['decisions'], logits[:, 0]], 1), loss, aux       # (B, T + L, V)
 
     @torch.no_grad()
-    def evaluate(self, model, split: str, clips: int) -> dict:
-        """Scores on held-out streams: teacher-forced, blind too (another clip's video), and running free."""
+    def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
+        """Scores on held-out streams: teacher-forced, if asked blind (another clip's video), running free."""
         rows, spoke, due = [], [], []
         for batch in self.held_out(split, clips):
             prompt, scores = torch.full_like(batch.text[:, 0, :1], self.vocab.index(PROMPT)), []
             with self.s.autocast():
-                for shown in (batch, batch._replace(video=batch.video.roll(1, 0))):
+                for shown in (batch, batch._replace(video=batch.video.roll(1, 0)))[:1 + blind]:
                     logits, _, aux = self.forward(model, shown)
                     T, P, position = batch.video.size(1), model.config.patches, aux['position']
                     position = torch.cat([position[:, P - 1:T * P:P], position[:, T * P:]], 1)
                     scores.append(turn_scores(logits, self.wanted(batch), position, T, self.s.theta))
                 frames = ((frame, None) for frame in batch.video.unbind(1))
                 silence = [moment['silence'] for moment in model.stream(frames, prompt, self.s.theta)]
-            rows.append(dict(scores[0], blind_accuracy=scores[1]['accuracy']))
+            rows.append(dict(scores[0], blind_accuracy=scores[1]['accuracy'] if blind else math.nan))
             spoke.append(torch.stack(silence, 1).cpu() < self.s.theta)
             due.append(batch.decisions.cpu() != EOS)
         mean = average(rows)
@@ -365,13 +364,13 @@ class Streams(Questions):
         return [watch], lambda took: dict(frames_per_s=batch.video.size(1) / statistics.median(took))
 
     @torch.no_grad()
-    def cost(self, model, clips: int = 1) -> dict:
+    def cost(self, model) -> dict:
         """As of questions, and the keys and values that a clip leaves in the cache, in kB."""
         caches, batch = [KVCache() for _ in model.blocks], self.draw('test', 0, 1)
         seen = model.eval().encode_video(batch.video)
         model.decode(seen.tokens, seen.position, seen.tokens.size(1), caches=caches)
         held = sum(a.nbytes for cache in caches if cache.k is not None for a in (cache.k, cache.v))
-        return dict(super().cost(model, clips), cache_kb=held / 1000)
+        return dict(super().cost(model), cache_kb=held / 1000)
 
     def print_table(self, result: dict):
         shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency',
@@ -446,7 +445,7 @@ class Retrieval(Questions):
         return loss, is_right(similarity[:, None], own).float().mean()
 
     @torch.no_grad()
-    def evaluate(self, model, split: str, clips: int) -> dict:
+    def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
         """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's, which differs in
         a direction or in the order of events: 50 % by chance. All sentences differ."""
         seen, found, clips = set(), [], min(clips, FIND_CLIPS)
@@ -820,7 +819,7 @@ class Run:
             if row:
                 self.log.append(dict(row, val_accuracy='', seconds=seconds))
             if row and (row['step'] % every == 0 or row['step'] == s.steps):
-                scores = task.evaluate(model.eval(), 'val', min(128, EVAL_CLIPS))
+                scores = task.evaluate(model.eval(), 'val', min(64, EVAL_CLIPS), blind=False)
                 self.log[-1]['val_accuracy'] = round(scores['accuracy'], 4)
                 tqdm.write(f'step {row["step"]:5}  loss {row["loss"]:.3f}  accuracy {row["accuracy"]:6.1%}  '
                            f'held-out {scores["accuracy"]:6.1%}')
@@ -968,7 +967,7 @@ def draw_clip(model, video, text, path: Path, title: str):
     keep[0, reduced.position.expand(1, -1)[0].clamp(max=N).cpu()] = True       # the last one: padding
     slots = later = reduced.reduction or pack(keep[:, :N])
     if reduced.tokens.size(1) < N or reduced.info:
-        shown['kept'] = model.reducer.picture(reduced) or slots
+        shown['kept'] = model.reducer.picture(reduced) if model.reducer.picture else slots
     if 'stage' in aux:
         later = shown['left by the stage'] = compose(slots, aux['stage'].reduction)
     for layer, route in aux['routes'].items() if model.reducer.in_place else ():
@@ -1309,7 +1308,7 @@ def untrained_curves(task, model) -> dict:
         for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
             row = replace(task.s, recipe=name, model={**task.s.model, **REDUCERS[name].leaving(share, T, P)})
             method = build(row, configure(row, task.vocab), model).eval()
-            accuracy = task.evaluate(method, 'test', CURVE_CLIPS)['accuracy']
+            accuracy = task.evaluate(method, 'test', CURVE_CLIPS, blind=False)['accuracy']
             curves.setdefault(name, []).append((task.cost(method)['decoder_gflops'], accuracy))
     return curves
 
@@ -1376,8 +1375,8 @@ class Settings:
     seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
     device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
     dtype: Annotated[str, 'of the matrix products'] = 'auto'
-    compile: Annotated[bool, 'torch.compile the model: minutes of waiting first; in pieces where numbers of '
-                       'tokens are data (holitom, tempme, bvllm, vq, vqtoken)'] = False
+    compile: Annotated[bool, 'torch.compile the model: minutes of waiting first; in pieces where it '
+                       'looks at numbers (gaps, holitom, vq, MoD on what a reducer left)'] = False
     deterministic: Annotated[bool, 'the same numbers on every run, on CUDA too (slower)'] = False
     out: Annotated[str, 'run folder, to write or to read the model from'] = ''
     resume: Annotated[str, 'run folder to go on with, under its own settings'] = ''
@@ -1394,8 +1393,9 @@ class Settings:
     model: dict = field(default_factory=dict)      # options of the model that were given
 
     def rate(self) -> float:
-        """The learning rate: --lr, or the recipe's. The few weights of LoRA learn with a larger one."""
-        return self.lr or (0.03 if 'lora_rank' in RECIPES[self.recipe].changes else 0.01)
+        """The learning rate: --lr, or the model's. The few weights of LoRA learn with a larger one."""
+        lora = {**RECIPES[self.recipe].changes, **self.model}.get('lora_rank')
+        return self.lr or (0.03 if lora else 0.01)
 
     def autocast(self):
         """The context of forward passes."""

@@ -167,7 +167,7 @@ NEVER = 2 ** 40     # position of padding: later than any query, so no query see
 
 
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
-    """Turn channel pairs (2i, 2i + 1) of x (B, S, H, D) by position (S,) or (B, S) * base**(-2i/D)."""
+    """Turn pairs 2i, 2i + 1 of x (B, S, H, D) by position * base**(-2i/D); position (S,) or (B, S)."""
     half = x.size(-1) // 2
     angle = position[..., None, None] * base ** (-torch.arange(half, device=x.device) / half)
     turn = torch.polar(torch.ones_like(angle), angle)                # (S, 1, D/2) or (B, S, 1, D/2) complex
@@ -248,7 +248,7 @@ class Attention(nn.Module):
         return score.softmax(-1).masked_fill(score.amax(-1, keepdim=True) == -math.inf, 0)     # sees none: 0
 
     def unmasked(self, rows: int, mask: Tensor) -> int:
-        """How many of so many tokens see the past: those before the rows of the mask, if it is causal."""
+        """How many of these rows come before the mask's and so see all their past; 0 if not causal."""
         return rows - (0 if mask is None else mask.size(-2)) if self.causal else 0
 
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
@@ -285,7 +285,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C) -> f(x) (B, S, C)."""
         a = self.attention(self.norm1(x), position, mask, cache)
-        return self.mlp(self.norm2(x + a)).add_(a)             # in place: small blocks wait for memory
+        return a + self.mlp(self.norm2(x + a))
 
 
 class Reduced(NamedTuple):
@@ -372,14 +372,14 @@ class Route(NamedTuple):
     """Which tokens a routed layer processes."""
     index: Tensor           # (B, K) int64, ascending: the selected tokens, and those that always go through
     gate: Tensor            # (B, K) float32: factor of each one's update
-    logits: Tensor          # (B, S) float32: the score of every token; a gradient flows where a loss reads it
+    logits: Tensor          # (B, S) float32: the score of every token; a Router's without gradient
     mask: Tensor = None     # (B, K) bool: False at padding, where a sample selects fewer; None = all are real
 
 
 def tokens_at(x: Tensor, index: Tensor):
     """The tokens index (B, K) of x (B, S, C): (B, K, C), and which rows of x.flatten(0, 1) they are."""
     row = (index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]).flatten()   # (B*K,)
-    return x.flatten(0, 1).index_select(0, row).view(*index.shape, x.size(2)), row     # gather would keep x
+    return x.flatten(0, 1).index_select(0, row).view(*index.shape, x.size(2)), row     # gather stores all x
 
 
 class MoDBlock(nn.Module):
@@ -448,8 +448,8 @@ class Router(nn.Module):
         with torch.no_grad():
             route = best_route(self.score(x), N, group, capacity(ratio, N // group), forced)
         chosen, _ = tokens_at(x, route.index[:, :route.index.size(1) - words]) # (B, group * k, C)
-        gate = GATES[self.gate](self.score(chosen))            # these alone teach it: the others are not kept
-        return route._replace(gate=F.pad(gate, (0, words), value=1.0))
+        gate = GATES[self.gate](self.score(chosen))            # the others get no gradient and no memory
+        return Route(route.index, F.pad(gate, (0, words), value=1.0), route.logits)
 
 
 def capacity(ratio: float, n: int) -> int:
@@ -458,7 +458,7 @@ def capacity(ratio: float, n: int) -> int:
 
 
 def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor = None) -> Route:
-    """The k best by score (B, S) of each of `group` equal runs of the first N tokens, all words; gate 1."""
+    """By score (B, S): the k best of each of `group` equal runs of N vision tokens; all words; gates 1."""
     vision, first = score.detach()[:, :N], torch.arange(group, device=score.device) * (N // group)
     vision = vision if forced is None else vision.masked_fill(forced, math.inf)
     rank = vision.unflatten(1, (group, -1)).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
@@ -1127,17 +1127,16 @@ class RaggedBlock(MoDBlock):
 class RaggedRouting(FrameRouting):
     """FrameRouting that also takes clips whose frames have unequal numbers of tokens left."""
     layer, kind, ragged = RaggedBlock, RaggedRouter, True
-    seen = None, None       # positions and K of the layer before: layers that share the one share the other
+    seen = None, None, None     # of the layer before: positions, what else decides K, and K, which waits
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0 or self.streaming or position.dim() == 1:                    # whole frames
             return super().forward(i, block, x, position, N)
         frame = torch.where(position < NEVER, position // self.patches, -2)[:, :N]     # (B, N)
-        frame, most = F.pad(frame, (0, x.size(1) - N), value=-1), None         # (B, S)
-        if position is self.seen[0]:
-            most = self.seen[1]
+        frame, (place, same, most) = F.pad(frame, (0, x.size(1) - N), value=-1), self.seen     # (B, S)
+        most = most if place is position and same == (N, self.keep_ratio) else None
         route = self.routers[str(i)](x, frame, self.keep_ratio, most=most)
-        self.seen = position, route.index.size(1)
+        self.seen = position, (N, self.keep_ratio), route.index.size(1)
         return route
 
 
@@ -1365,6 +1364,10 @@ class Stage(nn.Module):
                              f'1, got {stage_layer} and {stage_ratio}')
         self.layer, self.ratio = stage_layer, stage_ratio
 
+    def most(self, x: Tensor) -> int:
+        """How many of x (B, N, C) stay at most; one more on Apple's GPUs, which round in float32."""
+        return round(x.size(1) * (1 - self.ratio)) + (x.device.type == 'mps')
+
     def run(self, block: Block, before: Tensor, x: Tensor, position: Tensor, N: int, last: Tensor):
         """Fewer vision tokens in x (B, S, C) -> x, position (B, S), N, Reduced.
 
@@ -1411,8 +1414,8 @@ class HoliTomStage(Stage):
     """HoliTom's second stage: what is looked at least merges into what it resembles."""
 
     def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
-        N, keep = x.size(1), round(x.size(1) * (1 - self.ratio))               # of a sample without padding
-        return holitom_inner(x, score, real, self.ratio, real, sizes=(keep, N - keep, keep))
+        stay, go = self.most(x), x.size(1) - self.most(x) + 2 * (x.device.type == 'mps')
+        return holitom_inner(x, score, real, self.ratio, real, sizes=(stay, go, stay))
 
 
 class DropStage(Stage):
@@ -1420,7 +1423,7 @@ class DropStage(Stage):
 
     def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
         keep = (precise(real.sum(1, keepdim=True)) * (1 - self.ratio)).round()         # (B, 1)
-        return pack(best_of(score, keep, real), round(x.size(1) * (1 - self.ratio)))
+        return pack(best_of(score, keep, real), self.most(x))
 
 
 REDUCERS['holitom'] = HoliTom
@@ -2078,14 +2081,14 @@ class GammaRouting(FrameRouting):
         # The paper's softmax over two scores is the sigmoid of one.
         score = self.router.score(block.norm1(x))                              # (B, S)
         route = best_route(score, N, 1, capacity(self.keep_ratio, N))
-        return route._replace(gate=score.gather(1, route.index).sigmoid())
+        return Route(route.index, score.gather(1, route.index).sigmoid(), score)
 
     def loss(self, routes: list):
         return self.weight * sum(routing_loss(route) for route in routes)
 
 
 def routing_loss(route: Route) -> Tensor:
-    """gamma-MoD's loss of a router: cross-entropy of its scores with what was selected, padding aside."""
+    """gamma-MoD's loss of its router: cross-entropy of all scores with what was selected, padding aside."""
     chosen = torch.ones_like(route.gate) if route.mask is None else route.mask.float()     # (B, K)
     selected = torch.zeros_like(route.logits).scatter_reduce(1, route.index, chosen, 'amax')   # (B, S)
     real = route.logits > -math.inf                                            # (B, S)
@@ -2184,7 +2187,7 @@ def init_from(model: nn.Module, dense: nn.Module):
 # ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
 # What a pass costs: a multiply-add is two FLOPs, causal attention counts in full, element-wise work does not.
 # What became of each patch, as a picture. Muon (Jordan et al., 2024) trains the matrices of the blocks.
-# needs sections 1 to 5
+# needs sections 1 to 5, 7 (`exact`)
 
 def num_params(model: nn.Module) -> int:
     """Number of parameters."""
@@ -2270,20 +2273,22 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-def orthogonalize(x: Tensor, iterations: int = 5) -> Tensor:
-    """Singular values near one, of x (n, rows, columns), by Newton and Schulz: x <- S x, again and again.
+@exact()
+def orthogonalize(x: Tensor) -> Tensor:
+    """Singular values near one, of x (n, rows, columns), by five steps of Newton and Schulz: x <- S x.
 
-    S = a + b A + c A², A = x xᵀ. A becomes S A S, as all of these commute: the products are small ones.
+    S = a + b A + c A², A = x xᵀ. A becomes S A S, as all of these commute: the products are small ones. In
+    float32: each step makes what rounding adds to A some ten times larger.
     """
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    tall, dtype = x.size(-2) > x.size(-1), x.dtype
+    x = (x.mT if tall else x).to(torch.promote_types(dtype, torch.float32))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     one = torch.eye(x.size(-2), device=x.device, dtype=x.dtype)
     A, all_steps = x @ x.mT, one                                     # (n, rows, rows)
-    for _ in range(iterations):
+    for _ in range(5):
         S = 3.4445 * one - 4.7750 * A + 2.0315 * A @ A               # coefficients of the cited work
         A, all_steps = S @ A @ S, S @ all_steps
-    x = all_steps @ x
+    x = (all_steps @ x).to(dtype)
     return x.mT if tall else x
 
 

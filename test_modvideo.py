@@ -244,7 +244,8 @@ def test_the_contract_of_every_way(way, tmp_path):
 
 
 def test_some_patches_of_each_frame_are_routed_frame_by_frame(monkeypatch):
-    """Catches positions that are alike in all clips taken for whole frames, so that frames compete."""
+    """Catches positions that are alike in all clips taken for whole frames, so that frames compete; how many
+    are chosen remembered for another number of tokens, or another ratio."""
     kept = torch.cat([torch.arange(16 * t + t % 2, 16 * t + 16 - 6 * (t == 3), 2) for t in range(4)])
 
     class Checkers(mv.Reducer):
@@ -257,6 +258,11 @@ def test_some_patches_of_each_frame_are_routed_frame_by_frame(monkeypatch):
         frames = kept[route.index[0][route.index[0] < len(kept)]] // 16
         assert frames.bincount().tolist() == [mv.capacity(0.2, n) for n in (kept // 16).bincount().tolist()]
     assert torch.equal(model.generate(video, text, 1)[..., 0], model(video, text)[0][:, :, -1].argmax(-1))
+    place, x, routing = kept.expand(2, -1), torch.randn(2, len(kept), 32), model.routing
+    for N, routing.keep_ratio in ((9, 0.2), (len(kept), 0.2), (len(kept), 0.7)):       # K is counted anew
+        counts = (kept[:N] // 16).bincount().tolist()
+        assert routing(0, None, x[:, :N], place, N).index.size(1) == sum(
+            mv.capacity(routing.keep_ratio, n) for n in counts)
 
 
 @pytest.mark.parametrize('way', [
@@ -431,7 +437,7 @@ def test_the_readmes_layer_of_a_library():
 
 def test_gradient_reaches_every_router_and_is_right():
     """Catches a router that only selects (gradient None), one after the last layer (near zero)."""
-    model, (video, text) = make('all').double(), sample(seed=2)
+    model, (video, text) = make('all').double(), sample()
     assert model.mod_layers == [0, 1, 2] == [int(i) for i in model.routing.routers]        # not the last
     loss = lambda: model(video.double(), text, text.roll(-1, -1))[1]
     loss().backward()
@@ -1424,12 +1430,17 @@ def test_flops_by_hand(changes):
 
 
 def test_orthogonalize_against_singular_values():
-    """Catches a Newton-Schulz step with swapped coefficients or a forgotten transpose."""
+    """Catches a Newton-Schulz step with swapped coefficients, a forgotten transpose, rounding that grows."""
     for shape in ((4, 32, 32), (2, 96, 32), (3, 32, 96)):
         x = torch.randn(shape)
         u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
         inner = (u.mT @ mv.orthogonalize(x).double() @ vh.mT).diagonal(dim1=-2, dim2=-1)
         assert ((inner > 0.3) | (s < 1e-1 * s.amax(-1, keepdim=True))).all() and (inner < 1.3).all()
+    few = torch.randn(2, 64, 4) @ torch.randn(2, 4, 128)                       # no fifth direction appears
+    for x in (few, few.bfloat16()):
+        with torch.autocast('cpu', torch.bfloat16):
+            made = mv.orthogonalize(x)
+        assert made.dtype == x.dtype and torch.linalg.svdvals(made.float()).max() < 1.3
 
 
 def test_optimizers_do_what_their_docstrings_say():

@@ -241,8 +241,10 @@ class Questions:
         type's most frequent answer (chance), and, if asked, with another clip's video (blind)."""
         right, guessed, rows, facts = [], [], [], {}
         for batch in self.held_out(split, clips):
-            other = batch.video.roll(max(1, len(batch.video) // 2), 0)
-            for video, found in [(batch.video, right), (other, guessed)][:1 + blind]:
+            shown = [(batch.video, right)]
+            if blind:
+                shown.append((batch.video.roll(max(1, len(batch.video) // 2), 0), guessed))
+            for video, found in shown:
                 # As many clips at a time as training fits.
                 for part in zip(*(a.split(self.s.batch) for a in (video, *batch[1:4]))):
                     with self.s.autocast():
@@ -345,7 +347,7 @@ class Streams(Questions):
         for batch in self.held_out(split, clips):
             prompt, scores = torch.full_like(batch.text[:, 0, :1], self.vocab.index(PROMPT)), []
             with self.s.autocast():
-                for shown in (batch, batch._replace(video=batch.video.roll(1, 0)))[:1 + blind]:
+                for shown in [batch, batch._replace(video=batch.video.roll(1, 0))] if blind else [batch]:
                     logits, _, aux = self.forward(model, shown)
                     T, P, position = batch.video.size(1), model.config.patches, aux['position']
                     position = torch.cat([position[:, P - 1:T * P:P], position[:, T * P:]], 1)
@@ -1376,7 +1378,7 @@ class Settings:
     device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
     dtype: Annotated[str, 'of the matrix products'] = 'auto'
     compile: Annotated[bool, 'torch.compile the model: minutes of waiting first; in pieces where it '
-                       'looks at numbers (gaps, holitom, vq, MoD on what a reducer left)'] = False
+                       'reads numbers: gaps, holitom, vq, --codes 0, MoD on what a reducer left'] = False
     deterministic: Annotated[bool, 'the same numbers on every run, on CUDA too (slower)'] = False
     out: Annotated[str, 'run folder, to write or to read the model from'] = ''
     resume: Annotated[str, 'run folder to go on with, under its own settings'] = ''

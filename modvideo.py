@@ -527,8 +527,8 @@ class Reducer(nn.Module):
     untrained = True           # False: a trained dense model must first learn to read what it returns
     in_place = True            # False: its tokens stand for no patches, so no picture shows who routes them
     leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
-    picture = None             # or a method (reduced) -> the Reduction of all patches to draw, not reduced's
-    facts = None               # or a method (reduced) -> what to report besides accuracy: name -> number
+    picture = staticmethod(lambda reduced: reduced.reduction)      # of all patches, to draw; None: in place
+    facts = staticmethod(lambda reduced: {})   # what to report besides accuracy and cost: name -> number
 
     def __init__(self, dim: int):
         super().__init__()
@@ -1399,7 +1399,8 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     goes = vision & ~kept
     stays = ~goes if mask is None else ~goes & mask
     parts = stays, goes, kept
-    slots, goer, host = map(pack, parts, sizes or [None] * 3)                  # None waits for the device
+    most = sizes or torch.stack([a.sum(1).max() for a in parts]).tolist()      # waits for the device
+    slots, goer, host = map(pack, parts, most)
     goer, host = goer.position, F.pad(host.position, (0, 1), value=S)          # (B, G), (B, K) S = nobody
     u = unit(h)
     hosts, nobody = look_up(u, host, 0).mT, (host == S)[:, None]               # (B, C, K), (B, 1, K)
@@ -1414,7 +1415,8 @@ class HoliTomStage(Stage):
     """HoliTom's second stage: what is looked at least merges into what it resembles."""
 
     def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
-        stay, go = self.most(x), x.size(1) - self.most(x) + 2 * (x.device.type == 'mps')
+        stay = self.most(x)
+        go = x.size(1) - stay + 2                              # at most, however a device rounds
         return holitom_inner(x, score, real, self.ratio, real, sizes=(stay, go, stay))
 
 

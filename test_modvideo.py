@@ -228,8 +228,7 @@ def test_the_contract_of_every_way(way, tmp_path):
     assert dtypes == {torch.float32}, 'the residual stream'
     flops, _ = mv.count_flops(model, lambda: model(video, text))
     assert min(flops.values()) >= 0 and flops['blocks'] > 0 and flops['encoder'] > 0
-    picture = model.reducer.picture(reduced) if model.reducer.picture else reduced.reduction
-    facts = model.reducer.facts(reduced) if model.reducer.facts else {}
+    picture, facts = model.reducer.picture(reduced), model.reducer.facts(reduced)
     assert picture is None or mv.draw_tokens(video[0], picture, grid=(4, 4)).width > 64
     assert all(math.isfinite(number) for number in facts.values())
     with pytest.raises(ValueError, match='not finite'):
@@ -1629,7 +1628,7 @@ def try_parts(**parts):
             reducer = v['REDUCERS'][name](32, **OPTIONS[name])
             made = reducer(x, torch.rand(2, 4, 16), flat, torch.ones(2, 10).bool())
             assert made.tokens.shape[2] == 32
-            assert reducer.picture is None or reducer.picture(made) is not None
+            assert reducer.picture(made) is not None or made.position is not None
         for name in parts.get('stages', ()):
             stage = v['STAGES'][name](4, stage_layer=1)
             assert stage.run(block, flat, flat, place.expand(2, -1), 8, torch.tensor([9, 9]))[2] == 4

@@ -250,7 +250,7 @@ class Questions:
                     with self.s.autocast():
                         logits, _, aux = self.forward(model, Batch(*part))
                     found += is_right(logits, part[2]).flatten().float().tolist()
-                    facts = model.reducer.facts(aux['reduced']) if model.reducer.facts else {}
+                    facts = model.reducer.facts(aux['reduced'])
             if len(batch.video) == 1:                                          # no other clip to show
                 guessed[len(rows):] = [math.nan] * batch.kind.numel()
             rows += [(kind, *answer[answer != IGNORE].tolist()) for kind, answer in
@@ -449,7 +449,7 @@ class Retrieval(Questions):
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
         """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's, which differs in
-        a direction or in the order of events: 50 % by chance. All sentences differ."""
+        a direction or in the order of events: 50 % by chance. All sentences differ; none is guessed blind."""
         seen, found, clips = set(), [], min(clips, FIND_CLIPS)
         for batch in self.held_out(split, 10 ** 9):
             sentences, new = [in_words(ids, self.vocab) for ids in batch.text], []
@@ -969,7 +969,7 @@ def draw_clip(model, video, text, path: Path, title: str):
     keep[0, reduced.position.expand(1, -1)[0].clamp(max=N).cpu()] = True       # the last one: padding
     slots = later = reduced.reduction or pack(keep[:, :N])
     if reduced.tokens.size(1) < N or reduced.info:
-        shown['kept'] = model.reducer.picture(reduced) if model.reducer.picture else slots
+        shown['kept'] = model.reducer.picture(reduced) or slots
     if 'stage' in aux:
         later = shown['left by the stage'] = compose(slots, aux['stage'].reduction)
     for layer, route in aux['routes'].items() if model.reducer.in_place else ():

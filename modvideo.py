@@ -278,9 +278,10 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, n_head: int, causal: bool = True):
         super().__init__()
-        self.norm1, self.attention = nn.RMSNorm(dim), Attention(dim, n_head, causal)
+        self.norm1, self.norm2 = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
         up, down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
-        self.norm2, self.mlp = nn.RMSNorm(dim), nn.Sequential(OrderedDict(up=up, gelu=nn.GELU(), down=down))
+        self.attention = Attention(dim, n_head, causal)
+        self.mlp = nn.Sequential(OrderedDict(up=up, gelu=nn.GELU(), down=down))
 
     def forward(self, x: Tensor, position=None, mask: Tensor = None, cache: KVCache = None) -> Tensor:
         """x (B, S, C) -> f(x) (B, S, C)."""
@@ -340,7 +341,7 @@ class VisionEncoder(nn.Module):
         self.embed = PatchEmbed(dim, patch_size, channels)
         self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
-        self.final_norm = nn.RMSNorm(dim)
+        self.final_norm = nn.LayerNorm(dim, bias=False)
 
     def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
         """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C).
@@ -402,10 +403,8 @@ class MoDBlock(nn.Module):
         return x.flatten(0, 1).index_add(0, row, update.to(x.dtype).flatten(0, 1)).view_as(x)
 
     def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache) -> Tensor:
-        """The gated update of the routed tokens x (B, K, C)."""
-        if x.size(1) == 0:                                             # a frame that skips the layer
-            return x
-        return route.gate[..., None] * self.block(x, position, mask, cache)
+        """The gated update of the routed tokens x (B, K, C); K is 0 where a frame skips the layer."""
+        return x if x.size(1) == 0 else route.gate[..., None] * self.block(x, position, mask, cache)
 
 
 def mask_of(mask: Tensor, index: Tensor, S: int):
@@ -565,7 +564,7 @@ class ModVideo(nn.Module):
             self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
         self.blocks = nn.ModuleList(routing.layer(Block(c.dim, c.n_head)) for _ in range(c.n_layer))
         self.routing = c.build('routing', c.dim, self.mod_layers, c.keep_ratio, c.patches, c.streaming)
-        self.final_norm = nn.RMSNorm(c.dim)
+        self.final_norm = nn.LayerNorm(c.dim, bias=False)
         self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
         small_updates(self, c.n_layer)
         self.by_question = self.reducer.by_question or self.stage is not None  # each has vision of its own
@@ -1548,7 +1547,7 @@ class VQToken(Reducer):
                              f'got {codes} codes')
         self.codes, self.n_head, self.grid, self.least, self.most = codes, n_head, grid, least, most
         self.iters = 10 if codes else 3                                        # of k-means
-        self.norm = nn.RMSNorm(dim)
+        self.norm = nn.LayerNorm(dim, bias=False)
         self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
         # At first a code attends to itself, as its query is its key, and is told where it occurs.
@@ -1734,7 +1733,7 @@ class FrameSelector(Budgeted):
         # Small, so that what a query wants is mostly what it reads.
         self.queries = nn.Parameter(0.1 * torch.randn(select_frames + num_tokens, dim))        # (K + n, C)
         self.blocks = nn.ModuleList([Block(dim, n_head, causal=False)])
-        self.norm, self.wish = nn.RMSNorm(dim), nn.Linear(dim, dim, bias=False)
+        self.norm, self.wish = nn.LayerNorm(dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.sharpness = nn.Parameter(torch.tensor([3.0, 6.0]))        # of the choice of frames, of patches
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
 
@@ -2020,7 +2019,7 @@ class Retriever(nn.Module):
                                      c.encoder == 'tempme', **{name: c.options[name] for name in merging})
         self.embed = nn.Embedding(len(c.vocab), C)
         self.blocks = nn.ModuleList(Block(C, c.encoder_heads) for _ in range(c.n_layer))
-        self.final_norm = nn.RMSNorm(C)
+        self.final_norm = nn.LayerNorm(C, bias=False)
         self.see, self.read = (nn.Linear(C, C, bias=False) for _ in range(2))
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))            # of the similarities
         small_updates(self, c.n_layer)

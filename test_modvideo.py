@@ -2093,7 +2093,7 @@ def test_donkeycar_import(tmp_path, capsys):
 TINY = '--preset tiny --batch 4 --device cpu'.split()
 COCKATOO, ROCKET = (ROOT / f'data/natural/{name}.webp' for name in ('cockatoo', 'rocket_cut'))
 FEW = dict(EVAL_CLIPS=8, CURVE_CLIPS=4, COST_CLIPS=2, SHARES=(), ROUNDS=1, WORDS=4, FIND_CLIPS=32,
-           RUNS={'tiny': dict(questions=(4, 5), streams=(4, 5), retrieval=(8, 4), asked=4)})
+           RUNS={'tiny': dict(questions=(4, 5, 0), streams=(4, 5, 0), retrieval=(8, 4, 0), asked=4)})
 
 
 def few(patch):

@@ -581,13 +581,14 @@ for name in [name for name in REDUCERS if name != 'none']:
     share = 0.0 if REDUCERS[name].untrained else 0.2
     RECIPES.setdefault(name, Recipe(dict(reducer=name), 'gaps', share))
 
-# What a preset trains with: clips a step and steps, by kind of task; questions a clip.
-RUNS = {'tiny': dict(questions=(8, 100), streams=(8, 100), retrieval=(16, 20), asked=4),
-        'cpu': dict(questions=(8, 1800), streams=(8, 1800), retrieval=(64, 500), asked=8),
-        'wide': dict(questions=(16, 1300), streams=(16, 1300), retrieval=(32, 600), asked=8),
-        'gpu': dict(questions=(64, 1200), streams=(64, 1200), retrieval=(128, 2000), asked=8),
-        'deep': dict(questions=(32, 2500), streams=(32, 2500), retrieval=(128, 2000), asked=8),
-        'long': dict(questions=(8, 2500), streams=(8, 2500), retrieval=(64, 2000), asked=8)}
+# What a preset trains with, by kind of task: clips a step, steps, the share of them on coarse clips. asked:
+# questions a clip.
+RUNS = {'tiny': dict(questions=(8, 100, 0), streams=(8, 100, 0), retrieval=(16, 20, 0), asked=4),
+        'cpu': dict(questions=(8, 1800, 0), streams=(8, 1800, 0), retrieval=(64, 500, 0), asked=8),
+        'wide': dict(questions=(16, 1500, 0.5), streams=(16, 1300, 0), retrieval=(32, 600, 0), asked=8),
+        'gpu': dict(questions=(64, 1200, 0), streams=(64, 1200, 0), retrieval=(128, 2000, 0), asked=8),
+        'deep': dict(questions=(32, 2500, 0), streams=(32, 2500, 0), retrieval=(128, 2000, 0), asked=8),
+        'long': dict(questions=(8, 2500, 0), streams=(8, 2500, 0), retrieval=(64, 2000, 0), asked=8)}
 
 
 def load_data(s, vocab: list = None):
@@ -773,7 +774,7 @@ class Run:
                 raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
             return model
         if RECIPES[s.recipe].begins and not s.init_from:
-            first = base_of(s, steps=0, out=f'{self.path}-{RECIPES[s.recipe].begins}')
+            first = base_of(s, steps=0, coarse=None, out=f'{self.path}-{RECIPES[s.recipe].begins}')
             print(f'--recipe {s.recipe} begins with {first.recipe}, which is trained first')
             untrained(s, task.data)                            # refuses what does not fit
             finish(first)
@@ -807,14 +808,15 @@ class Run:
         lines = [self.COLUMNS, *([str(row[name]) for name in self.COLUMNS] for row in self.log)]
         write(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
-    def train(self, model, task):
-        """The steps that are left, held-out accuracy ten times. KeyboardInterrupt: Ctrl-C; all is saved."""
+    def train(self, model, task, coarse):
+        """The steps that are left, the first ones by task `coarse`, held-out accuracy ten times.
+        KeyboardInterrupt: Ctrl-C; all is saved."""
         s, start, stop = self.s, time.time(), []
         every, fast = 10 * max(1, s.steps // 100), torch.compile(model) if s.compile else model
 
         def draw(step):
             self.done = step + 1
-            return task.draw('train', step, s.batch)
+            return (coarse if step < s.coarse * s.steps else task).draw('train', step, s.batch)
 
         def report(row, optimizers, recent):
             scores, seconds = {}, round(self.before + time.time() - start, 1)
@@ -850,6 +852,8 @@ def run_recipe(s, began: float = None) -> Path:
     try:
         model = run.begin(task)
         s, cost = run.s, task.cost(model)
+        # Coarse clips first (Wu et al., arXiv 1912.00998): less to compute, and what moves is seen sooner.
+        coarse = type(task)(s, task.data.halved()) if s.coarse else task
         if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
             raise ValueError(f'reducer {model.config.reducer!r} has weights, and this row trains none; say '
                              'untrained = False in its class, or --steps')
@@ -862,7 +866,7 @@ def run_recipe(s, began: float = None) -> Path:
               f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps '
               f'of {s.batch} clips -> {run.path}')
         if s.steps > run.done:
-            run.train(model, task)
+            run.train(model, task, coarse)
         elif not s.resume:
             run.save(model, configure_optimizer(model, s.rate()), 0, 0.0)
         result = {name: getattr(s, name) for name in 'recipe seed device dtype preset data steps'.split()}
@@ -1373,6 +1377,8 @@ class Settings:
     grid: Annotated[str, 'columns x rows of a clip that is a sheet of frames'] = '4x4'
     steps: Annotated[int, "optimizer steps, 0 = the preset's share that the recipe says"] = 0
     batch: Annotated[int, "clips a step, 0 = the preset's"] = 0
+    coarse: Annotated[float, 'the first share of the steps, which see clips of half as many frames '
+                      "[the preset's; 0 for rows that begin with others]"] = None
     lr: Annotated[float, 'learning rate of the matrices, else 0.01, of LoRA 0.03; the rest: 3 % of it'] = 0.0
     seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
     device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
@@ -1410,7 +1416,8 @@ CHOICES = dict(PARTS, recipe=RECIPES, preset=['auto', *PRESETS], device=['auto',
 METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream='CLIP', find='SENTENCE')
 TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
-         ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows')]
+         ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows'),
+         ('bench', 'coarse', 'times whole clips')]
 
 
 def model_flags() -> dict:
@@ -1479,6 +1486,8 @@ def check(s: Settings, given: set):
         least = int(name in (*PRESETS['tiny'], 'patch_size'))
         if type(value) in (int, float) and not least <= value < 2 ** 31:       # NaN, too
             raise ValueError(f'{dashed(name)} must be finite, at least {least}, below 2**31, got {value}')
+    if (s.coarse or 0) > 1:
+        raise ValueError(f'--coarse is a share of the steps, from 0 to 1, got {s.coarse}')
     if not 0 < s.theta < 1 or 'lr' in given and s.lr == 0:
         raise ValueError(f'--theta must be between 0 and 1, --lr above 0, got {s.theta} and {s.lr}')
     if s.question and not s.question[0].isdecimal():
@@ -1511,8 +1520,9 @@ def set_up(s: Settings):
     s.dtype = s.dtype.replace('auto', 'bfloat16' if native else 'float32')
     s.preset = s.preset.replace('auto', 'gpu' if cuda else 'cpu')
     if not s.compare:
-        batch, steps = RUNS[s.preset][recipe.task.kind]
+        batch, steps, coarse = RUNS[s.preset][recipe.task.kind]
         s.batch = s.batch or batch
+        s.coarse = 0 if recipe.begins and s.coarse is None else coarse if s.coarse is None else s.coarse
         s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * steps))
     shape = {**PRESETS[s.preset], **s.model}
     pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2

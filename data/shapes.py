@@ -12,7 +12,7 @@ Legend: B clips, T frames, O = 3 shapes, Q questions a clip, K = 8 types of ques
 """
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -85,6 +85,10 @@ class ShapeWorld:
     def __post_init__(self):
         check(self.frames >= 4, 'a clip of shapes needs at least 4 frames for its two events, '
                                 f'got {self.frames}')
+
+    def halved(self):
+        """The same world in half as many frames."""
+        return replace(self, frames=self.frames // 2)
 
     def batch(self, split: str, step: int, batch_size: int, device='cpu') -> Batch:
         """The clips of one step. split: 'train', 'val' or 'test'. No two of them share a background."""

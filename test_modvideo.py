@@ -49,9 +49,11 @@ FIELDS = {field.name for field in dataclasses.fields(mv.ModVideoConfig)}
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """A test draws the same numbers, whichever ran before it."""
+def seeded(monkeypatch):
+    """A test draws the same numbers, whichever ran before it, and the script's runs are small."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(False)
+    few(monkeypatch)
 
 
 def make(placement='all', seed=0, **changes):
@@ -185,15 +187,11 @@ def test_generate_equals_greedy_decoding_without_a_cache(way):
         model.head.weight[mv.PAD] = 0                          # which seldom end without an end mark
     made = model.generate(video, text, max_new_tokens=4)
     for b, q in itertools.product(range(2), range(2)):
-        ids = text[b, q][text[b, q] != 0]
-        asked = torch.tensor([[len(ids)]])
-        for step in range(4):
-            word = model(video[b:b + 1], ids[None, None], asked=asked)[0][0, 0, -1].argmax()
-            assert made[b, q, step] == word
-            if word in (mv.PAD, mv.EOS):
-                break
-            ids = torch.cat([ids, word[None]])
-        assert (made[b, q, step + 1:] == 0).all()
+        ids = torch.cat([text[b, q][text[b, q] > 0], made[b, q]])[None, None]
+        n = ids.size(2) - 4                                    # words of the question
+        best = model(video[b:b + 1], ids, asked=torch.tensor([[n]]))[0][0, 0, n - 1:-1].argmax(-1)
+        ended = (best <= mv.EOS).cumsum(0) > (best <= mv.EOS).long()           # after the first end mark
+        assert torch.equal(made[b, q], best.masked_fill(ended, 0))
     assert len(made.unique()) >= 3
 
 
@@ -226,10 +224,8 @@ def test_the_contract_of_every_way(way, tmp_path):
         model(video, text)
         model.generate(video, text, 2)
     assert dtypes == {torch.float32}, 'the residual stream'
-    flops, _ = mv.count_flops(model, lambda: model(video, text))
-    assert min(flops.values()) >= 0 and flops['blocks'] > 0 and flops['encoder'] > 0
     picture, facts = model.reducer.picture(reduced), model.reducer.facts(reduced)
-    assert picture is None or mv.draw_tokens(video[0], picture, grid=(4, 4)).width > 64
+    assert picture is None or mv.draw_tokens(video[0], picture, grid=(4, 4))
     assert all(math.isfinite(number) for number in facts.values())
     with pytest.raises(ValueError, match='not finite'):
         model(video * float('nan'), text)
@@ -270,7 +266,7 @@ def test_some_patches_of_each_frame_are_routed_frame_by_frame(monkeypatch):
 def test_a_training_step_is_one_graph(way):
     """Catches what splits a compiled model: a number that is data, an object it cannot trace; recompiling."""
     torch.compiler.reset()
-    model, graphs = make(**way).train(), []
+    model, graphs = make(**dict(n_layer=3, encoder_layers=1 + ('encoder' in way)) | way).train(), []
     backend = lambda graph, _: graphs.append(graph) or graph.forward
     fast = torch.compile(model, backend=backend)
     for seed in range(2):
@@ -571,15 +567,6 @@ def test_fixed_routes_keep_k_tokens_in_every_frame():
     assert many.bincount(minlength=64).float().div(500 * 13 / 64).sub(1).abs().max() < 0.4
 
 
-def test_baselines_with_k_zero_process_no_vision():
-    """Catches a cache that grows in skipped layers; what an identity costs, the test of FLOPs counts."""
-    model, caches = make('all-deep', routing='skip'), [mv.KVCache() for _ in range(4)]
-    seen = model.encode_video(sample()[0])
-    model.decode(seen.tokens, seen.position, 64, caches=caches)
-    assert [c.k is None or not c.k.numel() for c in caches] == [i in model.mod_layers for i in range(4)]
-    assert not list(model.routing.parameters())
-
-
 def test_gamma_routes_a_clip_and_adds_its_loss():
     """Catches top-k by frame, words that change what vision is routed, a loss that is lost or unweighted."""
     model, (video, text) = make('0,2', routing='gamma', keep_ratio=0.4, routing_loss=0.02), sample()
@@ -588,10 +575,9 @@ def test_gamma_routes_a_clip_and_adds_its_loss():
     assert [*aux['routes']] == [0, 2] and make(routing='gamma').routing.weight == 0.01
     close(aux['routing_loss'], own, 1e-6)                                      # all of it is in the loss
     assert len(list(model.routing.parameters())) == 1                          # one for all layers
-    index = aux['routes'][2].index                                             # ceil(0.4 * 64) and words
-    assert aux['tokens'] == [26 + 10, 74, 26 + 10, 74] and (index[:, 26:] == torch.arange(64, 74)).all()
-    assert torch.equal(index, model(video, other_words(text))[2]['routes'][2].index)
-    assert (index[:, :26] // 16).flatten().bincount(minlength=4).unique().numel() > 1, 'chosen frame by frame'
+    assert aux['tokens'] == [26 + 10, 74, 26 + 10, 74]                         # ceil(0.4 * 64), and words
+    index, again = (made['routes'][2].index for made in (aux, model(video, other_words(text))[2]))
+    assert torch.equal(index, again)
 
 
 def test_layer_ranks_are_of_each_layers_own_attention():
@@ -644,7 +630,7 @@ def play(model, video, prompt, questions, theta=0.0):
 def test_stream_equals_the_whole(placement, routing):
     """Catches positions of a cache's length, wrong windows, rows that shift others, unlikely words."""
     cases = ((0, routing, 4), (2, routing, 4), (1, 'random', 1), (3, 'uniform', 1))
-    for window, kind, B in cases if routing == 'frame' and placement != 'none' else cases[:2]:
+    for window, kind, B in cases if (placement, routing) == ('all', 'frame') else cases[:2]:
         model = streamer(placement, window=window, routing=kind)
         video, text = sample(B=B, T=6, seed=5)
         prompt, asked = text[:, 0, :2].clone(), text[:, 1].clone()
@@ -689,12 +675,10 @@ def test_streaming_loss_is_the_papers_and_every_router_learns_from_it():
     decisions, targets = torch.tensor([[1, 3, 1, 1], [4, 1, 1, -1]]), text.roll(-1, -1)
     targets[0, 0, 0], targets[:, 0, -1], targets[:, 0, 2] = -1, -1, mv.EOS     # the end of a turn too
     logits, loss, _ = decided(model, video, text, targets=targets, after=after, decisions=decisions)
-    log, terms = logits.log_softmax(-1), []
-    for b in range(2):
-        for i, word in enumerate([*decisions[b].tolist(), *targets[b, 0].tolist()]):
-            if word >= 0:
-                terms.append(-(0.3 if i < 4 and word == mv.EOS else 1.0) * log[b, i, word].item())
-    assert abs(loss.item() - sum(terms) / len(terms)) < 1e-5
+    wanted = torch.cat([decisions, targets[:, 0]], 1)                          # (2, 4 + 5)
+    factor = torch.where((wanted == mv.EOS) & (torch.arange(9) < 4), 0.3, 1.0)
+    nll = -logits.log_softmax(-1).gather(2, wanted.clamp(min=0)[..., None])[..., 0]
+    close(loss, (factor * nll)[wanted >= 0].mean())
     loss.backward()
     norms = [p.grad.norm() for p in model.routing.parameters()]
     assert len(norms) == 4 and min(norms) > 1e-3 * max(norms), norms
@@ -775,14 +759,6 @@ def test_gaps_take_tokens_away_in_training_alone():
         mv.Gaps(8, least=0.0)
 
 
-def test_a_round_of_tome_is_one_graph():
-    """Catches sizes that are read from the device, and a context that torch.compile cannot enter."""
-    x, size, metric = torch.randn(2, 13, 8), torch.ones(2, 13), torch.randn(2, 13, 4)
-    merge = lambda *given: mv.merge_tokens(*given, 3, 1)[0]
-    graph = torch.compile(merge, fullgraph=True, backend='eager')
-    close(graph(x, size, metric), merge(x, size, metric))
-
-
 def test_baselines_keep_to_the_budget():
     """Catches a grid over the budget, ToMe that drops tokens or sizes, pruning by frame, the first frames."""
     for grid in ((8, 4, 12), (8, 4, 64), (8, 4, 500), (3, 5, 1), (16, 8, 7), (7, 3, 20)):
@@ -790,7 +766,7 @@ def test_baselines_keep_to_the_budget():
         made = mv.pool(torch.randn(1, T, side ** 2, 4), budget)
         M = made.tokens.size(1)
         assert (made.reduction.assign >= 0).all() and made.reduction.mask.all()
-        assert min(budget, T * side ** 2) / 2.3 < M <= budget and grid[2] not in (12, 500) or M in (12, 128)
+        assert min(budget, T * side ** 2) / 2.3 < M <= budget and M == {12: 12, 500: 128}.get(budget, M)
     x = torch.randn(2, 50, 8)
     for n in (50, 30, 7, 1):
         merged = mv.tome(x, n)
@@ -1236,7 +1212,7 @@ def test_gumbel_noise_in_training_alone_and_repeatable():
 
 def test_segments_equal_brute_force_over_all_partitions():
     """Catches a dynamic programme that misses the optimum, or takes another of several."""
-    for case in range(200):
+    for case in range(60):
         T, P, longest = (int(torch.randint(1, high, ())) for high in (9, 4, 12))
         still, found = torch.rand(T - 1, P) < 0.7, []
         for cuts in itertools.product((0, 1), repeat=T - 1):
@@ -1420,6 +1396,7 @@ def test_flops_by_hand(changes):
     assert flops['blocks'] == sum(rows * (24 * S * C * C + 4 * S * S * C - 4 * (S - words) * alone * C)
                                   for S in aux['tokens'])
     learns = len([*model.routing.parameters()])
+    assert c.routing != 'skip' or not learns and all(aux['tokens'][i] == words for i in model.mod_layers)
     frames = isinstance(model.routing, mv.RaggedRouting) and (aux['position'].dim() == 1 or c.streaming)
     again = lambda route: frames * (route.index.size(1) - words)               # of the chosen: the gate
     scores = sum(2 * rows * C * (route.logits.size(1) + again(route)) for route in aux['routes'].values())
@@ -1465,12 +1442,6 @@ def test_optimizers_do_what_their_docstrings_say():
     assert torch.equal(still, before)                                          # it has no gradient
 
 
-class Evil:
-    """A pickle that would run code."""
-    def __reduce__(self):
-        return Path('ran').touch, ()
-
-
 def test_checkpoints_are_exact_and_atomic_and_cannot_run_code(tmp_path, monkeypatch):
     """Catches a save that destroys the one before or leaves litter, another class, pickle, a flipped bit."""
     monkeypatch.chdir(tmp_path)
@@ -1488,7 +1459,8 @@ def test_checkpoints_are_exact_and_atomic_and_cannot_run_code(tmp_path, monkeypa
     assert other.config == model.config and type(other) is mv.Retriever
     mv.save_checkpoint(path, compiled, step=7)
     whole, bits = path.read_bytes(), model.log_scale.detach().numpy().tobytes()        # written the same
-    for content in ({'config': {}, 'model': Evil()}, {'config': {'heads': 3}, 'model': {}}, {'a': 1},
+    evil = type('Evil', (), dict(__reduce__=lambda self: (Path('ran').touch, ())))()       # would run code
+    for content in ({'config': {}, 'model': evil}, {'config': {'heads': 3}, 'model': {}}, {'a': 1},
                     b'hello', whole[:5000], whole.replace(bits, bits[::-1])):
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -1527,7 +1499,6 @@ def test_wrong_shapes_and_configurations_are_named():
         'float in .* got .* torch.uint8': lambda: model((255 * video).byte(), text),
         r'text must be \(B, Q, L\) with a word at least, got': lambda: model(video, text[0]),
         'with a word at least': lambda: model(video, text[:, :, :0]),
-        'holds no frame': lambda: make(reducer='uniform', budget=15)(video, text),
         'budget must be at least 1, or 0': lambda: make(reducer='pool', budget=-1)(video, text),
         'not made for streams': lambda: next(iter(model.stream([(video[:, 0], None)]))),
         'one line of text': lambda: streamer()(video, text),
@@ -1543,16 +1514,13 @@ def test_wrong_shapes_and_configurations_are_named():
         'clips of 4 frames, got 3': lambda: mv.TempMeEncoder(32, 3, 2, 16, 4, 4)(sample(T=3)[0]),
         'say grid=': lambda: mv.draw_tokens(video[0], mv.pack(torch.ones(1, 30, dtype=torch.bool))),
         'routing must be one of': lambda: make(routing='best'),
-        'reducer must be one of': lambda: make(reducer='best'),
         'sizes must be at least 1, and a billion': lambda: make(n_layer=10 ** 6, dim=2, n_head=1),
         "are the most; got .*'dim': 30000": lambda: make(dim=30000, n_head=1),
         "'codes': 10": lambda: make(reducer='vq', codes=10 ** 12),
         'a billion pixels': lambda: make(frames=10 ** 6, frame_size=64),
         'the vocabulary starts with': lambda: make(vocab=['a', 'b']),
         'retain_ratio must be above 0': lambda: make(reducer='holitom', retain_ratio=0.0),
-        'wants 2 layers': lambda: make(encoder='tempme', encoder_layers=1),
-        "encoder 'tempme' looks at the whole clip": lambda: make(encoder='tempme', streaming=True),
-        'goes with reducer none': lambda: make(encoder='tempme', reducer='holitom')}
+        'wants 2 layers': lambda: make(encoder='tempme', encoder_layers=1)}
     for words, call in calls.items():
         with pytest.raises(ValueError, match=words):
             call()
@@ -1577,19 +1545,17 @@ END = '# ==== the core ends here'
 CORE = max(n for n, text in SECTIONS.items() if END in text)
 
 
-def numbers(text):
-    """'1, 3 to 5' -> [1, 3, 4, 5]"""
-    spans = re.findall(r'(\d+)(?: to (\d+))?', text)
-    return [n for first, last in spans for n in range(int(first), int(last or first) + 1)]
-
-
-NEEDS = {n: numbers(''.join(re.findall(r'(?m)^# needs sections .*$', text))) for n, text in SECTIONS.items()}
+NEEDS = {n: [i for line in re.findall(r'(?m)^# needs sections .*$', text)
+             for a, b in re.findall(r'(\d+)(?: to (\d+))?', line) for i in range(int(a), int(b or a) + 1)]
+         for n, text in SECTIONS.items()}                                      # '1, 3 to 5' -> [1, 3, 4, 5]
+CODE = {n: compile(text, f'section {n}', 'exec') for n, text in {0: IMPORTS, **SECTIONS}.items()}
 
 
 def build(sections):
     """What these sections alone define."""
     space = {'__name__': 'part'}
-    exec(compile(IMPORTS + ''.join(SECTIONS[n] for n in sorted(sections)), 'part', 'exec'), space)
+    for n in [0, *sorted(sections)]:
+        exec(CODE[n], space)
     return space
 
 
@@ -1715,13 +1681,9 @@ def expected_answer(scene, b, kind, name, T):
     colour = {o: [shapes.COLOURS[c] for c in scene.colour[b, o, :T]] for o in seen}
     happened = {shapes.EVENTS[e]: (int(t), int(o))
                 for e, t, o in zip(scene.event[b], scene.time[b], scene.subject[b]) if t < T}
-    if kind == 'count':
-        return shapes.COUNTS[len(seen) - 1]
-    if kind == 'order':
-        return [*happened][0]
-    if kind == 'moment':
-        assert 'flash' in happened
-        return flash
+    if kind in ('count', 'order', 'moment'):
+        assert kind != 'moment' or 'flash' in happened
+        return dict(count=shapes.COUNTS[len(seen) - 1], order=next(iter(happened), None), moment=flash)[kind]
     if kind == 'summary':
         clauses = {'flash': f'{flash} flash', 'cut': 'cut'}
         for event, (time, o) in happened.items():
@@ -1730,18 +1692,13 @@ def expected_answer(scene, b, kind, name, T):
                 assert time == t + (event == 'vanishes')
                 clauses[event] = f'{colour[o][t]} {shape[o]} {event}'
         return ' then '.join(clauses[event] for event in happened)
-    if kind == 'shape':                                                 # the one that the colour names
-        (o,) = [o for o in seen if name in [colour[o][t] for t in seen[o]]]
-        return shape[o]
-    (o,) = [o for o in seen if name == shape[o]]
-    if kind == 'colour':
-        assert len(set(colour[o])) == 1
-        return colour[o][0]
-    if kind == 'direction':
-        assert len(seen[o]) > 1
-        return shapes.DIRECTIONS[scene.direction[b, o]]
-    assert kind == 'forecast' and seen[o][-1] == T - 1
-    return shapes.COLOURS[(shapes.COLOURS.index(colour[o][-1]) + 1) % 6]
+    (o,) = [o for o in seen if name == shape[o] or name in [colour[o][t] for t in seen[o]]]    # the one named
+    assert kind != 'colour' or len({*colour[o]}) == 1
+    assert kind != 'direction' or len(seen[o]) > 1
+    assert kind != 'forecast' or seen[o][-1] == T - 1
+    next_colour = shapes.COLOURS[(shapes.COLOURS.index(colour[o][-1]) + 1) % 6]
+    way = [*shapes.DIRECTIONS, None][scene.direction[b, o]]
+    return dict(shape=shape[o], colour=colour[o][0], direction=way, forecast=next_colour)[kind]
 
 
 def parse(turn):
@@ -2053,6 +2010,7 @@ def test_clip_folder_batches(tmp_path, capsys):
     assert test == {18, 19} and val == {17} and not train & {17, 18, 19} and data.kinds == ['which way']
     batch = data.batch('test', 0, 8)
     assert len(batch.video) == 2 and torch.equal(batch.video, data.video[18:].float() / 255)
+    assert torch.equal(data.halved().batch('test', 0, 8).video, batch.video[:, ::2])
     assert len(data.batch('test', 1, 8).text) == 0
     for i, target in zip((18, 19), batch.targets):
         assert [data.vocab[w] for w in target[0] if w >= 0] == [['left', 'right'][i % 2], '<eos>']
@@ -2099,9 +2057,6 @@ FEW = dict(EVAL_CLIPS=8, CURVE_CLIPS=4, COST_CLIPS=2, SHARES=(), ROUNDS=1, WORDS
 def few(patch):
     for name, value in FEW.items():
         patch.setattr(train_tiny, name, value)
-
-
-few_clips = pytest.fixture(lambda monkeypatch: few(monkeypatch), autouse=True)
 
 
 def called(flags, *more):
@@ -2170,6 +2125,23 @@ def pasted(printed):
     return words[2:]
 
 
+def test_coarse_clips_come_first(tmp_path, monkeypatch):
+    """Catches coarse clips in every step or in none, held-out clips that are coarse, a base without them."""
+    drawn, draw = [], shapes.ShapeWorld.batch
+    monkeypatch.setattr(shapes.ShapeWorld, 'batch', lambda world, split, step, *more: drawn.append(
+        (split, step, world.frames)) or draw(world, split, step, *more))
+    go('--frames 8 --recipe dense --steps 5 --coarse 0.5 --out', tmp_path / 'run')
+    assert {(step, frames) for split, step, frames in drawn if split == 'train'} == {
+        (0, 4), (1, 4), (2, 4), (3, 8), (4, 8)}
+    assert {frames for split, _, frames in drawn if split != 'train'} == {8}
+    monkeypatch.setattr(train_tiny, 'RUNS', {'tiny': dict(FEW['RUNS']['tiny'], questions=(4, 4, 0.5))})
+    for flags, share in (('--recipe dense', 0.5), ('--recipe mod-all', 0), ('--recipe dense --frames 6', 0)):
+        assert begun(f'--frames 8 {flags}')[0].s.coarse == share               # a preset's, of long clips
+    refused('merges clips of 8 frames, got 4', '--frames 8 --coarse 0.5 --recipe tempme --encoder-layers 2',
+            '--out', tmp_path / 'never')
+    assert not [*tmp_path.glob('never*')]
+
+
 def test_a_run_writes_everything(trained):
     """Catches a missing file or key, percentages where shares are wanted."""
     assert {p.name for p in trained.iterdir()} == {
@@ -2220,16 +2192,17 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
 def test_the_seed_decides_everything_and_folders_are_not_shared(tmp_path, monkeypatch, capsys):
     """Catches chance, a seed that nothing reads, a run written over, a last line that cannot be pasted."""
     monkeypatch.chdir(tmp_path)
-    for seed in '334':
-        go('--steps 2 --seed', seed)
+    for _ in range(2):
+        go('--steps 2 --seed 3')
         printed = capsys.readouterr().out
         torch.rand(3)                                          # what others draw does not matter
-    runs = [Path(f'out/mod-shapes-tiny-seed{end}') for end in ('3', '3-2', '4')]
-    assert {*Path('out').iterdir()} == {*runs}
-    assert same_weights(*runs[:2]) and losses(runs[0]) == losses(runs[1])
-    assert not same_weights(*runs[1:]) and losses(runs[1]) != losses(runs[2])
-    assert result_of(runs[0])['chance_by_type'] != result_of(runs[2])['chance_by_type']
-    assert train_tiny.main(pasted(printed)) == 0 and (runs[2] / 'ask-clip.png').exists()
+    runs = [Path(f'out/mod-shapes-tiny-seed{end}') for end in ('3', '3-2')]
+    assert {*Path('out').iterdir()} == {*runs} and same_weights(*runs) and losses(runs[0]) == losses(runs[1])
+    (task, model), (other, another) = begun('--seed 3'), begun('--seed 4')
+    assert not torch.equal(model.embed.weight, another.embed.weight)
+    for split in shapes.SPLITS:
+        assert not torch.equal(task.draw(split, 0, 2).video, other.draw(split, 0, 2).video)
+    assert train_tiny.main(pasted(printed)) == 0 and (runs[1] / 'ask-clip.png').exists()
 
 
 def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch):
@@ -2611,10 +2584,9 @@ def test_retrieval_trains_is_found_and_is_refused_elsewhere(tmp_path, capsys, tr
     """Catches ways that do not start from the frames, frozen weights that learn, a find without order."""
     run, frames, natural = tmp_path / 'run', tmp_path / 'run-frames', ROOT / 'data/natural'
     go('--batch 8 --steps 2 --recipe lora-merging --out', run)
-    for name in ('lora', 'full', 'retrieval'):
-        go(f'--batch 4 --steps 1 --recipe {name} --out', tmp_path / name, '--init-from', frames)
-    lora, full, merging, both, base = (result_of(tmp_path / name) for name in
-                                       ('lora', 'full', 'retrieval', 'run', 'run-frames'))
+    go('--batch 4 --steps 1 --recipe full --out', tmp_path / 'full', '--init-from', frames)
+    full, both, base = (result_of(tmp_path / name) for name in ('full', 'run', 'run-frames'))
+    lora, merging = (task.cost(model) for task, model in map(begun, ('--recipe lora', '--recipe retrieval')))
     assert both['learns'] < 0.05 * both['parameters'] and full['learns'] == full['parameters']
     assert both['gflops'] < lora['gflops'] and base['steps'] == 4
     assert full['vision_by_layer'][-1] > 1.5 * merging['vision_by_layer'][-1]
@@ -2681,8 +2653,11 @@ BAD_FLAGS = {
     '--compare --budget 4': 'budget is no option', '--steps many': "invalid int value: 'many'",
     '--bench --compile': 'leave --compile away', '--seeds 2': '--seeds goes with --compare',
     '--bench --rows x': "'x' is none of dense", '--recipe best': "invalid choice: 'best'",
-    '--grid 4': '--grid wants COLUMNSxROWS', '--question x how': 'number of a frame',
-    '--theta 2': '--theta must be between', '--lr nan': '--lr must be finite', '--seed 9999999999': '2**31',
+    '--coarse 1': 'from 0 to below 1', '--bench --coarse 0.5': 'leave --coarse away',
+    '--compare --coarse 0.5': 'leave --coarse away', '--recipe mod-all --coarse 0.5': 'at least 4 frames',
+    '--bench --rows stream': 'none has the task', '--grid 4': '--grid wants COLUMNSxROWS', 
+    '--question x how': 'number of a frame', '--theta 2': '--theta must be between',
+    '--lr nan': '--lr must be finite', '--seed 9999999999': '2**31',
     '--frames 1': 'at least 4 frames', '--device cuda': 'has none', '--lr 0': '--lr above 0',
     '--lr -1': '--lr must be finite, at least 0',
     # the model, in the words of its own options
@@ -2757,7 +2732,6 @@ def test_clip_folders_train(tmp_path):
     folder, run, merged = (tmp_path / name for name in ('clips', 'r', 'm'))
     write_folder(folder, LEFT_OR_RIGHT)
     go('--steps 2 --recipe dense --deterministic --data', folder, '--out', run)
-    torch.use_deterministic_algorithms(False)
     result = result_of(run)
     assert list(result['accuracy_by_type']) == ['which way'] and result['placement'] == 'none'
     assert result['vision_tokens'] == 8 * 16                   # twice the preset's frames, not all 16
@@ -2894,12 +2868,6 @@ def each_tensor(function, x):
     return type(x)([each_tensor(function, a) for a in x]) if type(x) in (list, tuple) else x
 
 
-def tensors(x) -> list:
-    found = []
-    each_tensor(found.append, x)
-    return found
-
-
 def held_by(x):
     return each_tensor(lambda a: a.held if on_gpu(a) else a, x)
 
@@ -2928,7 +2896,8 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
-        found, there = tensors((args, *kwargs.values())), is_cuda(kwargs.get('device'))
+        found, there = [], is_cuda(kwargs.get('device'))
+        each_tensor(found.append, (args, *kwargs.values()))
         held = {id(a.held): a for a in found if on_gpu(a)}
         plain, indexes = [a for a in found if not on_gpu(a)], name in INDEXING and on_gpu(args[0])
         if 'device' in kwargs:
@@ -3030,38 +2999,32 @@ HOST_WAITS = {      # how often the host waits in a training step, at most; neve
     'vqtoken-adaptive': 1, 'mod+vqtoken': 1, 'mod+tempme': 1, 'vq': 1, 'pool': 1}
 
 
-@pytest.mark.parametrize('recipe', train_tiny.RECIPES)
+DIFFERENT = {(row.task, row.changes.get('reducer'), *row.changes): name        # the first of those alike
+             for name, row in reversed(train_tiny.RECIPES.items())}
+
+
+@pytest.mark.parametrize('recipe', DIFFERENT.values())
 def test_a_step_on_a_pretended_gpu(gpu, recipe):
     """Catches tensors left on the CPU, an index or a generator of the other device, waits for numbers."""
-    flags = '--encoder-layers 2 --batch 2 --device cuda --recipe'.split()
-    s = train_tiny.parse([*TINY, *flags, recipe])
-    train_tiny.set_up(s)
-    data = train_tiny.load_data(s)
-    model = train_tiny.untrained(s, data).train()
-    task, optimizers = train_tiny.RECIPES[recipe].task(s, data), mv.configure_optimizer(model, s.lr)
+    task, model = begun(f'--encoder-layers 2 --batch 2 --device cuda --recipe {recipe}')
+    s, optimizers = task.s, mv.configure_optimizer(model.train(), task.s.rate())
     for step in range(2):                                      # the first one places codes and averages
         batch = task.draw('train', step, s.batch)
         gpu.waits.clear()
         with s.autocast():
             loss, _ = task.loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        train_tiny.learn(model, optimizers, loss)
     waits = Counter(gpu.waits)
     task.timed(model.eval(), batch)[0][0]()                    # answers, streams, encodes
-    count = sum(waits.values())
-    print(f'{recipe}: host waits a step: {count} {dict(waits)}')
-    assert math.isfinite(loss.item()) and count <= HOST_WAITS.get(recipe, 0), waits
+    assert math.isfinite(loss.item()) and waits.total() <= HOST_WAITS.get(recipe, 0), waits
 
 
-@pytest.mark.parametrize('flags', ['--steps 2', '--steps 2 --recipe stream --window 2 --deterministic',
-                                   '--steps 1 --recipe frames', '--bench --rows pool'])
+@pytest.mark.parametrize('flags', [
+    '--steps 1', '--steps 1 --recipe stream --window 2 --n-layer 2 --deterministic',
+    '--steps 1 --recipe frames', '--bench --rows dense'])
 def test_the_script_on_a_pretended_gpu(gpu, flags, tmp_path):
     """Catches pictures, scores, checkpoints, answers, measurements that work on a CPU alone."""
     go(f'--device cuda {flags} --out', tmp_path / 'run')
-    torch.use_deterministic_algorithms(False)
 
 
 # ---- mutated inputs ------------------------------------------------------------------------------
@@ -3174,7 +3137,6 @@ def test_fuzz(kind, tmp_path, monkeypatch, request):
             kind(random.Random(f'{os.environ.get("FUZZ_SEED")} {i}'), tmp_path / f'{i}')
     signal.alarm(0)
     signal.signal(signal.SIGALRM, handler)
-    torch.use_deterministic_algorithms(False)
 
 
 # ---- methods of your own -------------------------------------------------------------------------
@@ -3225,15 +3187,12 @@ def test_a_new_reducer_and_a_new_stage_are_one_class_each(tmp_path, monkeypatch,
     assert 'reducer temporal-pool: frames that become one [2]' in text and '--step STEP' in text
     assert ',temporal-pool,' in text and '{none,holitom,drop,every-other}' in text
     assert 'stage holitom, drop, every-other: decoder layer before which' in text
-    go('--recipe dense --steps 2 --out dense')
-    go('--recipe temporal-pool --steps 2 --init-from dense --out run')
-    run, dense = result_of(Path('run')), result_of(Path('dense'))
-    assert run['vision_by_layer'] == [32] * 3 and run['recipe'] == 'temporal-pool'
-    assert Path('run/tokens.png').exists() and run['gflops'] < dense['gflops']
-    monkeypatch.setattr(train_tiny, 'SHARES', (0.5,))
     go('--compare --rows temporal-pool --seeds 1 --steps 4 --out compare')
     assert '| temporal-pool |' in Path('compare/results.md').read_text()
-    assert Path('compare/temporal-pool.png').exists()
+    run, dense = (result_of(Path('compare/seed0', name)) for name in ('temporal-pool', 'dense'))
+    assert run['vision_by_layer'] == [32] * 3 and run['recipe'] == 'temporal-pool'
+    assert Path('compare/temporal-pool.png').exists() and run['gflops'] < dense['gflops']
+    assert Path('compare/seed0/temporal-pool/tokens.png').exists()
     refused("tau is no option of reducer 'temporal-pool' or routing 'frame': step, gate",
             '--recipe temporal-pool --tau 0.5 --out never')
     refused("stage 'every-other' wants stage_layer: decoder layer", '--stage every-other --out never')

@@ -40,13 +40,11 @@ from typing import Annotated, NamedTuple, get_args
 BEGAN = time.time()     # importing torch takes seconds, and they count
 
 
-def stopped_early(*_):
-    """Ctrl-C while torch is imported."""
-    print('train_tiny: stopped; go on with:', shlex.join(['python', *sys.argv]), file=sys.stderr)
-    os._exit(130)
-
-
 if __name__ == '__main__':
+    def stopped_early(*_):      # Ctrl-C while torch is imported
+        print('train_tiny: stopped; go on with:', shlex.join(['python', *sys.argv]), file=sys.stderr)
+        os._exit(130)
+
     signal.signal(signal.SIGINT, stopped_early)
 
 import torch
@@ -57,7 +55,7 @@ from tqdm import tqdm
 
 from data.clips import ClipFolder, read_clip, read_rows, save_clip, words
 from data.shapes import PROMPT, Batch, ShapeWorld
-from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, KVCache, ModVideoConfig,
+from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, ModVideoConfig,
                       choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens, init_from,
                       layer_ranks, load_checkpoint, merge_lora, num_params, options_of, pack,
                       save_checkpoint)
@@ -94,14 +92,9 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
             group['lr'] = rate * schedule(step, steps)
         with autocast():
             value, right = loss(model, draw(step))
-        value.backward()
-        add_up([p.grad for p in model.parameters() if p.grad is not None])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        learn(model, optimizers, value)
         recent.append(torch.stack([value.detach().float(), right.float()]))
-        done = step + 1
+        done, last = step + 1, bool(stop)                      # a later Ctrl-C ends the next step
         if done % every == 0 or done == steps:
             mean_loss, accuracy = finite_mean(recent, done, model)
             log.append(dict(step=done, loss=round(mean_loss, 4), accuracy=round(accuracy, 4),
@@ -110,13 +103,23 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state
             more = report(log[-1], optimizers, []) if report else {}
             bar.set_postfix(loss=f'{mean_loss:.3f}', acc=f'{accuracy:.1%}', **more, refresh=False)
             recent, tick, since = [], time.time(), done
-        elif stop:
+        elif last:
             finite_mean(recent, done, model)
             report(None, optimizers, recent)
-        if stop:
+        if last:
             break
     bar.close()
     return log
+
+
+def learn(model, optimizers: list, value):
+    """One step down the gradient of a loss, added up over the processes of torchrun, its norm at most 1."""
+    value.backward()
+    add_up([p.grad for p in model.parameters() if p.grad is not None])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def add_up(tensors: list):
@@ -157,7 +160,7 @@ def is_right(logits, targets):
 
 
 def nanmean(values) -> float:
-    """Mean of numbers, those aside that are none."""
+    """Mean of the numbers that are not NaN."""
     return torch.tensor(values).nanmean().item()
 
 
@@ -190,25 +193,28 @@ class Questions:
         if self.needs and s.data != 'shapes':
             raise ValueError(f'--recipe {s.recipe} needs --data shapes: {self.needs}')
         self.s, self.data, self.vocab = s, data, getattr(data, self.words)
-        self.blind = RECIPES[s.recipe].blind
+        # Coarse clips first (Wu et al., arXiv 1912.00998): less to compute, and what moves is seen sooner.
+        self.coarse = data.halved() if s.coarse else data
 
     def draw(self, split: str, step: int, size: int):
         """A batch on the run's device. A blind run trains with the video of another clip of the batch."""
         trains = split == 'train'
-        batch = getattr(self.data, self.source[trains])(split, step, size, self.s.device)
-        return batch._replace(video=batch.video.roll(1, 0)) if self.blind and trains else batch
+        data = self.coarse if trains and step < (self.s.coarse or 0) * self.s.steps else self.data
+        batch = getattr(data, self.source[trains])(split, step, size, self.s.device)
+        blind = trains and RECIPES[self.s.recipe].blind
+        return batch._replace(video=batch.video.roll(1, 0)) if blind else batch
 
-    def held_out(self, split: str, clips: int):
-        """Batches of at most 64 held-out clips."""
-        for step in range(math.ceil(clips / 64)):
-            batch = self.draw(split, step, min(64, clips))
+    def held_out(self, split: str, clips: int, size: int = 64):
+        """Batches of at most `size` held-out clips."""
+        for step in range(math.ceil(clips / size)):
+            batch = self.draw(split, step, min(size, clips))
             if not len(batch.text):
                 break
             yield batch
 
     def liveliest(self):
         """Held-out clip that moves most (T, 3, height, width), a question's ids (L,), words, its answer."""
-        batch = self.draw('test', 0, 64)
+        batch = self.draw('test', 0, min(64, EVAL_CLIPS))
         change = (batch.video[:, 1:] - batch.video[:, :-1]).abs().mean((2, 3, 4)).cpu()      # (B, T - 1)
         video, text, targets = (a[int(change.median(1).values.argmax())] for a in batch[:3])
         asked, told = split_question(text[0], targets[0])
@@ -224,14 +230,12 @@ class Questions:
         return model(batch.video, batch.text, targets, asked)
 
     def loss(self, model, batch):
-        """-> loss, share of what is right: 0-dim tensors. Of several processes, what this one adds to it. Its
-        clips of the batch weigh as the share of the words to learn that they hold."""
-        own = batch if WORLD == 1 else batch._replace(**{
+        """-> loss, share of what is right: 0-dim tensors. Of several processes, this one's part of both: each
+        weighs by its share of the words to learn."""
+        own = batch._replace(**{
             name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items() if a is not None})
         logits, loss, _ = self.forward(model, own, own.targets)
         right = is_right(logits, self.wanted(own)).float().mean()
-        if WORLD == 1:
-            return loss, right
         words, all_words = ((self.wanted(a) != IGNORE).sum() for a in (own, batch))
         return loss * (words / all_words), right * len(own.text) / len(batch.text)
 
@@ -267,18 +271,16 @@ class Questions:
 
     @torch.no_grad()
     def cost(self, model) -> dict:
-        """Vision tokens of each layer and GFLOPs of a clip, mean over some. paper_share: of dense, as papers
-        that merge count it, the blocks on vision tokens alone."""
+        """Vision tokens of each layer, their keys and values, GFLOPs of a clip, mean over some. paper_share:
+        FLOPs of the blocks on vision tokens alone, as a share of dense, as papers that merge count it."""
         c, found = model.config, []
         paper = lambda tokens: sum(24 * n * c.dim ** 2 + 4 * n * n * c.dim for n in tokens)
-        for step in range(COST_CLIPS if c.merges else 1):
-            batch = self.draw('test', step, 1)
-            if not len(batch.text):                            # a small folder
-                break
+        for batch in self.held_out('test', COST_CLIPS if c.merges else 1, 1):
             flops, (_, _, aux) = count_flops(model, functools.partial(self.forward, model.eval(), batch))
             (Q, L), N = batch.text.shape[1:], batch.video.size(1) * c.patches
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
             found.append(dict(vision_by_layer=layers, decoder_tokens=aux['reduced'].tokens.size(1),
+                              cache_kb=8 * c.dim * sum(layers) / 1000,         # float32
                               gflops=flops['total'] / 1e9, decoder_gflops=flops['blocks'] / 1e9,
                               paper_share=paper(layers) / paper([N] * c.n_layer)))
         return average(found)
@@ -365,15 +367,6 @@ class Streams(Questions):
         watch = lambda: list(model.stream(((x, None) for x in batch.video.unbind(1)), None, 0.0))
         return [watch], lambda took: dict(frames_per_s=batch.video.size(1) / statistics.median(took))
 
-    @torch.no_grad()
-    def cost(self, model) -> dict:
-        """As of questions, and the keys and values that a clip leaves in the cache, in kB."""
-        caches, batch = [KVCache() for _ in model.blocks], self.draw('test', 0, 1)
-        seen = model.eval().encode_video(batch.video)
-        model.decode(seen.tokens, seen.position, seen.tokens.size(1), caches=caches)
-        held = sum(a.nbytes for cache in caches if cache.k is not None for a in (cache.k, cache.v))
-        return dict(super().cost(model), cache_kb=held / 1000)
-
     def print_table(self, result: dict):
         shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency',
                   'turns without a mistake': 'accuracy', "the same, another clip's video": 'blind_accuracy',
@@ -449,7 +442,7 @@ class Retrieval(Questions):
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
         """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's, which differs in
-        a direction or in the order of events: 50 % by chance. All sentences differ; none is guessed blind."""
+        a direction or in the order of events: 50 % by chance. All sentences differ. No blind score."""
         seen, found, clips = set(), [], min(clips, FIND_CLIPS)
         for batch in self.held_out(split, 10 ** 9):
             sentences, new = [in_words(ids, self.vocab) for ids in batch.text], []
@@ -483,6 +476,7 @@ class Retrieval(Questions):
                     gflops=round(flops['total'] / 1e9, 4))
 
     def timed(self, model, batch):
+        merge_lora(model)                                      # as it is used
         encode = lambda: model.encode_video(batch.video)
         return [encode], lambda took: dict(encode_ms=1000 * statistics.median(took))
 
@@ -578,11 +572,10 @@ RECIPES = {
     'retrieval': Recipe(JOINED, 'frames', 0.44, Retrieval),
     'lora-merging': Recipe(LORA | JOINED, 'frames', 0.44, Retrieval)}
 for name in [name for name in REDUCERS if name != 'none']:
-    share = 0.0 if REDUCERS[name].untrained else 0.2
-    RECIPES.setdefault(name, Recipe(dict(reducer=name), 'gaps', share))
+    RECIPES.setdefault(name, Recipe(dict(reducer=name), 'gaps', 0.0 if REDUCERS[name].untrained else 0.2))
 
-# What a preset trains with, by kind of task: clips a step, steps, the share of them on coarse clips. asked:
-# questions a clip.
+# What a preset trains with, by kind of task: clips a step, steps, the share of them on coarse clips; and how
+# many questions a clip is asked.
 RUNS = {'tiny': dict(questions=(8, 100, 0), streams=(8, 100, 0), retrieval=(16, 20, 0), asked=4),
         'cpu': dict(questions=(8, 1800, 0), streams=(8, 1800, 0), retrieval=(64, 500, 0), asked=8),
         'wide': dict(questions=(16, 1500, 0.5), streams=(16, 1300, 0), retrieval=(32, 600, 0), asked=8),
@@ -606,21 +599,23 @@ def load_data(s, vocab: list = None):
     return ClipFolder(s.data, frames=s.model['frames'], grid=grid, vocab=vocab, **shape)
 
 
-def configure(s, vocab: list) -> ModVideoConfig:
-    """The configuration of a row: the preset, what the row changes, the flags, in this order."""
+def build(s, task, dense=None):
+    """The model of a row: the preset, what the row changes, the flags, in this order. Its weights are a
+    function of the seed, or those of `dense`. ValueError: a flag that does not fit, or does nothing."""
     preset, recipe = {**PRESETS[s.preset], **s.model}, RECIPES[s.recipe]
     changes = {name: value(preset) if callable(value) else value for name, value in recipe.changes.items()}
     values = {**preset, **recipe.task.model, **changes, **s.model}
     own = {f.name: values.pop(f.name) for f in fields(ModVideoConfig) if f.name in values}
-    return ModVideoConfig(vocab=list(vocab), options=values, **own)
-
-
-def build(s, config: ModVideoConfig, dense=None):
-    """The model, its weights a function of the seed, or those of `dense`. ValueError: a useless flag."""
+    config = ModVideoConfig(vocab=list(task.vocab), options=values, **own)
+    if config.placement.startswith(('rank', 'random')):
+        if dense is None or getattr(dense, 'mod_layers', True) or dense.config.streaming:
+            raise ValueError(f'--placement {config.placement} chooses layers of a dense model to convert; '
+                             'see --init-from')
+        config.placement = ','.join(map(str, sorted(chosen_layers(s, task, dense, config.placement))))
     torch.manual_seed(s.seed)
     model = config.build('model', config).to(s.device)
     routes = {'keep_ratio', 'routing', *options_of(ROUTINGS[config.routing])}
-    idle = {*RECIPES[s.recipe].task.without} | (set() if getattr(model, 'mod_layers', [0]) else routes)
+    idle = {*recipe.task.without} | (set() if getattr(model, 'mod_layers', [0]) else routes)
     for name in idle & {*s.model}:
         raise ValueError(f'{dashed(name)} would do nothing with --recipe {s.recipe}: no layer of it routes, '
                          'or it has no such part')
@@ -632,23 +627,12 @@ def build(s, config: ModVideoConfig, dense=None):
     return model
 
 
-def prepare(s, task, dense=None):
-    """The model of a row as its training begins, with the weights of `dense` where it begins with a model."""
-    config = configure(s, task.vocab)
-    if config.placement.startswith(('rank', 'random')):
-        if dense is None or dense.mod_layers or dense.config.streaming:
-            raise ValueError(f'--placement {config.placement} chooses layers of a dense model to convert; '
-                             'see --init-from')
-        config.placement = ','.join(map(str, sorted(chosen_layers(s, task, dense, config.placement))))
-    return build(s, config, dense)
-
-
 def untrained(s, data):
     """The model of a row, begun from untrained weights. ValueError: flags that do not fit the row."""
     task, first = RECIPES[s.recipe].task(s, data), base_of(s)
-    dense = build(first, configure(first, task.vocab)) if first.recipe else None
+    dense = build(first, task) if first.recipe else None
     with redirect_stdout(None), torch.no_grad():               # ranks of such weights say nothing
-        model = prepare(s, task, dense).eval()
+        model = build(s, task, dense).eval()
         task.loss(model, task.draw('train', 0, 2))             # some numbers are refused by the first pass
     return model
 
@@ -780,7 +764,7 @@ class Run:
             finish(first)
             s = self.s = replace(s, init_from=first.out)
         dense = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)[0] if s.init_from else None
-        return prepare(s, task, dense)
+        return build(s, task, dense)
 
     def read_progress(self, model, optimizers=None, step=None, log=None, recent=None, seconds=None, **other):
         """What save() wrote besides the model. ValueError: it is something else."""
@@ -808,15 +792,14 @@ class Run:
         lines = [self.COLUMNS, *([str(row[name]) for name in self.COLUMNS] for row in self.log)]
         write(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
-    def train(self, model, task, coarse):
-        """The steps that are left, the first ones by task `coarse`, held-out accuracy ten times.
-        KeyboardInterrupt: Ctrl-C; all is saved."""
+    def train(self, model, task):
+        """The steps that are left, held-out accuracy ten times. KeyboardInterrupt: Ctrl-C; all is saved."""
         s, start, stop = self.s, time.time(), []
         every, fast = 10 * max(1, s.steps // 100), torch.compile(model) if s.compile else model
 
         def draw(step):
             self.done = step + 1
-            return (coarse if step < s.coarse * s.steps else task).draw('train', step, s.batch)
+            return task.draw('train', step, s.batch)
 
         def report(row, optimizers, recent):
             scores, seconds = {}, round(self.before + time.time() - start, 1)
@@ -852,8 +835,8 @@ def run_recipe(s, began: float = None) -> Path:
     try:
         model = run.begin(task)
         s, cost = run.s, task.cost(model)
-        # Coarse clips first (Wu et al., arXiv 1912.00998): less to compute, and what moves is seen sooner.
-        coarse = type(task)(s, task.data.halved()) if s.coarse else task
+        if s.coarse:
+            task.loss(model, task.draw('train', 0, 2))         # which half of the frames may refuse
         if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
             raise ValueError(f'reducer {model.config.reducer!r} has weights, and this row trains none; say '
                              'untrained = False in its class, or --steps')
@@ -866,12 +849,13 @@ def run_recipe(s, began: float = None) -> Path:
               f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps '
               f'of {s.batch} clips -> {run.path}')
         if s.steps > run.done:
-            run.train(model, task, coarse)
+            run.train(model, task)
         elif not s.resume:
             run.save(model, configure_optimizer(model, s.rate()), 0, 0.0)
+        whole_steps = [row['ms'] for row in run.log if row['step'] > s.coarse * s.steps]
         result = {name: getattr(s, name) for name in 'recipe seed device dtype preset data steps'.split()}
         result.update(torch=torch.__version__, placement=model.config.placement, **scores_of(task, model),
-                      step_ms=round(statistics.median([row['ms'] for row in run.log] or [0.0]), 2),
+                      step_ms=round(statistics.median(whole_steps or [0.0]), 2),
                       parameters=num_params(model), learns=learns,
                       vision_tokens=model.config.frames * model.config.patches,
                       peak_memory_mb=round(peak_memory_mb(s.device), 1))
@@ -896,8 +880,7 @@ def scores_of(task, model) -> dict:
     scores = task.evaluate(model.eval(), 'test', EVAL_CLIPS if task.s.data == 'shapes' else 10 ** 9)
     scores.update(task.cost(model))
     if 'decoder_tokens' in scores:
-        density = 100 * scores['accuracy'] / scores['decoder_tokens']             # VQToken's TokDense
-        scores['tok_density'] = round(density, 3)
+        scores['tok_density'] = round(100 * scores['accuracy'] / scores['decoder_tokens'], 3)      # TokDense
     return scores
 
 
@@ -1098,7 +1081,7 @@ def step_memory_mb(device: str, step) -> float:
 
 def measure(task, make: dict) -> dict:
     """Training step, memory, what the task times, of models in turn: medians. make: name -> a new model."""
-    s, batch, runs, meaning = task.s, task.draw('train', 0, task.s.batch), [], {}
+    s, batch, runs, meaning = task.s, task.draw('train', task.s.steps, task.s.batch), [], {}
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(s.device, lambda: None)
 
     def training(model):
@@ -1108,10 +1091,7 @@ def measure(task, make: dict) -> dict:
         def step():
             with s.autocast():
                 value, _ = task.loss(model, batch)
-            value.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            learn(model, optimizers, value)
         return step
 
     def look(function):
@@ -1175,8 +1155,12 @@ def run_bench(s):
     set_up(s)
     kind = RECIPES[s.recipe].task
     names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
+    if not names:
+        raise ValueError(f'--rows {s.rows}: none has the task of --recipe {s.recipe}')
+    s.coarse = 0                                               # whole clips are timed
     task = kind(s, load_data(s))
-    make = {name: functools.partial(untrained, replace(s, recipe=name), task.data) for name in names}
+    models = {name: untrained(replace(s, recipe=name), task.data).cpu() for name in names}
+    make = {name: lambda model=model: copy.deepcopy(model).to(s.device) for name, model in models.items()}
     rows = {name: {**task.cost(make[name]()), **found} for name, found in measure(task, make).items()}
     columns = ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])]
     print(f'\n{table_of(rows, columns)}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} '
@@ -1313,7 +1297,7 @@ def untrained_curves(task, model) -> dict:
     for name in [name for name, cls in REDUCERS.items() if cls.untrained and cls.leaving]:
         for share in tqdm(SHARES, f'{name}, untrained', dynamic_ncols=True):
             row = replace(task.s, recipe=name, model={**task.s.model, **REDUCERS[name].leaving(share, T, P)})
-            method = build(row, configure(row, task.vocab), model).eval()
+            method = build(row, task, model).eval()
             accuracy = task.evaluate(method, 'test', CURVE_CLIPS, blind=False)['accuracy']
             curves.setdefault(name, []).append((task.cost(method)['decoder_gflops'], accuracy))
     return curves
@@ -1377,7 +1361,7 @@ class Settings:
     grid: Annotated[str, 'columns x rows of a clip that is a sheet of frames'] = '4x4'
     steps: Annotated[int, "optimizer steps, 0 = the preset's share that the recipe says"] = 0
     batch: Annotated[int, "clips a step, 0 = the preset's"] = 0
-    coarse: Annotated[float, 'the first share of the steps, which see clips of half as many frames '
+    coarse: Annotated[float, 'share of the steps, the first ones, that see clips of half as many frames '
                       "[the preset's; 0 for rows that begin with others]"] = None
     lr: Annotated[float, 'learning rate of the matrices, else 0.01, of LoRA 0.03; the rest: 3 % of it'] = 0.0
     seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
@@ -1417,7 +1401,7 @@ METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream
 TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
          ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows'),
-         ('bench', 'coarse', 'times whole clips')]
+         ('bench', 'coarse', 'times whole clips'), ('compare', 'coarse', 'trains rows as their preset says')]
 
 
 def model_flags() -> dict:
@@ -1486,8 +1470,8 @@ def check(s: Settings, given: set):
         least = int(name in (*PRESETS['tiny'], 'patch_size'))
         if type(value) in (int, float) and not least <= value < 2 ** 31:       # NaN, too
             raise ValueError(f'{dashed(name)} must be finite, at least {least}, below 2**31, got {value}')
-    if (s.coarse or 0) > 1:
-        raise ValueError(f'--coarse is a share of the steps, from 0 to 1, got {s.coarse}')
+    if (s.coarse or 0) >= 1:
+        raise ValueError(f'--coarse is a share of the steps, from 0 to below 1, got {s.coarse}')
     if not 0 < s.theta < 1 or 'lr' in given and s.lr == 0:
         raise ValueError(f'--theta must be between 0 and 1, --lr above 0, got {s.theta} and {s.lr}')
     if s.question and not s.question[0].isdecimal():
@@ -1519,12 +1503,14 @@ def set_up(s: Settings):
     native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     s.dtype = s.dtype.replace('auto', 'bfloat16' if native else 'float32')
     s.preset = s.preset.replace('auto', 'gpu' if cuda else 'cpu')
+    shape = {**PRESETS[s.preset], **s.model}
     if not s.compare:
         batch, steps, coarse = RUNS[s.preset][recipe.task.kind]
         s.batch = s.batch or batch
-        s.coarse = 0 if recipe.begins and s.coarse is None else coarse if s.coarse is None else s.coarse
+        if s.coarse is None:
+            halves = s.data == 'shapes' and shape['frames'] > 7 and s.model.get('encoder', 'plain') == 'plain'
+            s.coarse = coarse if halves and not recipe.begins else 0
         s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * steps))
-    shape = {**PRESETS[s.preset], **s.model}
     pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2
     if pixels > 2 ** 32:
         raise ValueError(f'a step of --batch {s.batch} would have {pixels:,} pixels, wanted at most 2**32')
@@ -1543,7 +1529,8 @@ def set_up(s: Settings):
 
 def join_processes(s: Settings):
     """Under torchrun: meet the others. Only the first process speaks. ValueError: a job for one alone."""
-    if s.bench or s.compare or s.eval or RECIPES[s.recipe].task.kind == 'retrieval':
+    base = RECIPES[s.recipe].begins and not (s.init_from or s.resume)          # which it would train first
+    if s.bench or s.compare or s.eval or base or RECIPES[s.recipe].task.kind == 'retrieval':
         raise ValueError(f'--recipe {s.recipe} with these flags needs one process; run it without torchrun')
     if s.device == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))

@@ -212,6 +212,7 @@ class ClipFolder:
 
     def halved(self):
         """The same clips, every second frame of them."""
+        check(self.video.size(1) > 3, f'--coarse wants clips of 4 frames or more, got {self.video.size(1)}')
         other = copy.copy(self)
         other.video = self.video[:, ::2]
         return other

@@ -34,7 +34,6 @@ Usage:
     draw_tokens(video[0], aux['routes'][0]).save('tokens.png')      # what layer 0 processed
 """
 import contextlib
-import copy
 import inspect
 import io
 import math
@@ -137,7 +136,7 @@ class ModVideoConfig:
             raise ValueError(f'{merges[0]} merges already and goes with reducer none, got {merges[1]}')
 
     def check_options(self):
-        """ValueError: a part that does not exist, an option that no chosen part has, or one that lacks."""
+        """ValueError: a part that does not exist, an option that no chosen part has, or that is missing."""
         known, chosen = {}, []
         for part, classes in PARTS.items():
             name = getattr(self, part)
@@ -237,7 +236,7 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, position=None, mask: Tensor = None, row: Tensor = None) -> Tensor:
-        """How much each token, or only token row (B,), looks at each other: (B, H, S, S) or (B, H, 1, S)."""
+        """How much each token, or only token row (B,), looks at every token: (B, H, S, S) or (B, H, 1, S)."""
         q, k, _ = self.project(x, position)                                    # (B, H, S, D)
         if row is not None:
             q = q.take_along_dim(row[:, None, None, None], 2)                  # (B, H, 1, D)
@@ -300,7 +299,7 @@ class Reduced(NamedTuple):
 
 # ---- 3. Vision encoder -------------------------------------------------------------------------------------
 # A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is convolutional
-# (Xiao et al., arXiv 2106.14881) and also reads the change since the frame before, where motion is cheap.
+# (Xiao et al., arXiv 2106.14881) and also reads the change since the frame before: motion.
 # needs sections 1, 2
 
 def keep_scale(layers: nn.Sequential):
@@ -311,37 +310,29 @@ def keep_scale(layers: nn.Sequential):
             nn.init.zeros_(layer.bias)
 
 
-class PatchEmbed(nn.Module):
-    """Frames, their changes -> patch tokens, by three convolutions of total stride patch_size."""
-
-    def __init__(self, dim: int, patch_size: int = 8, channels: int = 6):
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
-            nn.Conv2d(64, dim, 3, stride=patch_size // 4, padding=1))
-        keep_scale(self.stem)
-
-    def forward(self, video: Tensor, previous: Tensor = None) -> Tensor:
-        """video (B, T, 3, height, width) -> (B*T, P, C). previous (B, 1, 3, ...): the frame before it."""
-        frames = video - 0.45                            # (B, T, 3, height, width) less an ordinary mean
-        if self.stem[0].in_channels == 6:                # 3: without their changes
-            before = video[:, :1] if previous is None else previous            # None: nothing changed
-            frames = torch.cat([frames, video - torch.cat([before, video[:, :-1]], 1)], 2)
-        return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # (B*T, P, C)
-
-
 class VisionEncoder(nn.Module):
-    """PatchEmbed, learned places in the frame, blocks in which its patches see each other."""
+    """Convolutions, learned places in the frame, blocks in which the patches of a frame see each other."""
     merges = False       # True: forward returns fewer tokens than patches, with their position
 
     def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
                  frames: int = None, channels: int = 6):                       # frames: T, if they are joined
         super().__init__()
-        self.embed = PatchEmbed(dim, patch_size, channels)
+        self.stem = nn.Sequential(                                             # of total stride patch_size
+            nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
+            nn.Conv2d(64, dim, 3, stride=patch_size // 4, padding=1))
+        keep_scale(self.stem)
         self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
         self.final_norm = nn.LayerNorm(dim, bias=False)
+
+    def embed(self, video: Tensor, previous: Tensor = None) -> Tensor:
+        """video (B, T, 3, height, width) -> (B*T, P, C). previous (B, 1, 3, ...): the frame before it."""
+        frames = video - 0.45                            # (B, T, 3, height, width) less an ordinary mean
+        if self.stem[0].in_channels == 6:                # 3: without their changes
+            before = video[:, :1] if previous is None else previous            # None: nothing changed
+            frames = torch.cat([frames, video - torch.cat([before, video[:, :-1]], 1)], 2)
+        return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)
 
     def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
         """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C).
@@ -380,7 +371,7 @@ class Route(NamedTuple):
 def tokens_at(x: Tensor, index: Tensor):
     """The tokens index (B, K) of x (B, S, C): (B, K, C), and which rows of x.flatten(0, 1) they are."""
     row = (index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]).flatten()   # (B*K,)
-    return x.flatten(0, 1).index_select(0, row).view(*index.shape, x.size(2)), row     # gather stores all x
+    return x.flatten(0, 1).index_select(0, row).view(*index.shape, x.size(2)), row     # gather would keep x
 
 
 class MoDBlock(nn.Module):
@@ -487,6 +478,7 @@ class FrameRouting(nn.Module):
     ragged = False         # False: it wants all tokens of every frame
     last_layer = False     # True: the last layer may route even where no loss reads its vision tokens
     kind = Router          # of the routers
+    loss = staticmethod(lambda routes: 0.0)    # what the routes of all layers add to the model's loss
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
                  gate: Annotated[str, 'factor of updates: raposo, the score; zero, one at first'] = 'raposo'):
@@ -505,10 +497,6 @@ class FrameRouting(nn.Module):
         """Which of index (N,) decide about speech, (N,) bool: the last of each frame; None: no stream."""
         return index % self.patches == self.patches - 1 if self.streaming else None
 
-    def loss(self, routes: list):
-        """What the routes of all layers add to the model's loss."""
-        return 0.0
-
 
 ROUTINGS['frame'] = FrameRouting      # section 7 puts one in its place that takes fewer tokens, too
 
@@ -524,7 +512,7 @@ class Reducer(nn.Module):
     by_question = False        # True: each question has vision tokens of its own; forward is given its words
     wants_saliency = False     # True: forward is given the attention that each patch receives
     untrained = True           # False: a trained dense model must first learn to read what it returns
-    in_place = True            # False: its tokens stand for no patches, so no picture shows who routes them
+    in_place = True            # False: its tokens stand for no patches, so no picture shows which are routed
     leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
     picture = staticmethod(lambda reduced: reduced.reduction)      # of all patches, to draw; None: in place
     facts = staticmethod(lambda reduced: {})   # what to report besides accuracy and cost: name -> number
@@ -646,10 +634,9 @@ class ModVideo(nn.Module):
         position = torch.cat([place, word.expand(*place.shape[:-1], -1)], -1)      # (S,) or (B, S)
         if Q == 1 and place.dim() == 1:
             return position, None                                              # plainly causal
-        owner = torch.arange(Q, device=device).repeat_interleave(L)            # (Q*L,) the question of a word
-        owner, all_places = F.pad(owner, (M, 0), value=-1), position.view(-1, M + Q * L)   # (S,) -1 = vision
+        owner, all_places = torch.arange(-M, Q * L, device=device) // L, position.view(-1, M + Q * L)  # (S,)
         first = M if place.dim() == 1 else 0             # whole frames are plainly causal: no mask for them
-        same = (owner == -1) | (owner == owner[first:, None])                  # (R, S)
+        same = (owner < 0) | (owner == owner[first:, None])                    # (R, S) below 0: vision
         return position, visible(all_places[:, first:], all_places) & same     # (1 or B, 1, R, S)
 
     def place_stream(self, place: Tensor, text: Tensor, T: int, after: Tensor = None):
@@ -735,7 +722,7 @@ class ModVideo(nn.Module):
         start = torch.full_like(words[:, :1], video.size(1) * self.config.patches)         # (B*Q, 1)
         reduced = self.encode_video(video, question=words)
         if self.stage is None:
-            place = reduced.position                           # two tokens may stand at one: no plain past
+            place = reduced.position                           # two may share a position: no plain past
             mask = visible(place) if place.dim() == 2 else None
             self.decode(reduced.tokens, place, reduced.tokens.size(1), mask, caches)
             for cache in caches:
@@ -833,7 +820,7 @@ def load_checkpoint(path, device='cpu'):
 
 
 # ==== the core ends here ====================================================================================
-# Everything above runs without anything below. Each section below can be deleted as a whole.
+# Everything above runs without anything below. Each section below can be deleted, with those that need it.
 
 # ---- 7. Token reduction ------------------------------------------------------------------------------------
 # Pruning, merging, clustering, quantizing are one act: a token goes to one output slot with a weight, or is
@@ -928,12 +915,6 @@ def expand(y: Tensor, reduction: Reduction) -> Tensor:
     return look_up(y, reduction.assign, 0)
 
 
-def slot_sizes(reduction: Reduction, size: Tensor = None) -> Tensor:
-    """Input tokens of each slot: (B, M) float32. size (B, N): what the inputs stand for already."""
-    size = torch.ones_like(reduction.weight) if size is None else size.float()
-    return slot_sums(size, reduction.assign, reduction.position.size(1))
-
-
 def compose(first: Reduction, second: Reduction) -> Reduction:
     """One reduction that does `first` (N -> M1), then `second` (M1 -> M2)."""
     assign = look_up(second.assign, first.assign, -1)                          # (B, N)
@@ -956,7 +937,7 @@ def mean_of(assign: Tensor, position: Tensor) -> Reduction:
 
 
 def pack(keep: Tensor, M: int = None) -> Reduction:
-    """Keep some tokens, drop the others: keep (B, N) bool. M: the most of a sample, if it is known."""
+    """Keep some tokens, drop the others: keep (B, N) bool. M: the most that a sample keeps, if known."""
     N, M = keep.size(1), int(keep.sum(1).max()) if M is None else M
     assign = torch.where(keep, keep.cumsum(1) - 1, -1)                         # (B, N)
     position = first_members(assign, M)                                        # (B, M)
@@ -971,6 +952,7 @@ def reduced_by(x: Tensor, reduction: Reduction) -> Reduced:
 
 class Budgeted(Reducer):
     """The base of reducers that are told how many tokens may stay."""
+    leaving = staticmethod(lambda share, T, P: dict(budget=max(1, round(share * T * P))))
 
     def __init__(self, dim: int, *,
                  budget: Annotated[int, 'the most vision tokens of a clip, 0 = a quarter'] = 0):
@@ -978,10 +960,6 @@ class Budgeted(Reducer):
         if budget < 0:
             raise ValueError(f'budget must be at least 1, or 0 for a quarter of them, got {budget}')
         self.budget = budget
-
-    @staticmethod
-    def leaving(share: float, T: int, P: int) -> dict:
-        return dict(budget=max(1, round(share * T * P)))
 
     def most(self, x: Tensor) -> int:
         """The most tokens of a clip of x (B, T, P, C)."""
@@ -991,10 +969,7 @@ class Budgeted(Reducer):
 
 class Uniform(Budgeted):
     """Whole frames, the middles of n equal parts of the clip. ValueError: the budget holds no frame."""
-
-    @staticmethod
-    def leaving(share: float, T: int, P: int) -> dict:
-        return dict(budget=P * max(1, round(share * T)))
+    leaving = staticmethod(lambda share, T, P: dict(budget=P * max(1, round(share * T))))
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         T, P = x.shape[1:3]
@@ -1023,24 +998,20 @@ class Pool(Budgeted):
         return pool(x, self.most(x))
 
 
-def side_of(P: int) -> int:
-    """Patches of a side of a frame of P. ValueError: they are no square, or a summary token is among them."""
-    if math.isqrt(P) ** 2 != P:
-        raise ValueError(f'wanted frames of a square grid of patches, such as 8 x 8, got {P} patches')
-    return math.isqrt(P)
-
-
 def pool(x: Tensor, budget: int, b: int = None) -> Reduced:
     """Means of the cells of a grid, b to a side of the frame (None: so many that most cells fit) and of time
     what the budget leaves: x (B, T, P, C) -> (B, M, C)."""
-    T, side = x.size(1), side_of(x.size(2))
-    b = b or max(range(1, side + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
+    T, P = x.shape[1:3]
+    b = b or max(range(1, math.isqrt(P) + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
     a = min(T, budget // b ** 2)
-    return reduced_by(x, from_clusters(grid_cells(T, side, a, b, x.device).expand(len(x), -1), a * b * b))
+    return reduced_by(x, from_clusters(grid_cells(T, P, a, b, x.device).expand(len(x), -1), a * b * b))
 
 
-def grid_cells(T: int, side: int, a: int, b: int, device) -> Tensor:
-    """(T * side * side,) int64: which of a * b * b equal cells of time, height and width each patch is in."""
+def grid_cells(T: int, P: int, a: int, b: int, device) -> Tensor:
+    """(T * P,) int64: which of a * b * b equal cells of time, height and width each patch is in."""
+    side = math.isqrt(P)
+    if side ** 2 != P:                                         # or a summary token is among them
+        raise ValueError(f'wanted frames of a square grid of patches, such as 8 x 8, got {P} patches')
     time, place = (torch.arange(n, device=device) * m // n for n, m in ((T, a), (side, b)))
     return ((time[:, None, None] * b + place[:, None]) * b + place).flatten()
 
@@ -1126,7 +1097,7 @@ class RaggedBlock(MoDBlock):
 class RaggedRouting(FrameRouting):
     """FrameRouting that also takes clips whose frames have unequal numbers of tokens left."""
     layer, kind, ragged = RaggedBlock, RaggedRouter, True
-    seen = None, None, None     # of the layer before: positions, what else decides K, and K, which waits
+    seen = None, None, None     # of the layer before: positions, what else decides K, and K: reading it waits
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0 or self.streaming or position.dim() == 1:                    # whole frames
@@ -1182,7 +1153,8 @@ def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairin
     if r == 0:
         return x, size, None
     step = bipartite_soft_matching(metric, r, protected, size, pairing)
-    return reduce_tokens(x, step), slot_sizes(step, size), step
+    size = torch.ones_like(step.weight) if size is None else size.float()
+    return reduce_tokens(x, step), slot_sums(size, step.assign, step.position.size(1)), step
 
 
 @torch.no_grad()
@@ -1333,6 +1305,7 @@ def merge_static(x: Tensor, frames: Tensor, static: Tensor, peaks: Tensor, rows:
 class HoliTom(Reducer):
     """HoliTom before the decoder: as many tokens as the clip needs."""
     wants_saliency = True
+    leaving = staticmethod(lambda share, T, P: dict(retain_ratio=share))
 
     def __init__(self, dim: int, *,
                  retain_ratio: Annotated[float, 'share of the vision tokens that stays'] = 0.1,
@@ -1343,16 +1316,15 @@ class HoliTom(Reducer):
                              f'got {retain_ratio} and {tau}')
         self.retain_ratio, self.tau = retain_ratio, tau
 
-    @staticmethod
-    def leaving(share: float, T: int, P: int) -> dict:
-        return dict(retain_ratio=share)
-
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         return reduced_by(x, holitom(x, saliency, self.retain_ratio, self.tau))
 
 
 class Stage(nn.Module):
-    """Makes vision tokens fewer inside the decoder; a subclass has decide(x, score, real) -> Reduction."""
+    """Drops inside the decoder what the question looks at least (FastV, Chen et al., arXiv 2403.06764).
+
+    The base of others: a subclass has its own decide(x, score, real) -> Reduction.
+    """
 
     def __init__(self, n_layer: int, *,
                  stage_layer: Annotated[int, 'decoder layer before which the stage acts, from 1 on'],
@@ -1367,11 +1339,16 @@ class Stage(nn.Module):
         """How many of x (B, N, C) stay at most; one more on Apple's GPUs, which round in float32."""
         return round(x.size(1) * (1 - self.ratio)) + (x.device.type == 'mps')
 
+    def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
+        """What becomes of the vision tokens x (B, N, C), by score (B, N); real (B, N) bool: no padding."""
+        keep = (precise(real.sum(1, keepdim=True)) * (1 - self.ratio)).round()         # (B, 1)
+        return pack(best_of(score, keep, real), self.most(x))
+
     def run(self, block: Block, before: Tensor, x: Tensor, position: Tensor, N: int, last: Tensor):
         """Fewer vision tokens in x (B, S, C) -> x, position (B, S), N, Reduced.
 
         block: of the layer before, whose input was before (B, S, C). last (B,): place of the question's last
-        word, whose attention there is the score (B, N). real (B, N): no padding.
+        word, whose attention there is the score.
         """
         seen = visible(position.gather(1, last[:, None]), position)            # (B, 1, 1, S)
         score = block.attention.weights(block.norm1(before), position, seen, last).mean((1, 2))    # (B, S)
@@ -1385,61 +1362,39 @@ class Stage(nn.Module):
 
 @exact()
 def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 0.5,
-                  mask: Tensor = None, rows: int = 1024, sizes: tuple = None) -> Reduction:
+                  mask: Tensor = None, rows: int = 1024, most: int = None) -> Reduction:
     """HoliTom inside the decoder: of the vision tokens the best by score stay and take in the others.
 
     h (B, S, C), score (B, S), vision (B, S) bool; other tokens stay, but for padding, where mask (B, S) is
     False. What goes joins the one that stays and resembles it most (cosine), `rows` at once, in a plain mean.
-    sizes, if they are known: the most tokens of a sample that stay, that go, that are vision and stay.
+    most: the most tokens of a sample that stay, if it is known.
     """
-    S = h.size(1)
+    if not h.size(1):
+        return pack(vision, 0)
     keep = (precise(vision.sum(1, keepdim=True)) * (1 - drop_ratio)).round()   # (B, 1) half to even
     kept = best_of(score, keep, vision)                                        # (B, S)
-    goes = vision & ~kept
-    stays = ~goes if mask is None else ~goes & mask
-    parts = stays, goes, kept
-    most = sizes or torch.stack([a.sum(1).max() for a in parts]).tolist()      # waits for the device
-    slots, goer, host = map(pack, parts, most)
-    goer, host = goer.position, F.pad(host.position, (0, 1), value=S)          # (B, G), (B, K) S = nobody
-    u = unit(h)
-    hosts, nobody = look_up(u, host, 0).mT, (host == S)[:, None]               # (B, C, K), (B, 1, K)
-    choice = [(look_up(u, part, 0) @ hosts).masked_fill(nobody, -math.inf).argmax(-1)
-              for part in goer.split(rows, 1)]                                 # (B, rows) each
-    joined = look_up(slots.assign, host.gather(1, torch.cat(choice, 1)), -1)   # (B, G)
-    assign = F.pad(slots.assign, (0, 1)).scatter(1, goer, joined)[:, :S]
-    return mean_of(assign, slots.position)
+    goes, u = vision & ~kept, unit(h)
+    slots = pack(~goes if mask is None else ~goes & mask, most)
+    host = [(part @ u.mT).masked_fill(~kept[:, None], -math.inf).argmax(-1) for part in u.split(rows, 1)]
+    joined = slots.assign.where(kept, -1).gather(1, torch.cat(host, 1))        # (B, S) -1: nobody stays
+    return mean_of(torch.where(goes, joined, slots.assign), slots.position)
 
 
 class HoliTomStage(Stage):
     """HoliTom's second stage: what is looked at least merges into what it resembles."""
 
     def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
-        stay = self.most(x)
-        go = x.size(1) - stay + 2                              # at most, however a device rounds
-        return holitom_inner(x, score, real, self.ratio, real, sizes=(stay, go, stay))
-
-
-class DropStage(Stage):
-    """What the question looks at least is dropped (FastV, Chen et al., arXiv 2403.06764)."""
-
-    def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
-        keep = (precise(real.sum(1, keepdim=True)) * (1 - self.ratio)).round()         # (B, 1)
-        return pack(best_of(score, keep, real), self.most(x))
+        return holitom_inner(x, score, real, self.ratio, real, most=self.most(x))
 
 
 REDUCERS['holitom'] = HoliTom
-STAGES.update(holitom=HoliTomStage, drop=DropStage)
+STAGES.update(holitom=HoliTomStage, drop=Stage)
 
 # ---- 10. Clusters and codes --------------------------------------------------------------------------------
 # How few vectors can stand for a clip? VQToken (Zhang et al., arXiv 2503.16980): a codebook for each clip, by
 # k-means (Lloyd, 1982), and where each code occurs (for offline use only: it looks at the whole clip). Vector
 # quantization (van den Oord et al., arXiv 1711.00937): one learned codebook for all clips.
 # needs sections 1, 2, 4, 5, 7
-
-def cluster_sums(x: Tensor, assign: Tensor, K: int):
-    """x (B, N, C), assign (B, N), -1 = none of them -> sums (B, K, C) and counts (B, K) of clusters."""
-    return slot_sums(x, assign, K), slot_sums(torch.ones_like(x[..., 0]), assign, K)
-
 
 @exact()
 def nearest(x: Tensor, centers: Tensor, metric: str) -> Tensor:
@@ -1485,8 +1440,8 @@ def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, m
     K, x = num_clusters, unit(x) if metric == 'cosine' else x.float()
     centers = spread_centers(x, K) if init is None else init.float()
     for _ in range(iters):
-        sums, count = cluster_sums(x, nearest(x, centers, metric), K)
-        centers = torch.where(count[..., None] > 0, sums / count[..., None].clamp(min=1), centers)
+        sums = slot_sums(F.pad(x, (0, 1), value=1.0), nearest(x, centers, metric), K)      # the last: counts
+        centers = torch.where(sums[..., -1:] > 0, sums[..., :-1] / sums[..., -1:].clamp(min=1), centers)
     assign = nearest(x, centers, metric)                                       # (B, N)
     order = first_members(assign, K).argsort(dim=1, stable=True)               # (B, K)
     return centers.take_along_dim(order[..., None], 1), look_up(order.argsort(1), assign, -1)
@@ -1500,8 +1455,8 @@ def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     (b - a) / max(a, b): a, mean distance to the others of its cluster; b, to the nearest other cluster
     (Rousseeuw, 1987). A mean of 1 - u·v over v is 1 - u·(sum of v)/n.
     """
-    u, own = unit(x), F.one_hot(assign, K)                                     # (B, N, C), (B, N, K)
-    sums, count = cluster_sums(u, assign, K)                                   # (B, K, C), (B, K)
+    u, own = unit(x), F.one_hot(assign, K).float()                             # (B, N, C), (B, N, K)
+    sums, count = own.mT @ u, own.sum(1)                                       # (B, K, C), (B, K)
     others = count[:, None] - own                                              # (B, N, K) without itself
     along = u @ sums.mT - own * u.square().sum(-1, keepdim=True)
     distance = 1 - along / others.clamp(min=1)                                 # (B, N, K)
@@ -1538,15 +1493,14 @@ class VQToken(Reducer):
     """
     untrained = False
 
-    def __init__(self, dim: int, n_head: int = 4, grid=(8, 4), least: int = 4, most: int = 32, *,
+    def __init__(self, dim: int, n_head: int = 4, grid=(8, 4), *,
                  codes: Annotated[int, 'tokens of a clip, 0 = as many as fit it best'] = 12):
-        """grid: cells of time, and of a side of a frame. least, most: codes of a clip, if they are found."""
+        """grid: cells of time, and of a side of a frame."""
         super().__init__(dim)
         if codes < 0 or dim % n_head:
             raise ValueError(f'codes must be at least 0, and {n_head} heads divide {dim} channels; '
                              f'got {codes} codes')
-        self.codes, self.n_head, self.grid, self.least, self.most = codes, n_head, grid, least, most
-        self.iters = 10 if codes else 3                                        # of k-means
+        self.codes, self.n_head, self.grid = codes, n_head, grid
         self.norm = nn.LayerNorm(dim, bias=False)
         self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
@@ -1558,7 +1512,7 @@ class VQToken(Reducer):
     def occupancy(self, index_map: Tensor, K: int) -> Tensor:
         """(B, T, P) -> (B, K, cells): how much of each cell of the grid a code fills, 0 to 1."""
         T, P, cells = *index_map.shape[1:], self.value[0].in_features
-        cell = grid_cells(T, side_of(P), *self.grid, index_map.device)[None]   # (1, N)
+        cell = grid_cells(T, P, *self.grid, index_map.device)[None]            # (1, N)
         place = index_map.flatten(1) * cells + cell                            # (B, N)
         one = torch.ones_like(place, dtype=torch.float)
         filled = slot_sums(one, place, K * cells).unflatten(1, (K, cells))
@@ -1567,10 +1521,7 @@ class VQToken(Reducer):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         """x (B, T, P, C) -> tokens (B, K, C), in order of their first patch; the map: reduction.assign."""
         flat = x.flatten(1, 2)                                                 # (B, N, C)
-        if self.codes:
-            assign = kmeans(flat, self.codes, self.iters, metric='cosine')[1]  # (B, N)
-        else:
-            assign = select_k(flat, self.least, self.most, self.iters)[2]
+        assign = kmeans(flat, self.codes, metric='cosine')[1] if self.codes else select_k(flat)[2]
         K = self.codes or int(assign.max()) + 1                              # waits for the device: K is data
         reduced = reduced_by(x, from_clusters(assign, K))
         mask, codes = reduced.reduction.mask, reduced.tokens                   # (B, K), (B, K, C)
@@ -1581,13 +1532,6 @@ class VQToken(Reducer):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         tokens = codes + self.out(y.transpose(1, 2).flatten(2)).to(codes.dtype)
         return reduced._replace(tokens=tokens * mask[..., None])
-
-
-def code_usage(indices: Tensor, num_codes: int):
-    """Share of the codes that occur, and their perplexity, exp(-sum p log p): 0-dim tensors."""
-    count = torch.bincount(indices.flatten(), minlength=num_codes).float()
-    p = count / count.sum().clamp(min=1)
-    return (count > 0).float().mean(), torch.special.entr(p).sum().exp()
 
 
 def together(x: Tensor, how: str) -> Tensor:
@@ -1604,8 +1548,7 @@ class VectorQuantizer(nn.Module):
     """Replace each vector by the nearest of num_codes codes, which follow the vectors as they change.
 
     codebook (K, C) = embed_avg / cluster_size, two moving averages. In training the first batch places the
-    codes (k-means), and a code that falls below `revive` vectors a batch starts anew at one of them. Slower
-    averages (0.99) lag behind an encoder that learns: after 100 steps half of 32 codes were left, then five.
+    codes (k-means), and a code that falls below `revive` vectors a batch starts anew at one of them.
     """
 
     def __init__(self, num_codes: int, dim: int, decay: float = 0.9, commitment: float = 0.25,
@@ -1648,11 +1591,10 @@ class VectorQuantizer(nn.Module):
     def move(self, x: Tensor, indices: Tensor, decay: float):
         """Towards x (n, C), whose codes are indices (n,): averages first, then the division."""
         indices = indices.where(x.isfinite().all(1), -1)                     # NaN would spoil a code for ever
-        K = len(self.codebook)
-        sums = cluster_sums(x.nan_to_num(0, 0, 0)[None], indices[None], K)
-        sums, count = (together(a, 'sum') for a in sums)                       # (1, K, C), (1, K)
-        self.embed_avg.lerp_(sums[0], 1 - decay)
-        self.cluster_size.lerp_(count[0], 1 - decay)
+        K, rows = len(self.codebook), F.pad(x, (0, 1), value=1.0)
+        sums = together(slot_sums(rows[None], indices[None], K)[0], 'sum')     # (K, C + 1) the last: counts
+        self.embed_avg.lerp_(sums[:, :-1], 1 - decay)
+        self.cluster_size.lerp_(sums[:, -1], 1 - decay)
         total = self.cluster_size.sum()                  # Laplace smoothing leaves it as it is
         size = (self.cluster_size + self.eps) / (total + K * self.eps) * total
         self.codebook.copy_(self.embed_avg / size[:, None])
@@ -1687,8 +1629,10 @@ class LearnedCodes(Reducer):
         return from_clusters(reduced.info['index_map'].flatten(1), len(self.quantizer.codebook))
 
     def facts(self, reduced: Reduced) -> dict:
-        usage, perplexity = code_usage(reduced.info['index_map'], len(self.quantizer.codebook))
-        return dict(codes_used=usage.item(), perplexity=perplexity.item())
+        """Share of the codes that occur, and their perplexity, exp(-sum p log p)."""
+        count = reduced.info['index_map'].flatten().bincount(minlength=len(self.quantizer.codebook)).float()
+        entropy = torch.special.entr(count / count.sum()).sum()
+        return dict(codes_used=(count > 0).float().mean().item(), perplexity=entropy.exp().item())
 
 
 REDUCERS.update(vqtoken=VQToken, vq=LearnedCodes)
@@ -1880,14 +1824,11 @@ def join_clips(x: Tensor, size, place: Tensor, M: int, r: int, c: int, pairing=N
     place (F, C): a vector for every clip, so that order is seen. pairing: None = from even clips to odd ones,
     as parity of place never pairs the same patch of two clips.
     """
-    n, device = x.size(1), x.device
-    clip = gather_clips(torch.arange(M, device=device)[:, None].expand(M, n), M, c)[0]         # (M*n,)
-    patch = torch.arange(M * c, M * n, device=device).view(M, n - c)           # places of each clip's
+    patch = torch.arange(M * c, M * x.size(1), device=x.device).view(M, -1)    # places of each clip's
     pairing = (patch[::2].flatten(), patch[1::2].flatten()) if pairing is None else pairing
     metric, size = gather_clips(x, M, c), size if size is None else gather_clips(size, M, c)
-    place = place.view(-1, M, x.size(2))[:, clip]                              # (F/M, M*n, C)
-    x = (metric.view(-1, *place.shape) + place).view_as(metric)                # (B*F/M, M*n, C)
-    return merge_tokens(x, size, metric, r, M * c, pairing)
+    x = (x.unflatten(0, (-1, len(place))) + place[:, None]).flatten(0, 1)      # (B*F, n, C)
+    return merge_tokens(gather_clips(x, M, c), size, metric, r, M * c, pairing)
 
 
 class TempMeEncoder(VisionEncoder):
@@ -1973,16 +1914,9 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The same map as one matrix, W + B A; this LoRA stays as it is."""
-        linear = copy.deepcopy(self.linear).requires_grad_(True)
-        linear.weight += self.lora_b @ self.lora_a
-        return linear
-
 
 def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)):
-    """Freeze all but LoRA in the linear layers whose names end so, and parameters that `learns` names."""
+    """LoRA in the linear layers whose names end so; all else is frozen, but for what `learns` names."""
     found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
              if name.endswith(tuple(names)) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
     if rank < 1 or not found and not any(isinstance(module, LoRA) for module in model.modules()):
@@ -1994,12 +1928,14 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
         p.requires_grad_(any(part in name for part in ('lora_', *learns)))
 
 
+@torch.no_grad()
 def merge_lora(model: nn.Module):
-    """Fold what LoRA learned into the weights: as fast and as large as it was, and all of it learns."""
+    """Fold what LoRA learned into the weights, W + B A: as fast as before, and every weight learns."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRA):
-                setattr(parent, name, child.merged())
+                child.linear.weight += child.lora_b @ child.lora_a
+                setattr(parent, name, child.linear)
     model.requires_grad_(True)
 
 
@@ -2043,7 +1979,7 @@ class Retriever(nn.Module):
         sentences, clips = self.encode_text(text), self.encode_video(video)    # (B, C) each
         with exact():
             similarity = sentences @ clips.T                                   # (B, B) in [-1, 1], float32
-        same = (text[:, None] == text[None]).all(-1).fill_diagonal_(False)     # no negatives
+        same = (text[:, None] == text[None]).all(-1).fill_diagonal_(False)     # equal sentences: no negatives
         logits = (self.log_scale.exp() * similarity).masked_fill(same, -math.inf)
         own = torch.arange(len(text), device=text.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -2069,7 +2005,7 @@ class GammaBlock(MoDBlock):
 
 
 class GammaRouting(FrameRouting):
-    """One router for all layers: the best of the clip, by what a layer will see; words go through, gated."""
+    """One router for all layers: the best of the clip, by a layer's normalized input; words too are gated."""
     layer, whole_clip = GammaBlock, True
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
@@ -2099,7 +2035,7 @@ def routing_loss(route: Route) -> Tensor:
 
 class UniformRouting(FrameRouting):
     """Evenly spaced tokens of a frame, its last among them. The base of ways without a router, gate one."""
-    ragged, count = False, staticmethod(capacity)
+    count = staticmethod(capacity)
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False):
         super().__init__(dim, [], keep_ratio, patches, streaming)
@@ -2163,12 +2099,10 @@ def layer_ranks(model: ModVideo, video: Tensor, text: Tensor) -> Tensor:
     def look(attention, args):
         rows.append(torch.stack(attention_rank(attention.weights(*args[:3]))).mean(1))
 
-    hooks = [layer.block.attention.register_forward_pre_hook(look) for layer in model.blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in model.blocks:
+            hooks.enter_context(layer.block.attention.register_forward_pre_hook(look))
         model(video, text)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(rows, 1)
 
 
@@ -2223,9 +2157,8 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, grid=Non
     (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
     (rows, columns), route = grid or (height // 8, width // 8), slot is None
     if route:                                                                  # (B, N + words) -1 = skipped
-        mask = torch.ones_like(tokens.index) if tokens.mask is None else tokens.mask.long()
-        slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, mask - 1, 'amax')
-        slot = torch.where(slot < 0, -1, torch.arange(slot.size(1), device=slot.device))
+        chosen = tokens.index if tokens.mask is None else tokens.index.where(tokens.mask, -1)
+        slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, chosen, 'amax')
     N, slot = T * rows * columns, slot[sample]
     if len(slot) < N or not route and len(slot) > N:
         raise ValueError(f'{len(slot)} tokens are not {T} frames of {rows} x {columns} patches; say grid=')

@@ -699,8 +699,8 @@ class ModVideo(nn.Module):
     def speak(self, state: Tensor, position: Tensor, caches: list, most: int, ended: Tensor, must=False):
         """Say the most probable next word until the end mark, at most so many; the caches get them, too.
 
-        state (B, 1, C): of the last token read. ended (B, 1) bool: samples that say nothing. must: no other
-        ends at once. -> said (B, n) int64, 0 after the end; the next position (B, 1).
+        state (B, 1, C): of the last token read. ended (B, 1) bool: samples that say nothing. must: the others
+        say a word at least. -> said (B, n) int64, 0 after the end; the next position (B, 1).
         """
         said = [ended[:, :0].long()]
         while len(said) <= most and not bool(ended.all()):                     # waits for the device
@@ -829,7 +829,7 @@ def load_checkpoint(path, device='cpu'):
 # needs sections 1, 2, 4, 5
 
 class Reduction(NamedTuple):
-    """Where each of N tokens goes. Padding is last; slots ascend by position unless a maker says not."""
+    """Where each of N tokens goes. Padding is last; slots ascend by position unless it says otherwise."""
     assign: Tensor      # (B, N) int64: output slot of each input token; -1 = dropped
     weight: Tensor      # (B, N) float32: its share of that slot; the shares of a slot sum to 1
     position: Tensor    # (B, M) int64: the input index at which the slot stands; N for padding

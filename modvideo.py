@@ -236,7 +236,7 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, position=None, mask: Tensor = None, row: Tensor = None) -> Tensor:
-        """How much each token, or only token row (B,), looks at every token: (B, H, S, S) or (B, H, 1, S)."""
+        """Attention of each token, or of token row (B,) alone by its mask: (B, H, S, S) or (B, H, 1, S)."""
         q, k, _ = self.project(x, position)                                    # (B, H, S, D)
         if row is not None:
             q = q.take_along_dim(row[:, None, None, None], 2)                  # (B, H, 1, D)
@@ -750,7 +750,7 @@ class ModVideo(nn.Module):
                 prompt = frame.new_zeros(len(frame), 1, dtype=torch.long) if prompt is None else prompt
                 _, position = self.read_words(prompt, torch.zeros_like(prompt[:, :1]), caches)
                 prompt_end = position
-            starts = [*starts, position][-W:]                # of the last W frames, which stay
+            starts = [*starts, position][-W:] if W else []   # of the last W frames, which stay
             for cache in caches if W else ():
                 cache.trim(lambda place: (place < prompt_end) | (place >= starts[0]))
             vision = self.encode_video(frame[:, None], previous)
@@ -2235,8 +2235,8 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
     chosen = {id(p) for p in [*matrices, *small]}
     others = [p for _, p in learns if id(p) not in chosen]
     groups = [dict(params=p, lr=share * lr) for p, share in ((others, 0.03), (small, 0.3)) if p]
-    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, lr, weight_decay=weight_decay), adam] if matrices else [adam]
+    muon = [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
+    return muon + ([torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)] if groups else [])
 
 
 def main():

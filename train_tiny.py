@@ -72,40 +72,36 @@ RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD
 # ---- 1. The training loop ----------------------------------------------------------------------------------
 # It knows nothing of this project's data or tasks: any model, batches from a function of the step, any loss.
 
-def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, state=None, recent=(),
+def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optimizers: list = None,
           report=None, autocast=nullcontext, stop=(), name: str = 'train') -> list:
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
-    draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; of several processes, what
-    this one adds to them. report(row of the log, optimizers, recent) -> more to show in the bar; recent: what
-    the steps since that row gave. stop: a list; once something is in it, training ends after a report whose
-    row is None. To go on, give the states of its optimizers and its `recent`. A GPU is waited for at rows.
+    draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; with several processes,
+    this one's part of both. report(row of the log) is called with each. optimizers: None: those of
+    configure_optimizer at lr. stop: a list; once something is in it, training ends with a row. A GPU is
+    waited for at rows alone.
     """
-    optimizers = configure_optimizer(model, lr)
-    rates = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
-    for optimizer, saved in zip(optimizers, state or ()):
-        optimizer.load_state_dict(saved)
-    every, log, recent, tick, since = max(1, steps // 100), [], [*recent], time.time(), first
+    optimizers = optimizers or configure_optimizer(model, lr)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates, every = [group['lr'] for group in groups], max(1, steps // 100)
+    log, recent, tick = [], [], time.time()
     bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True)
     for step in bar:
-        for group, rate in zip((group for o in optimizers for group in o.param_groups), rates):
+        for group, rate in zip(groups, rates):
             group['lr'] = rate * schedule(step, steps)
         with autocast():
             value, right = loss(model, draw(step))
         learn(model, optimizers, value)
         recent.append(torch.stack([value.detach().float(), right.float()]))
         done, last = step + 1, bool(stop)                      # a later Ctrl-C ends the next step
-        if done % every == 0 or done == steps:
+        if done % every == 0 or done == steps or last:
             mean_loss, accuracy = finite_mean(recent, done, model)
             log.append(dict(step=done, loss=round(mean_loss, 4), accuracy=round(accuracy, 4),
-                            lr=optimizers[0].param_groups[0]['lr'],
-                            ms=1000 * (time.time() - tick) / (done - since)))
-            more = report(log[-1], optimizers, []) if report else {}
-            bar.set_postfix(loss=f'{mean_loss:.3f}', acc=f'{accuracy:.1%}', **more, refresh=False)
-            recent, tick, since = [], time.time(), done
-        elif last:
-            finite_mean(recent, done, model)
-            report(None, optimizers, recent)
+                            lr=groups[0]['lr'], ms=1000 * (time.time() - tick) / len(recent)))
+            bar.set_postfix(loss=f'{mean_loss:.3f}', acc=f'{accuracy:.1%}', refresh=False)
+            if report:
+                report(log[-1])
+            recent, tick = [], time.time()
         if last:
             break
     bar.close()
@@ -711,7 +707,7 @@ class Run:
     COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
 
     def __init__(self, s):
-        self.s, self.log, self.recent, self.before, self.state, self.done = s, [], (), 0.0, None, 0
+        self.s, self.log, self.before, self.optimizers, self.done = s, [], 0.0, None, 0
         name = f'out/{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
         free = (Path(name + (f'-{i}' if i > 1 else '')) for i in itertools.count(1))
         self.path = Path(s.resume or s.out or next(path for path in free if not path.exists()))
@@ -766,29 +762,27 @@ class Run:
         dense = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)[0] if s.init_from else None
         return build(s, task, dense)
 
-    def read_progress(self, model, optimizers=None, step=None, log=None, recent=None, seconds=None, **other):
+    def read_progress(self, model, optimizers=None, log=None, **other):
         """What save() wrote besides the model. ValueError: it is something else."""
         try:
-            for optimizer, state in zip(configure_optimizer(model, self.s.rate()), optimizers, strict=True):
-                fixed = [{**group, 'params': 0, 'lr': 0} for group in optimizer.param_groups]
-                optimizer.load_state_dict(state)
-                loaded = [{**group, 'params': 0, 'lr': 0} for group in optimizer.param_groups]
+            self.optimizers = configure_optimizer(model, self.s.rate())
+            for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
+                optimizer.load_state_dict({**optimizer.state_dict(), 'state': saved['state']})
                 held = [(p, a) for p, own in optimizer.state.items() for a in own.values()]
-                if fixed != loaded or not all(a.shape in (p.shape, ()) for p, a in held):
+                if not all(a.shape in (p.shape, ()) for p, a in held):
                     raise TypeError('a state of another optimizer')
             self.log = [{name: row[name] for name in (*self.COLUMNS, 'ms')} for row in log]
             if not all(value == '' or math.isfinite(value) for row in self.log for value in row.values()):
                 raise TypeError('a log of something else')
-            self.recent, self.done = recent.to(self.s.device).unbind(), step.__index__()
-            self.before, self.state = float(seconds), optimizers
+            for row in self.log[-1:]:
+                self.done, self.before = row['step'].__index__(), row['seconds']
         except Exception:       # of damaged states torch raises many types
             raise ValueError(f'{self.path / "ckpt.pt"} holds a model, but no run to go on with') from None
 
-    def save(self, model, optimizers: list, step: int, seconds: float, recent=()):
+    def save(self, model):
         """Checkpoint and log.csv: all that a resumed run needs."""
-        recent = torch.stack([*recent]) if recent else torch.zeros(0, 2)
-        save_checkpoint(self.path / 'ckpt.pt', model, optimizers=[o.state_dict() for o in optimizers],
-                        step=step, log=self.log, recent=recent, seconds=seconds)
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_checkpoint(self.path / 'ckpt.pt', model, optimizers=states, log=self.log)
         lines = [self.COLUMNS, *([str(row[name]) for name in self.COLUMNS] for row in self.log)]
         write(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
@@ -797,30 +791,25 @@ class Run:
         s, start, stop = self.s, time.time(), []
         every, fast = 10 * max(1, s.steps // 100), torch.compile(model) if s.compile else model
 
-        def draw(step):
-            self.done = step + 1
-            return task.draw('train', step, s.batch)
-
-        def report(row, optimizers, recent):
-            scores, seconds = {}, round(self.before + time.time() - start, 1)
-            if row:
-                self.log.append(dict(row, val_accuracy='', seconds=seconds))
-            if row and (row['step'] % every == 0 or row['step'] == s.steps):
-                scores = task.evaluate(model.eval(), 'val', min(64, EVAL_CLIPS), blind=False)
-                self.log[-1]['val_accuracy'] = round(scores['accuracy'], 4)
+        def report(row):
+            self.log.append(dict(row, val_accuracy='', seconds=round(self.before + time.time() - start, 1)))
+            tenth = row['step'] % every == 0 or row['step'] == s.steps
+            if tenth:
+                found = task.evaluate(model.eval(), 'val', min(64, EVAL_CLIPS), blind=False)['accuracy']
+                self.log[-1]['val_accuracy'] = round(found, 4)
                 tqdm.write(f'step {row["step"]:5}  loss {row["loss"]:.3f}  accuracy {row["accuracy"]:6.1%}  '
-                           f'held-out {scores["accuracy"]:6.1%}')
+                           f'held-out {found:6.1%}')
                 model.train()
-            if scores or stop:
-                self.save(model, optimizers, self.done, seconds, recent)
-            return {name: f'{scores[name]:.2f}' for name in ('codes_used', 'perplexity') if name in scores}
+            if tenth or stop:
+                self.save(model)
 
         # Ctrl-C ends training after the step, so that none is cut in two; a second one stops at once.
         before = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, before)))
         try:
-            train(model.train(), draw, lambda _, batch: task.loss(fast, batch), s.steps, s.rate(),
-                  self.done, self.state, self.recent, report, s.autocast, stop, s.recipe)
+            train(model.train(), lambda step: task.draw('train', step, s.batch),
+                  lambda _, batch: task.loss(fast, batch), s.steps, s.rate(), self.done, self.optimizers,
+                  report, s.autocast, stop, s.recipe)
         finally:
             signal.signal(signal.SIGINT, before)
         if stop:
@@ -848,10 +837,11 @@ def run_recipe(s, began: float = None) -> Path:
         print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
               f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps '
               f'of {s.batch} clips -> {run.path}')
+        run.optimizers = run.optimizers or configure_optimizer(model, s.rate())
         if s.steps > run.done:
             run.train(model, task)
         elif not s.resume:
-            run.save(model, configure_optimizer(model, s.rate()), 0, 0.0)
+            run.save(model)
         whole_steps = [row['ms'] for row in run.log if row['step'] > s.coarse * s.steps]
         result = {name: getattr(s, name) for name in 'recipe seed device dtype preset data steps'.split()}
         result.update(torch=torch.__version__, placement=model.config.placement, **scores_of(task, model),

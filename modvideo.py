@@ -315,7 +315,7 @@ class VisionEncoder(nn.Module):
     merges = False       # True: forward returns fewer tokens than patches, with their position
 
     def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
-                 frames: int = None, channels: int = 6):                       # frames: T, if they are joined
+                 frames: int = None, channels: int = 6):                       # frames: T, where they join
         super().__init__()
         self.stem = nn.Sequential(                                             # of total stride patch_size
             nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
@@ -371,7 +371,7 @@ class Route(NamedTuple):
 def tokens_at(x: Tensor, index: Tensor):
     """The tokens index (B, K) of x (B, S, C): (B, K, C), and which rows of x.flatten(0, 1) they are."""
     row = (index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]).flatten()   # (B*K,)
-    return x.flatten(0, 1).index_select(0, row).view(*index.shape, x.size(2)), row     # gather would keep x
+    return x.flatten(0, 1).index_select(0, row).view(*index.shape, x.size(2)), row     # gather saves x
 
 
 class MoDBlock(nn.Module):

@@ -73,27 +73,33 @@ RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD
 # It knows nothing of this project's data or tasks: any model, batches from a function of the step, any loss.
 
 def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optimizers: list = None,
-          report=None, autocast=nullcontext, stop=(), name: str = 'train') -> list:
+          report=None, autocast=nullcontext, stop: list = None, name: str = 'train') -> list:
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; with several processes,
-    this one's part of both. report(row of the log) is called with each. optimizers: None: those of
-    configure_optimizer at lr. stop: a list; once something is in it, training ends with a row. A GPU is
-    waited for at rows alone.
+    parts that add up to both. report(row of the log) is called with each. optimizers: None: those of
+    configure_optimizer at lr. stop: a list; once something is in it, training ends with a row. One process
+    alone waits for its GPU at rows alone.
     """
     optimizers = optimizers or configure_optimizer(model, lr)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates, every = [group['lr'] for group in groups], max(1, steps // 100)
-    log, recent, tick = [], [], time.time()
+    for group in groups:
+        group.setdefault('initial_lr', group['lr'])
+    every, log, recent, tick = max(1, steps // 100), [], [], time.time()
     bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True)
     for step in bar:
-        for group, rate in zip(groups, rates):
-            group['lr'] = rate * schedule(step, steps)
+        for group in groups:
+            group['lr'] = group['initial_lr'] * schedule(step, steps)
         with autocast():
             value, right = loss(model, draw(step))
         learn(model, optimizers, value)
         recent.append(torch.stack([value.detach().float(), right.float()]))
-        done, last = step + 1, bool(stop)                      # a later Ctrl-C ends the next step
+        done, last = step + 1, bool(stop)                      # a later Ctrl-C stops after the next step
+        if WORLD > 1 and stop is not None:                     # where one process stops, all do
+            told = value.new_tensor([float(last)])
+            add_up([told])
+            last = bool(told > 0)
+            stop += [True] * (last and not stop)
         if done % every == 0 or done == steps or last:
             mean_loss, accuracy = finite_mean(recent, done, model)
             log.append(dict(step=done, loss=round(mean_loss, 4), accuracy=round(accuracy, 4),
@@ -190,12 +196,12 @@ class Questions:
             raise ValueError(f'--recipe {s.recipe} needs --data shapes: {self.needs}')
         self.s, self.data, self.vocab = s, data, getattr(data, self.words)
         # Coarse clips first (Wu et al., arXiv 1912.00998): less to compute, and what moves is seen sooner.
-        self.coarse = data.halved() if s.coarse else data
+        self.coarse = data.halved() if s.coarse_steps() else data
 
     def draw(self, split: str, step: int, size: int):
         """A batch on the run's device. A blind run trains with the video of another clip of the batch."""
         trains = split == 'train'
-        data = self.coarse if trains and step < (self.s.coarse or 0) * self.s.steps else self.data
+        data = self.coarse if trains and step < self.s.coarse_steps() else self.data
         batch = getattr(data, self.source[trains])(split, step, size, self.s.device)
         blind = trains and RECIPES[self.s.recipe].blind
         return batch._replace(video=batch.video.roll(1, 0)) if blind else batch
@@ -754,7 +760,7 @@ class Run:
                 raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
             return model
         if RECIPES[s.recipe].begins and not s.init_from:
-            first = base_of(s, steps=0, coarse=None, out=f'{self.path}-{RECIPES[s.recipe].begins}')
+            first = base_of(s, steps=0, out=f'{self.path}-{RECIPES[s.recipe].begins}')
             print(f'--recipe {s.recipe} begins with {first.recipe}, which is trained first')
             untrained(s, task.data)                            # refuses what does not fit
             finish(first)
@@ -793,7 +799,7 @@ class Run:
 
         def report(row):
             self.log.append(dict(row, val_accuracy='', seconds=round(self.before + time.time() - start, 1)))
-            tenth = row['step'] % every == 0 or row['step'] == s.steps
+            tenth = not stop and (row['step'] % every == 0 or row['step'] == s.steps)
             if tenth:
                 found = task.evaluate(model.eval(), 'val', min(64, EVAL_CLIPS), blind=False)['accuracy']
                 self.log[-1]['val_accuracy'] = round(found, 4)
@@ -803,9 +809,13 @@ class Run:
             if tenth or stop:
                 self.save(model)
 
-        # Ctrl-C ends training after the step, so that none is cut in two; a second one stops at once.
-        before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, before)))
+        def pressed(*_):
+            """Ctrl-C ends training after the step, so that none is cut in two; a second one stops at once."""
+            stop.append(True)
+            signal.signal(signal.SIGINT, before)
+            tqdm.write('stopping after this step', sys.stderr)
+
+        before = signal.signal(signal.SIGINT, pressed)
         try:
             train(model.train(), lambda step: task.draw('train', step, s.batch),
                   lambda _, batch: task.loss(fast, batch), s.steps, s.rate(), self.done, self.optimizers,
@@ -824,8 +834,8 @@ def run_recipe(s, began: float = None) -> Path:
     try:
         model = run.begin(task)
         s, cost = run.s, task.cost(model)
-        if s.coarse:
-            task.loss(model, task.draw('train', 0, 2))         # which half of the frames may refuse
+        if s.coarse_steps():
+            task.loss(model, task.draw('train', 0, max(2, WORLD)))     # which half of the frames may refuse
         if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
             raise ValueError(f'reducer {model.config.reducer!r} has weights, and this row trains none; say '
                              'untrained = False in its class, or --steps')
@@ -842,7 +852,7 @@ def run_recipe(s, began: float = None) -> Path:
             run.train(model, task)
         elif not s.resume:
             run.save(model)
-        whole_steps = [row['ms'] for row in run.log if row['step'] > s.coarse * s.steps]
+        whole_steps = [row['ms'] for row in run.log if row['step'] > s.coarse_steps()]
         result = {name: getattr(s, name) for name in 'recipe seed device dtype preset data steps'.split()}
         result.update(torch=torch.__version__, placement=model.config.placement, **scores_of(task, model),
                       step_ms=round(statistics.median(whole_steps or [0.0]), 2),
@@ -1147,7 +1157,7 @@ def run_bench(s):
     names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
     if not names:
         raise ValueError(f'--rows {s.rows}: none has the task of --recipe {s.recipe}')
-    s.coarse = 0                                               # whole clips are timed
+    s.coarse = 0.0                                             # whole clips are timed
     task = kind(s, load_data(s))
     models = {name: untrained(replace(s, recipe=name), task.data).cpu() for name in names}
     make = {name: lambda model=model: copy.deepcopy(model).to(s.device) for name, model in models.items()}
@@ -1343,7 +1353,7 @@ def draw_results(rows: dict, curves: dict, path: Path):
 
 @dataclass
 class Settings:
-    """The script's own flags. 0, '' and 'auto': as preset, recipe or machine say."""
+    """The script's own flags. 0, None, '' and 'auto': as preset, recipe or machine say."""
     recipe: Annotated[str, 'what to train: a row of RECIPES, and first what it begins with'] = 'mod'
     data: Annotated[str, "'shapes', the synthetic world, or a folder with clips.jsonl"] = 'shapes'
     preset: Annotated[str, 'size of model and video'] = 'auto'
@@ -1352,7 +1362,7 @@ class Settings:
     steps: Annotated[int, "optimizer steps, 0 = the preset's share that the recipe says"] = 0
     batch: Annotated[int, "clips a step, 0 = the preset's"] = 0
     coarse: Annotated[float, 'share of the steps, the first ones, that see clips of half as many frames '
-                      "[the preset's; 0 for rows that begin with others]"] = None
+                      "[the preset's, in rows from scratch]"] = None
     lr: Annotated[float, 'learning rate of the matrices, else 0.01, of LoRA 0.03; the rest: 3 % of it'] = 0.0
     seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
     device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
@@ -1379,6 +1389,13 @@ class Settings:
         lora = {**RECIPES[self.recipe].changes, **self.model}.get('lora_rank')
         return self.lr or (0.03 if lora else 0.01)
 
+    def coarse_steps(self) -> float:
+        """How many of the first steps see coarse clips."""
+        shape, row = {**PRESETS[self.preset], 'encoder': 'plain', **self.model}, RECIPES[self.recipe]
+        whole = row.begins or self.data != 'shapes' or shape['frames'] < 8 or shape['encoder'] != 'plain'
+        usual = 0 if whole else RUNS[self.preset][row.task.kind][2]
+        return self.steps * (usual if self.coarse is None else self.coarse)
+
     def autocast(self):
         """The context of forward passes."""
         half = self.dtype == 'bfloat16'
@@ -1391,7 +1408,7 @@ METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream
 TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
          ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows'),
-         ('bench', 'coarse', 'times whole clips'), ('compare', 'coarse', 'trains rows as their preset says')]
+         ('bench', 'coarse', 'times whole clips')]
 
 
 def model_flags() -> dict:
@@ -1462,6 +1479,9 @@ def check(s: Settings, given: set):
             raise ValueError(f'{dashed(name)} must be finite, at least {least}, below 2**31, got {value}')
     if (s.coarse or 0) >= 1:
         raise ValueError(f'--coarse is a share of the steps, from 0 to below 1, got {s.coarse}')
+    row = RECIPES[s.recipe]
+    if s.coarse and (row.task is Frames or not (row.share or s.steps)):
+        raise ValueError(f'--coarse would do nothing with --recipe {s.recipe}: single frames, or no steps')
     if not 0 < s.theta < 1 or 'lr' in given and s.lr == 0:
         raise ValueError(f'--theta must be between 0 and 1, --lr above 0, got {s.theta} and {s.lr}')
     if s.question and not s.question[0].isdecimal():
@@ -1495,11 +1515,8 @@ def set_up(s: Settings):
     s.preset = s.preset.replace('auto', 'gpu' if cuda else 'cpu')
     shape = {**PRESETS[s.preset], **s.model}
     if not s.compare:
-        batch, steps, coarse = RUNS[s.preset][recipe.task.kind]
+        batch, steps, _ = RUNS[s.preset][recipe.task.kind]
         s.batch = s.batch or batch
-        if s.coarse is None:
-            halves = s.data == 'shapes' and shape['frames'] > 7 and s.model.get('encoder', 'plain') == 'plain'
-            s.coarse = coarse if halves and not recipe.begins else 0
         s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * steps))
     pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2
     if pixels > 2 ** 32:

@@ -2245,6 +2245,7 @@ def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch):
 
 TOGETHER = """
 import os, sys, torch, modvideo, pytest, train_tiny, test_modvideo
+from contextlib import redirect_stderr
 test_modvideo.few(pytest.MonkeyPatch())
 test_modvideo.train_together(sys.argv[1])
 vq, books = modvideo.VectorQuantizer(8, 4).train(), [torch.empty(8, 4) for _ in range(2)]
@@ -2253,7 +2254,8 @@ for step in range(3):
 torch.distributed.all_gather(books, vq.codebook)
 assert torch.equal(*books) and vq.cluster_size.sum() > 38
 stop, total = [True] * train_tiny.RANK, lambda model, _: (model.weight.sum(),) * 2     # Ctrl-C in one of them
-log = train_tiny.train(torch.nn.Linear(2, 2), lambda step: None, total, 5, stop=stop)
+with redirect_stderr(open(os.devnull, 'w')):
+    log = train_tiny.train(torch.nn.Linear(2, 2), lambda step: None, total, 5, stop=stop)
 assert [row['step'] for row in log] == [1] and stop
 sys.stdout.flush()
 os._exit(0)                                                    # as the script ends, too

@@ -2667,7 +2667,7 @@ BAD_FLAGS = {
     '--bench --compile': 'leave --compile away', '--seeds 2': '--seeds goes with --compare',
     '--bench --rows x': "'x' is none of dense", '--recipe best': "invalid choice: 'best'",
     '--coarse 1': 'from 0 to below 1', '--bench --coarse 0.5': 'leave --coarse away',
-    '--recipe holitom --coarse 0.5': 'would do nothing', '--recipe mod-all --coarse 0.5': 'at least 4 frames',
+    '--recipe holitom --coarse 0.5': 'would do nothing', '--recipe mod-all --coarse 0.5': '--coarse wants',
     '--bench --rows stream': 'none has the task', '--grid 4': '--grid wants COLUMNSxROWS', 
     '--question x how': 'number of a frame', '--theta 2': '--theta must be between',
     '--lr nan': '--lr must be finite', '--seed 9999999999': '2**31',

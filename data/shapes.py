@@ -88,6 +88,7 @@ class ShapeWorld:
 
     def halved(self):
         """The same world in half as many frames."""
+        check(self.frames > 7, f'--coarse wants clips of 8 frames or more, got {self.frames}')
         return replace(self, frames=self.frames // 2)
 
     def batch(self, split: str, step: int, batch_size: int, device='cpu') -> Batch:

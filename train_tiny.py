@@ -888,6 +888,7 @@ def finish(s) -> dict:
     """The result of the run in --out: as it is, gone on with, or trained from its start."""
     path = Path(s.out)
     if not (path / 'result.json').exists():
+        print(f'\n== {s.recipe}, seed {s.seed}')
         resumes = (path / 'ckpt.pt').exists()
         try:
             run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
@@ -1234,8 +1235,6 @@ def run_row(s, name: str, seed: int, folder: Path):
     steps = recipe.share * (s.steps or RUNS[s.preset][recipe.task.kind][1])
     row = row_of(s, name, seed=seed, steps=max(1, round(steps)) if recipe.share else 0, out='',
                  init_from=str(here / recipe.begins) if recipe.begins else '')
-    if not (here / name / 'result.json').exists():
-        print(f'\n== {name}, seed {seed}')
     plain, command = vars(Settings()), ['python', 'train_tiny.py']
     for key, value in {**vars(row), **row.model}.items():
         if key != 'model' and value != plain.get(key):
@@ -1521,8 +1520,16 @@ def set_up(s: Settings):
     pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2
     if pixels > 2 ** 32:
         raise ValueError(f'a step of --batch {s.batch} would have {pixels:,} pixels, wanted at most 2**32')
-    if WORLD > 1:
-        join_processes(s)
+    if WORLD > 1:                                              # torchrun: the first process alone speaks
+        base = recipe.begins and not (s.init_from or s.resume)                 # which it would train first
+        if s.bench or s.compare or s.eval or base or recipe.task.kind == 'retrieval' or s.batch < WORLD:
+            raise ValueError(f'--recipe {s.recipe} needs one process with these flags; leave torchrun away')
+        if cuda:
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        if not distributed.is_initialized():
+            distributed.init_process_group('nccl' if cuda else 'gloo')
+        if RANK:
+            sys.stdout = sys.stderr = open(os.devnull, 'w')
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
@@ -1532,19 +1539,6 @@ def set_up(s: Settings):
     together = f', {WORLD} processes' if WORLD > 1 else ''
     print(f'{machine_name(s.device)}{together}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, '
           f'recipe {s.recipe}, seed {s.seed}')
-
-
-def join_processes(s: Settings):
-    """Under torchrun: meet the others. Only the first process speaks. ValueError: a job for one alone."""
-    base = RECIPES[s.recipe].begins and not (s.init_from or s.resume)          # which it would train first
-    if s.bench or s.compare or s.eval or base or RECIPES[s.recipe].task.kind == 'retrieval':
-        raise ValueError(f'--recipe {s.recipe} with these flags needs one process; run it without torchrun')
-    if s.device == 'cuda':
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    if not distributed.is_initialized():
-        distributed.init_process_group('nccl' if s.device == 'cuda' else 'gloo')
-    if RANK:
-        sys.stdout = sys.stderr = open(os.devnull, 'w')
 
 
 def kind_of(run: Path) -> str:

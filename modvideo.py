@@ -1493,7 +1493,7 @@ class VQToken(Reducer):
     """
     untrained = False
 
-    def __init__(self, dim: int, n_head: int = 4, grid=(8, 4), *,
+    def __init__(self, dim: int, n_head: int = 4, grid=(16, 4), *,
                  codes: Annotated[int, 'tokens of a clip, 0 = as many as fit it best'] = 12):
         """grid: cells of time, and of a side of a frame."""
         super().__init__(dim)

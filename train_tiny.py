@@ -1390,10 +1390,11 @@ class Settings:
 
     def coarse_steps(self) -> float:
         """How many of the first steps see coarse clips."""
+        if self.coarse is not None or not self.steps:
+            return self.steps * (self.coarse or 0)
         shape, row = {**PRESETS[self.preset], 'encoder': 'plain', **self.model}, RECIPES[self.recipe]
         whole = row.begins or self.data != 'shapes' or shape['frames'] < 8 or shape['encoder'] != 'plain'
-        usual = 0 if whole else RUNS[self.preset][row.task.kind][2]
-        return self.steps * (usual if self.coarse is None else self.coarse)
+        return 0 if whole else self.steps * RUNS[self.preset][row.task.kind][2]
 
     def autocast(self):
         """The context of forward passes."""

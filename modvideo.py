@@ -34,6 +34,7 @@ Usage:
     draw_tokens(video[0], aux['routes'][0]).save('tokens.png')      # what layer 0 processed
 """
 import contextlib
+import copy
 import inspect
 import io
 import math
@@ -1914,6 +1915,13 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The same map as one matrix, W + B A; this LoRA stays as it is."""
+        linear = copy.deepcopy(self.linear).requires_grad_(True)
+        linear.weight += self.lora_b @ self.lora_a
+        return linear
+
 
 def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)):
     """LoRA in the linear layers whose names end so; all else is frozen, but for what `learns` names."""
@@ -1928,14 +1936,12 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
         p.requires_grad_(any(part in name for part in ('lora_', *learns)))
 
 
-@torch.no_grad()
 def merge_lora(model: nn.Module):
     """Fold what LoRA learned into the weights, W + B A: as fast as before, and every weight learns."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRA):
-                child.linear.weight += child.lora_b @ child.lora_a
-                setattr(parent, name, child.linear)
+                setattr(parent, name, child.merged())
     model.requires_grad_(True)
 
 

@@ -239,7 +239,7 @@ class Questions:
         logits, loss, _ = self.forward(model, own, own.targets)
         right = is_right(logits, self.wanted(own)).float().mean()
         words, all_words = ((self.wanted(a) != IGNORE).sum() for a in (own, batch))
-        return loss * (words / all_words), right * len(own.text) / len(batch.text)
+        return loss * (words / all_words.clamp(min=1)), right * len(own.text) / len(batch.text)
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
@@ -655,7 +655,7 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
                          'such as rank:1')
     if way == 'random':
         return torch.randperm(depth - 1, generator=torch.Generator().manual_seed(s.seed))[:count].tolist()
-    batches = (task.draw('train', step, 1) for step in range(clips))
+    batches = (task.draw('train', s.steps + step, 1) for step in range(clips))       # whole clips
     ranks = torch.stack([layer_ranks(dense, batch.video, batch.text[:, :1]) for batch in batches])
     ranks = ranks.mean(0).cpu()                                                # (2, layers)
     chosen = choose_mod_layers(ranks[0, :-1], depth - 1 - count)
@@ -799,7 +799,7 @@ class Run:
 
         def report(row):
             self.log.append(dict(row, val_accuracy='', seconds=round(self.before + time.time() - start, 1)))
-            tenth = not stop and (row['step'] % every == 0 or row['step'] == s.steps)
+            tenth = row['step'] == s.steps or not stop and row['step'] % every == 0
             if tenth:
                 found = task.evaluate(model.eval(), 'val', min(64, EVAL_CLIPS), blind=False)['accuracy']
                 self.log[-1]['val_accuracy'] = round(found, 4)
@@ -813,7 +813,7 @@ class Run:
             """Ctrl-C ends training after the step, so that none is cut in two; a second one stops at once."""
             stop.append(True)
             signal.signal(signal.SIGINT, before)
-            tqdm.write('stopping after this step', sys.stderr)
+            os.write(2, b'\nstopping after this step\n')       # a signal may come while stderr is written
 
         before = signal.signal(signal.SIGINT, pressed)
         try:
@@ -1224,8 +1224,9 @@ def summarize(results: list) -> dict:
 
 def row_of(s, name: str, **more):
     """Settings of a row of a comparison: of the model's options those that mean something to its task."""
-    idle = RECIPES[name].task.without
-    return replace(s, recipe=name, model={key: value for key, value in s.model.items() if key not in idle},
+    row = RECIPES[name]
+    model = {key: value for key, value in s.model.items() if key not in row.task.without}
+    return replace(s, recipe=name, model=model, coarse=None if row.begins or row.task is Frames else s.coarse,
                    compare=False, rows='', seeds=0, **more)
 
 

@@ -575,9 +575,10 @@ def test_gamma_routes_a_clip_and_adds_its_loss():
     assert [*aux['routes']] == [0, 2] and make(routing='gamma').routing.weight == 0.01
     close(aux['routing_loss'], own, 1e-6)                                      # all of it is in the loss
     assert len(list(model.routing.parameters())) == 1                          # one for all layers
-    assert aux['tokens'] == [26 + 10, 74, 26 + 10, 74]                         # ceil(0.4 * 64), and words
-    index, again = (made['routes'][2].index for made in (aux, model(video, other_words(text))[2]))
-    assert torch.equal(index, again)
+    index = aux['routes'][2].index                                             # ceil(0.4 * 64) and words
+    assert aux['tokens'] == [26 + 10, 74, 26 + 10, 74] and (index[:, 26:] == torch.arange(64, 74)).all()
+    assert torch.equal(index, model(video, other_words(text))[2]['routes'][2].index)
+    assert (index[:, :26] // 16).flatten().bincount(minlength=4).unique().numel() > 1, 'chosen frame by frame'
 
 
 def test_layer_ranks_are_of_each_layers_own_attention():
@@ -630,7 +631,7 @@ def play(model, video, prompt, questions, theta=0.0):
 def test_stream_equals_the_whole(placement, routing):
     """Catches positions of a cache's length, wrong windows, rows that shift others, unlikely words."""
     cases = ((0, routing, 4), (2, routing, 4), (1, 'random', 1), (3, 'uniform', 1))
-    for window, kind, B in cases if (placement, routing) == ('all', 'frame') else cases[:2]:
+    for window, kind, B in cases if routing == 'frame' and placement != 'none' else cases[:2]:
         model = streamer(placement, window=window, routing=kind)
         video, text = sample(B=B, T=6, seed=5)
         prompt, asked = text[:, 0, :2].clone(), text[:, 1].clone()
@@ -1221,7 +1222,7 @@ def test_gumbel_noise_in_training_alone_and_repeatable():
 
 def test_segments_equal_brute_force_over_all_partitions():
     """Catches a dynamic programme that misses the optimum, or takes another of several."""
-    for case in range(60):
+    for case in range(200):
         T, P, longest = (int(torch.randint(1, high, ())) for high in (9, 4, 12))
         still, found = torch.rand(T - 1, P) < 0.7, []
         for cuts in itertools.product((0, 1), repeat=T - 1):
@@ -1402,7 +1403,7 @@ def test_flops_by_hand(changes):
     if model.by_question:                                      # each question is a clip of its own
         words, rows = 5, 2 * Q
     alone = words if Q > 1 and not model.by_question and aux['position'].dim() == 1 else 0     # vision's rows
-    assert flops['head'] == 2 * places * C * len(VOCAB)
+    assert flops['head'] == 2 * places * C * len(VOCAB) and min(flops.values()) >= 0 < flops['encoder']
     assert flops['blocks'] == sum(rows * (24 * S * C * C + 4 * S * S * C - 4 * (S - words) * alone * C)
                                   for S in aux['tokens'])
     learns = len([*model.routing.parameters()])
@@ -1543,7 +1544,7 @@ def test_the_self_check_and_the_headers_usage_run(tmp_path, monkeypatch, capsys)
     mv.main()
     out = capsys.readouterr().out
     assert 'vision tokens' in out and 'MoD' in out and Image.open('out/modvideo.png').width > 100
-    usage = mv.__doc__.split('Usage:')[1].split('Left out')[0]
+    usage = mv.__doc__.split('Usage:')[1]
     exec('\n'.join(line[4:] for line in usage.splitlines()), {**vars(mv), '__name__': 'usage'})
     assert Path('tokens.png').exists()
 
@@ -2670,7 +2671,7 @@ BAD_FLAGS = {
     '--bench --rows x': "'x' is none of dense", '--recipe best': "invalid choice: 'best'",
     '--coarse 1': 'from 0 to below 1', '--bench --coarse 0.5': 'leave --coarse away',
     '--recipe holitom --coarse 0.5': 'would do nothing', '--recipe mod-all --coarse 0.5': '--coarse wants',
-    '--bench --rows stream': 'none has the task', '--grid 4': '--grid wants COLUMNSxROWS', 
+    '--bench --rows stream': 'none has the task', '--grid 4': '--grid wants COLUMNSxROWS',
     '--question x how': 'number of a frame', '--theta 2': '--theta must be between',
     '--lr nan': '--lr must be finite', '--seed 9999999999': '2**31',
     '--frames 1': 'at least 4 frames', '--device cuda': 'has none', '--lr 0': '--lr above 0',

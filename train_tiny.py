@@ -834,7 +834,7 @@ def run_recipe(s, began: float = None) -> Path:
     try:
         model = run.begin(task)
         s, cost = run.s, task.cost(model)
-        if s.coarse_steps():
+        if s.coarse_steps() and not s.resume:
             task.loss(model, task.draw('train', 0, max(2, WORLD)))     # which half of the frames may refuse
         if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
             raise ValueError(f'reducer {model.config.reducer!r} has weights, and this row trains none; say '

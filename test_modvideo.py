@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_map_only
 import modvideo as mv
 import train_tiny
 from data import clips, donkeycar, shapes
+from train_tiny import Plan
 
 torch.set_num_threads(1)          # more threads only wait for each other at these sizes
 ROOT = Path(__file__).parent
@@ -2063,7 +2064,7 @@ def test_donkeycar_import(tmp_path, capsys):
 TINY = '--preset tiny --batch 4 --device cpu'.split()
 COCKATOO, ROCKET = (ROOT / f'data/natural/{name}.webp' for name in ('cockatoo', 'rocket_cut'))
 FEW = dict(EVAL_CLIPS=8, CURVE_CLIPS=4, COST_CLIPS=2, SHARES=(), ROUNDS=1, WORDS=4, FIND_CLIPS=32,
-           RUNS={'tiny': dict(questions=(4, 5, 0), streams=(4, 5, 0), retrieval=(8, 4, 0), asked=4)})
+           RUNS={'tiny': dict(questions=Plan(4, 5), streams=Plan(4, 5), retrieval=Plan(8, 4), asked=4)})
 
 
 def few(patch):
@@ -2146,9 +2147,12 @@ def test_coarse_clips_come_first(tmp_path, monkeypatch):
     assert {(step, frames) for split, step, frames in drawn if split == 'train'} == {
         (0, 4), (1, 4), (2, 4), (3, 8), (4, 8)}
     assert {frames for split, _, frames in drawn if split != 'train'} == {8}
-    monkeypatch.setattr(train_tiny, 'RUNS', {'tiny': dict(FEW['RUNS']['tiny'], questions=(4, 4, 0.5))})
+    plan = dict(FEW['RUNS']['tiny'], questions=Plan(4, 4, coarse=0.5, lr=0.02))
+    monkeypatch.setattr(train_tiny, 'RUNS', {'tiny': plan})
     for flags, share in (('--recipe dense', 0.5), ('--recipe mod-all', 0), ('--recipe dense --frames 6', 0)):
-        assert begun(f'--frames 8 {flags}')[0].s.coarse_steps() == 4 * share   # a preset's, of long clips
+        s = begun(f'--frames 8 {flags}')[0].s                                  # a preset's, of long clips
+        assert s.coarse_steps() == 4 * share and s.rate() == 0.02
+    assert begun('--recipe stream')[0].s.rate() == 0.01 and begun('--lr 0.5')[0].s.rate() == 0.5
     refused('merges clips of 8 frames, got 4', '--frames 8 --coarse 0.5 --recipe tempme --encoder-layers 2',
             '--out', tmp_path / 'never')
     assert not [*tmp_path.glob('never*')]
@@ -2562,7 +2566,7 @@ def test_a_row_first_trains_what_it_begins_with(tmp_path, capsys):
     flags = '--recipe holitom --retain-ratio 0.5 --frames 6 --out'
     go(flags, run)
     said = capsys.readouterr().out
-    assert all(f'begins with {name}, which is trained first' in said for name in ('gaps', 'dense'))
+    assert all(f'begins with {name}, trained before it' in said for name in ('gaps', 'dense'))
     a, b, c = map(weights_of, (run, base, dense))
     assert all(torch.equal(a[name], b[name]) for name in a) and any((c[name] != a[name]).any() for name in a)
     assert [result_of(path)['steps'] for path in (run, base, dense)] == [0, 5, 5]

@@ -576,14 +576,23 @@ RECIPES = {
 for name in [name for name in REDUCERS if name != 'none']:
     RECIPES.setdefault(name, Recipe(dict(reducer=name), 'gaps', 0.0 if REDUCERS[name].untrained else 0.2))
 
-# What a preset trains with, by kind of task: clips a step, steps, the share of them on coarse clips; and how
-# many questions a clip is asked.
-RUNS = {'tiny': dict(questions=(8, 100, 0), streams=(8, 100, 0), retrieval=(16, 20, 0), asked=4),
-        'cpu': dict(questions=(8, 1800, 0), streams=(8, 1800, 0), retrieval=(64, 500, 0), asked=8),
-        'wide': dict(questions=(16, 1500, 0.5), streams=(16, 1300, 0), retrieval=(32, 600, 0), asked=8),
-        'gpu': dict(questions=(64, 1200, 0), streams=(64, 1200, 0), retrieval=(128, 2000, 0), asked=8),
-        'deep': dict(questions=(32, 2500, 0), streams=(32, 2500, 0), retrieval=(128, 2000, 0), asked=8),
-        'long': dict(questions=(8, 2500, 0), streams=(8, 2500, 0), retrieval=(64, 2000, 0), asked=8)}
+class Plan(NamedTuple):
+    """What a preset trains a kind of task with."""
+    batch: int                 # clips a step
+    steps: int
+    coarse: float = 0.0        # share of the steps, the first ones, on coarse clips
+    lr: float = 0.01
+
+
+# And how many questions a clip is asked.
+RUNS = {'tiny': dict(questions=Plan(8, 100), streams=Plan(8, 100), retrieval=Plan(16, 20), asked=4),
+        'cpu': dict(questions=Plan(8, 1600, lr=0.006), streams=Plan(8, 1800),
+                    retrieval=Plan(64, 500), asked=8),
+        'wide': dict(questions=Plan(16, 1600, coarse=0.6, lr=0.006), streams=Plan(16, 1300),
+                     retrieval=Plan(32, 600), asked=8),
+        'gpu': dict(questions=Plan(64, 1200), streams=Plan(64, 1200), retrieval=Plan(128, 2000), asked=8),
+        'deep': dict(questions=Plan(32, 2500), streams=Plan(32, 2500), retrieval=Plan(128, 2000), asked=8),
+        'long': dict(questions=Plan(8, 2500), streams=Plan(8, 2500), retrieval=Plan(64, 2000), asked=8)}
 
 
 def load_data(s, vocab: list = None):
@@ -704,8 +713,8 @@ def must_agree(folder: Path, before: dict, asked: dict):
     """ValueError: what is asked of a folder is not what it was begun with."""
     for name, value in asked.items():
         if name not in before or before[name] != value:
-            raise ValueError(f'{folder} was begun with another {dashed(name)} than {value}; '
-                             'name another folder with --out')
+            raise ValueError(f'{folder} was begun with another {dashed(name)}, or by another version of this '
+                             'script; name another folder with --out')
 
 
 class Run:
@@ -761,7 +770,7 @@ class Run:
             return model
         if RECIPES[s.recipe].begins and not s.init_from:
             first = base_of(s, steps=0, out=f'{self.path}-{RECIPES[s.recipe].begins}')
-            print(f'--recipe {s.recipe} begins with {first.recipe}, which is trained first')
+            print(f'--recipe {s.recipe} begins with {first.recipe}, trained before it in {first.out}')
             untrained(s, task.data)                            # refuses what does not fit
             finish(first)
             s = self.s = replace(s, init_from=first.out)
@@ -1233,7 +1242,7 @@ def row_of(s, name: str, **more):
 def run_row(s, name: str, seed: int, folder: Path):
     """One row of a comparison, trained, gone on with, or finished before -> its result, its command."""
     recipe, here = RECIPES[name], folder / f'seed{seed}'
-    steps = recipe.share * (s.steps or RUNS[s.preset][recipe.task.kind][1])
+    steps = recipe.share * (s.steps or RUNS[s.preset][recipe.task.kind].steps)
     row = row_of(s, name, seed=seed, steps=max(1, round(steps)) if recipe.share else 0, out='',
                  init_from=str(here / recipe.begins) if recipe.begins else '')
     plain, command = vars(Settings()), ['python', 'train_tiny.py']
@@ -1270,7 +1279,7 @@ def run_compare(s):
     for kind in dict.fromkeys(RECIPES[name].task for name in rows):
         names = [name for name in rows if RECIPES[name].task is kind]
         load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
-        task = kind(replace(s, recipe=names[0], batch=s.batch or RUNS[s.preset][kind.kind][0]), data)
+        task = kind(replace(s, recipe=names[0], batch=s.batch or RUNS[s.preset][kind.kind].batch), data)
         for name, found in measure(task, {name: functools.partial(load, name) for name in names}).items():
             rows[name] |= found
         if kind is Questions:
@@ -1363,7 +1372,7 @@ class Settings:
     batch: Annotated[int, "clips a step, 0 = the preset's"] = 0
     coarse: Annotated[float, 'share of the steps, the first ones, that see clips of half as many frames '
                       "[the preset's, in rows from scratch]"] = None
-    lr: Annotated[float, 'learning rate of the matrices, else 0.01, of LoRA 0.03; the rest: 3 % of it'] = 0.0
+    lr: Annotated[float, "learning rate of matrices, else the preset's, of LoRA 0.03; rest: 3 % of it"] = 0.0
     seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
     device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
     dtype: Annotated[str, 'of the matrix products'] = 'auto'
@@ -1385,9 +1394,9 @@ class Settings:
     model: dict = field(default_factory=dict)      # options of the model that were given
 
     def rate(self) -> float:
-        """The learning rate: --lr, or the model's. The few weights of LoRA learn with a larger one."""
+        """The learning rate: --lr, or the preset's. The few weights of LoRA learn with a larger one."""
         lora = {**RECIPES[self.recipe].changes, **self.model}.get('lora_rank')
-        return self.lr or (0.03 if lora else 0.01)
+        return self.lr or (0.03 if lora else RUNS[self.preset][RECIPES[self.recipe].task.kind].lr)
 
     def coarse_steps(self) -> float:
         """How many of the first steps see coarse clips."""
@@ -1395,7 +1404,7 @@ class Settings:
             return self.steps * (self.coarse or 0)
         shape, row = {**PRESETS[self.preset], 'encoder': 'plain', **self.model}, RECIPES[self.recipe]
         whole = row.begins or self.data != 'shapes' or shape['frames'] < 8 or shape['encoder'] != 'plain'
-        return 0 if whole else self.steps * RUNS[self.preset][row.task.kind][2]
+        return 0 if whole else self.steps * RUNS[self.preset][row.task.kind].coarse
 
     def autocast(self):
         """The context of forward passes."""
@@ -1516,9 +1525,9 @@ def set_up(s: Settings):
     s.preset = s.preset.replace('auto', 'gpu' if cuda else 'cpu')
     shape = {**PRESETS[s.preset], **s.model}
     if not s.compare:
-        batch, steps, _ = RUNS[s.preset][recipe.task.kind]
-        s.batch = s.batch or batch
-        s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * steps))
+        plan = RUNS[s.preset][recipe.task.kind]
+        s.batch = s.batch or plan.batch
+        s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * plan.steps))
     pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2
     if pixels > 2 ** 32:
         raise ValueError(f'a step of --batch {s.batch} would have {pixels:,} pixels, wanted at most 2**32')

@@ -2223,11 +2223,12 @@ def orthogonalize(x: Tensor) -> Tensor:
     tall, dtype = x.size(-2) > x.size(-1), x.dtype
     x = (x.mT if tall else x).to(torch.promote_types(dtype, torch.float32))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    a, A = 3.4445 * torch.eye(x.size(-2), device=x.device, dtype=x.dtype), x @ x.mT        # (n, rows, rows)
-    S = all_steps = a - 4.7750 * A + 2.0315 * A @ A                  # coefficients of the cited work
+    one, A = torch.eye(x.size(-2), device=x.device, dtype=x.dtype), x @ x.mT   # (rows, rows), (n, rows, rows)
+    step_of = lambda A: 3.4445 * one - 4.7750 * A + 2.0315 * A @ A   # coefficients of the cited work
+    S = all_steps = step_of(A)
     for _ in range(4):
         A = S @ A @ S
-        S = a - 4.7750 * A + 2.0315 * A @ A
+        S = step_of(A)
         all_steps = S @ all_steps
     x = (all_steps @ x).to(dtype)
     return x.mT if tall else x

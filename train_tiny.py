@@ -576,15 +576,16 @@ RECIPES = {
 for name in [name for name in REDUCERS if name != 'none']:
     RECIPES.setdefault(name, Recipe(dict(reducer=name), 'gaps', 0.0 if REDUCERS[name].untrained else 0.2))
 
+
 class Plan(NamedTuple):
     """What a preset trains a kind of task with."""
     batch: int                 # clips a step
     steps: int
     coarse: float = 0.0        # share of the steps, the first ones, on coarse clips
-    lr: float = 0.01
+    lr: float = 0.01           # of the matrices
 
 
-# And how many questions a clip is asked.
+# Of each preset: the plan of a kind of task, and how many questions a clip is asked.
 RUNS = {'tiny': dict(questions=Plan(8, 100), streams=Plan(8, 100), retrieval=Plan(16, 20), asked=4),
         'cpu': dict(questions=Plan(8, 1600, lr=0.006), streams=Plan(8, 1800),
                     retrieval=Plan(64, 500), asked=8),
@@ -713,8 +714,8 @@ def must_agree(folder: Path, before: dict, asked: dict):
     """ValueError: what is asked of a folder is not what it was begun with."""
     for name, value in asked.items():
         if name not in before or before[name] != value:
-            raise ValueError(f'{folder} was begun with another {dashed(name)}, or by another version of this '
-                             'script; name another folder with --out')
+            raise ValueError(f'{folder} was begun with another {dashed(name)} than {value}, or by another '
+                             'version of this script; name another folder with --out')
 
 
 class Run:
@@ -1393,10 +1394,14 @@ class Settings:
     seeds: Annotated[int, 'with --compare: how many, 0 = 3'] = 0
     model: dict = field(default_factory=dict)      # options of the model that were given
 
+    def plan(self) -> Plan:
+        """What the preset trains the recipe's task with."""
+        return RUNS[self.preset][RECIPES[self.recipe].task.kind]
+
     def rate(self) -> float:
         """The learning rate: --lr, or the preset's. The few weights of LoRA learn with a larger one."""
         lora = {**RECIPES[self.recipe].changes, **self.model}.get('lora_rank')
-        return self.lr or (0.03 if lora else RUNS[self.preset][RECIPES[self.recipe].task.kind].lr)
+        return self.lr or (0.03 if lora else self.plan().lr)
 
     def coarse_steps(self) -> float:
         """How many of the first steps see coarse clips."""
@@ -1404,7 +1409,7 @@ class Settings:
             return self.steps * (self.coarse or 0)
         shape, row = {**PRESETS[self.preset], 'encoder': 'plain', **self.model}, RECIPES[self.recipe]
         whole = row.begins or self.data != 'shapes' or shape['frames'] < 8 or shape['encoder'] != 'plain'
-        return 0 if whole else self.steps * RUNS[self.preset][row.task.kind].coarse
+        return 0 if whole else self.steps * self.plan().coarse
 
     def autocast(self):
         """The context of forward passes."""
@@ -1525,9 +1530,8 @@ def set_up(s: Settings):
     s.preset = s.preset.replace('auto', 'gpu' if cuda else 'cpu')
     shape = {**PRESETS[s.preset], **s.model}
     if not s.compare:
-        plan = RUNS[s.preset][recipe.task.kind]
-        s.batch = s.batch or plan.batch
-        s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * plan.steps))
+        s.batch = s.batch or s.plan().batch
+        s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * s.plan().steps))
     pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2
     if pixels > 2 ** 32:
         raise ValueError(f'a step of --batch {s.batch} would have {pixels:,} pixels, wanted at most 2**32')

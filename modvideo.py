@@ -2200,16 +2200,18 @@ class Muon(torch.optim.Optimizer):
             learns = [p for p in group['params'] if p.grad is not None]
             for shape in sorted({p.shape for p in learns}):
                 params = [p for p in learns if p.shape == shape]
-                grads = []
+                grads = [p.grad for p in params]
                 for p in params:
-                    average = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - group['momentum'])
-                    grads.append(p.grad.lerp(average, group['momentum']))      # Nesterov: look ahead
-                steps = orthogonalize(torch.stack(grads))                      # (n, rows, columns)
+                    if not self.state[p]:
+                        self.state[p]['momentum'] = torch.zeros_like(p)
+                averages = [self.state[p]['momentum'] for p in params]
+                torch._foreach_lerp_(averages, grads, 1 - group['momentum'])           # one launch for all
+                ahead = torch._foreach_lerp(grads, averages, group['momentum'])        # Nesterov
+                steps = orthogonalize(torch.stack(ahead))                      # (n, rows, columns)
                 # This rate changes the output by the same amount at any shape.
                 rate = group['lr'] * max(1, shape[0] / shape[1]) ** 0.5
-                for p, step in zip(params, steps):
-                    p.mul_(1 - group['lr'] * group['weight_decay']).sub_(step, alpha=rate)
+                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_sub_(params, steps.unbind(), alpha=rate)
         return loss
 
 
@@ -2244,7 +2246,8 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
     others = [p for _, p in learns if id(p) not in chosen]
     groups = [dict(params=p, lr=share * lr) for p, share in ((others, 0.03), (small, 0.3)) if p]
     muon = [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
-    return muon + ([torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)] if groups else [])
+    adam = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] if groups else []
+    return muon + adam
 
 
 def main():

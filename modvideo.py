@@ -1376,8 +1376,10 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     kept = best_of(score, keep, vision)                                        # (B, S)
     goes, u = vision & ~kept, unit(h)
     slots = pack(~goes if mask is None else ~goes & mask, most)
-    host = [(part @ u.mT).masked_fill(~kept[:, None], -math.inf).argmax(-1) for part in u.split(rows, 1)]
-    joined = slots.assign.where(kept, -1).gather(1, torch.cat(host, 1))        # (B, S) -1: nobody stays
+    host = torch.empty_like(slots.assign)      # made first: between the products it would split free memory
+    for part, found in zip(u.split(rows, 1), host.split(rows, 1)):
+        found.copy_((part @ u.mT).masked_fill_(~kept[:, None], -math.inf).argmax(-1))
+    joined = slots.assign.where(kept, -1).gather(1, host)                      # (B, S) -1: nobody stays
     return mean_of(torch.where(goes, joined, slots.assign), slots.position)
 
 

@@ -54,6 +54,7 @@ def seeded(monkeypatch):
     """A test draws the same numbers, whichever ran before it, and the script's runs are small."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     few(monkeypatch)
 
 
@@ -3025,9 +3026,12 @@ DIFFERENT = {(row.task, row.changes.get('reducer'), *row.changes): name        #
 
 @pytest.mark.parametrize('recipe', DIFFERENT.values())
 def test_a_step_on_a_pretended_gpu(gpu, recipe):
-    """Catches tensors left on the CPU, an index or a generator of the other device, waits for numbers."""
+    """Catches tensors left on the CPU, an index or generator of the other device, waits for numbers; cuDNN's
+    attention, which plans anew for each number of tokens, where that changes from step to step."""
     task, model = begun(f'--encoder-layers 2 --batch 2 --device cuda --recipe {recipe}')
     s, optimizers = task.s, mv.configure_optimizer(model.train(), task.s.rate())
+    cudnn, varies = [], task.kind == 'questions' and bool(model.config.merges)
+    model.register_forward_pre_hook(lambda *_: cudnn.append(torch.backends.cuda.cudnn_sdp_enabled()))
     for step in range(2):                                      # the first one places codes and averages
         batch = task.draw('train', step, s.batch)
         gpu.waits.clear()
@@ -3037,6 +3041,7 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
     waits = Counter(gpu.waits)
     task.timed(model.eval(), batch)[0][0]()                    # answers, streams, encodes
     assert math.isfinite(loss.item()) and waits.total() <= HOST_WAITS.get(recipe, 0), waits
+    assert cudnn == [not varies] * 2 and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize('flags', [

@@ -266,8 +266,9 @@ class Attention(nn.Module):
         """What project gave -> (B, S, C)."""
         look, n = F.scaled_dot_product_attention, self.unmasked(q.size(2), mask)
         if 0 < n < q.size(2):
-            past = look(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True)         # (B, H, n, D)
-            y = torch.cat([past, look(q[:, :, n:], k, v, mask)], 2)                    # (B, H, S, D)
+            first, last = q.split([n, q.size(2) - n], 2)
+            past = look(first, k[:, :, :n], v[:, :, :n], is_causal=True)               # (B, H, n, D)
+            y = torch.cat([past, look(last, k, v, mask)], 2)                           # (B, H, S, D)
         else:
             y = look(q, k, v, mask, is_causal=n > 0)
         return self.out(y.transpose(1, 2).flatten(2))                          # (B, S, C)
@@ -356,8 +357,7 @@ ENCODERS['plain'] = VisionEncoder
 # vision tokens frame by frame, never by a later one, so training, prefill and streaming choose alike.
 # needs sections 1, 2; MoDBlock works around any block(x, position, mask, cache) that returns its update
 
-# From the score r to the factor of an update. 'zero' is one at first, as w = 0: for layers that are trained
-# already (p-MoD, Zhang et al., arXiv 2412.04449).
+# An update's factor. 'zero' is 1 at first, for trained layers (p-MoD, Zhang et al., arXiv 2412.04449).
 GATES = {'raposo': lambda r: r, 'zero': lambda r: 1 + 0.2 * r.tanh()}
 
 
@@ -513,6 +513,7 @@ class Reducer(nn.Module):
     by_question = False        # True: each question has vision tokens of its own; forward is given its words
     wants_saliency = False     # True: forward is given the attention that each patch receives
     untrained = True           # False: a trained dense model must first learn to read what it returns
+    steady = True              # False: how many tokens it returns changes from batch to batch
     in_place = True            # False: its tokens stand for no patches, so no picture shows which are routed
     leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
     picture = staticmethod(lambda reduced: reduced.reduction)      # of all patches, to draw; None: in place
@@ -805,9 +806,8 @@ def load_checkpoint(path, device='cpu'):
     """Read what save_checkpoint wrote -> model, extra. ValueError if the file is something else."""
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()                                           # torch checks no sums
-        if damaged:
-            raise ValueError(f'{damaged} is damaged')
+            if damaged := file.testzip():                                      # torch checks no sums
+                raise ValueError(f'{damaged} is damaged')
         data = torch.load(path, map_location=device, weights_only=True)
         config, weights = ModVideoConfig(**data.pop('config')), data.pop('model')
         model = config.build('model', config).to(device)
@@ -976,7 +976,7 @@ class Uniform(Budgeted):
         T, P = x.shape[1:3]
         n = min(T, self.most(x) // P)
         if n < 1:
-            raise ValueError(f'a budget of {self.budget} tokens holds no frame of {P}')
+            raise ValueError(f'a budget of {self.most(x)} tokens holds no frame of {P}')
         frame = (torch.arange(n, device=x.device) * 2 + 1) * T // (2 * n)      # (n,)
         position = torch.arange(T * P, device=x.device).view(T, P)[frame].flatten()        # (n * P,)
         return Reduced(x[:, frame].flatten(1, 2), position)
@@ -1023,6 +1023,7 @@ class Gaps(Reducer):
     Patches (PatchDropout, Liu et al., arXiv 2208.07220), whole frames, or detail: means over a coarse grid of
     time or space. So do images and clips of every length in the training of large models.
     """
+    steady = False
 
     def __init__(self, dim: int, *,
                  gaps: Annotated[float, 'share of the training batches that lose tokens'] = 0.9,
@@ -1305,7 +1306,7 @@ def merge_static(x: Tensor, frames: Tensor, static: Tensor, peaks: Tensor, rows:
 
 class HoliTom(Reducer):
     """HoliTom before the decoder: as many tokens as the clip needs."""
-    wants_saliency = True
+    wants_saliency, steady = True, False
     leaving = staticmethod(lambda share, T, P: dict(retain_ratio=share))
 
     def __init__(self, dim: int, *,
@@ -1503,7 +1504,7 @@ class VQToken(Reducer):
         if codes < 0 or dim % n_head:
             raise ValueError(f'codes must be at least 0, and {n_head} heads divide {dim} channels; '
                              f'got {codes} codes')
-        self.codes, self.n_head, self.grid = codes, n_head, grid
+        self.codes, self.n_head, self.grid, self.steady = codes, n_head, grid, codes > 0
         self.norm = nn.LayerNorm(dim, bias=False)
         self.query, self.key, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.value = nn.Sequential(nn.Linear(grid[0] * grid[1] ** 2, dim), nn.GELU(), nn.Linear(dim, dim))
@@ -2203,9 +2204,8 @@ class Muon(torch.optim.Optimizer):
             for shape in sorted({p.shape for p in learns}):
                 params = [p for p in learns if p.shape == shape]
                 grads = [p.grad for p in params]
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]['momentum'] = torch.zeros_like(p)
+                for p in [p for p in params if not self.state[p]]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
                 averages = [self.state[p]['momentum'] for p in params]
                 torch._foreach_lerp_(averages, grads, 1 - group['momentum'])           # one launch for all
                 ahead = torch._foreach_lerp(grads, averages, group['momentum'])        # Nesterov
@@ -2248,8 +2248,7 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
     others = [p for _, p in learns if id(p) not in chosen]
     groups = [dict(params=p, lr=share * lr) for p, share in ((others, 0.03), (small, 0.3)) if p]
     muon = [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
-    adam = [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] if groups else []
-    return muon + adam
+    return muon + ([torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)] if groups else [])
 
 
 def main():

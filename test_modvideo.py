@@ -2078,7 +2078,9 @@ def called(flags, *more):
     said = io.StringIO()
     with redirect_stderr(said):
         try:
-            status = train_tiny.main([*TINY, *flags.split(), *map(str, more)])
+            argv = [*flags.split(), *map(str, more)]
+            tiny = [] if {word[2:] for word in argv} & {*train_tiny.READS} else TINY
+            status = train_tiny.main([*tiny, *argv])
         except SystemExit as stop:
             status = stop.code
     return status, said.getvalue().strip()
@@ -2234,7 +2236,7 @@ def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch):
     (run / 'config.json').write_text('{"settings": {}, "model": {}}')
     (run / 'log.csv.1.part.csv').write_text('cut')
     go('--steps 1 --out', run)
-    assert not (run / 'lock').exists() and result_of(run)['steps'] == 1
+    assert not (run / 'train_tiny.lock').exists() and result_of(run)['steps'] == 1
     before = {path: path.read_bytes() for path in run.iterdir()}
 
     def full(*args, **more):
@@ -2448,7 +2450,8 @@ def test_scores_of_streams_by_hand():
 
 
 def test_evaluation_by_hand():
-    """Catches balanced scores that weigh by frequency, a blind score that sees its clip, a wrong chance."""
+    """Catches balanced scores that weigh by frequency, a blind score that sees its clip, a wrong chance,
+    facts of the last clips alone."""
     answers = torch.tensor([[2, 4], [2, 5], [2, 5], [3, 5]])                 # (clips, kinds)
     video = torch.tensor([2.0, 2, 3, 3])[:, None, None, None, None].expand(-1, 1, 3, 1, 1)
 
@@ -2461,13 +2464,16 @@ def test_evaluation_by_hand():
 
     class Seer(nn.Module):
         reducer = mv.Reducer(1)
+        reducer.facts = lambda reduced: dict(seen=reduced.info['video'].flatten().tolist())
 
         def forward(self, video, text, targets, asked):        # colours it sees, counts are always 4
             words = torch.stack([video[:, 0, 0, 0, 0].long(), torch.full((len(video),), 4)], 1)
-            return F.one_hot(words, 6)[:, :, None].expand(-1, -1, 2, -1).float(), None, dict(reduced=None)
+            logits = F.one_hot(words, 6)[:, :, None].expand(-1, -1, 2, -1).float()
+            return logits, None, dict(reduced=mv.Reduced(None, info=dict(video=video[:, 0, 0])))
 
     task = train_tiny.Questions(train_tiny.Settings(batch=3, device='cpu'), Data())
     scores = task.evaluate(Seer(), 'test', 4)
+    assert scores['seen'] == [2, 2, 3, 3]                      # of all parts, of their own clips
     assert scores['accuracy_by_type'] == {'colour': 0.75, 'count': 0.25} and scores['accuracy'] == 0.5
     assert scores['balanced_accuracy_by_type'] == pytest.approx({'colour': (2 / 3 + 1) / 2, 'count': 0.5})
     assert scores['blind_by_type'] == {'colour': 0.25, 'count': 0.25} and scores['blind_accuracy'] == 0.25
@@ -2577,6 +2583,9 @@ def test_a_row_first_trains_what_it_begins_with(tmp_path, capsys):
     go(flags, run, '--stage', 'drop', '--stage-layer', '1')
     few, _, half = result_of(run)['vision_by_layer']
     assert (base / 'ckpt.pt').stat().st_mtime_ns == before and half == pytest.approx(few / 2, abs=0.6)
+    shutil.rmtree(run)
+    for other in ('--frames 8', '--frames 6 --lr 0.02', '--frames 6 --n-layer 4', ''):     # than its base has
+        refused(f'{base} was begun with another', f'--recipe holitom {other} --out', run)
 
 
 def test_recipes_that_merge_and_select(dense, tmp_path, capsys):
@@ -2735,9 +2744,15 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, tmp_path):
     refused('does not exist', '--resume', tmp_path / 'no')
     refused('is not what a run wrote', '--resume', broken)
     refused('exists; name another folder', '--out', full)
+    for name in ('film.part1.rar', 'talk.mp4.part', 'lock'):   # look like what a killed run leaves
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text('mine')
+        refused('exists; name another folder', '--out', tmp_path / name)
+        assert (tmp_path / name / name).read_text() == 'mine'
     refused(f'go on with it: --resume {trained}', '--out', trained)
     refused('no comparison was begun in it', '--compare --out', full)
     refused("'shpe' (nearest known: shape", '--out', trained, '--ask', COCKATOO, 'what shpe is red')
+    refused('--ask takes no --n-head, --steps', '--steps 2 --n-head 2 --ask', COCKATOO, 'red')
     refused('has no words', '--out', trained, '--ask', COCKATOO, '?')
     refused('the folder holds no image', '--out', trained, '--ask', frames, 'what shape is red')
     refused('no such file', '--out', trained, '--ask', tmp_path / 'none.gif', 'what shape is red')
@@ -3030,7 +3045,7 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
     attention, which plans anew for each number of tokens, where that changes from step to step."""
     task, model = begun(f'--encoder-layers 2 --batch 2 --device cuda --recipe {recipe}')
     s, optimizers = task.s, mv.configure_optimizer(model.train(), task.s.rate())
-    cudnn, varies = [], task.kind == 'questions' and bool(model.config.merges)
+    cudnn, varies = [], recipe == 'gaps' or 'holitom' in recipe or 'adaptive' in recipe
     model.register_forward_pre_hook(lambda *_: cudnn.append(torch.backends.cuda.cudnn_sdp_enabled()))
     for step in range(2):                                      # the first one places codes and averages
         batch = task.draw('train', step, s.batch)

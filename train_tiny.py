@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -76,7 +77,7 @@ RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD
 # It knows nothing of this project's data or tasks: any model, batches from a function of the step, any loss.
 
 def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optimizers: list = None,
-          report=None, autocast=nullcontext, stop: list = None, name: str = 'train') -> list:
+          report=lambda row: None, autocast=nullcontext, stop: list = None, name: str = 'train') -> list:
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; with several processes,
@@ -108,8 +109,7 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optim
             log.append(dict(step=done, loss=round(mean_loss, 4), accuracy=round(accuracy, 4),
                             lr=groups[0]['lr'], ms=1000 * (time.time() - tick) / len(recent)))
             bar.set_postfix(loss=f'{mean_loss:.3f}', acc=f'{accuracy:.1%}', refresh=False)
-            if report:
-                report(log[-1])
+            report(log[-1])
             recent, tick = [], time.time()
         if last:
             break
@@ -211,11 +211,8 @@ class Questions:
 
     def held_out(self, split: str, clips: int, size: int = 64):
         """Batches of at most `size` held-out clips."""
-        for step in range(math.ceil(clips / size)):
-            batch = self.draw(split, step, min(size, clips))
-            if not len(batch.text):
-                break
-            yield batch
+        batches = (self.draw(split, step, min(size, clips)) for step in range(math.ceil(clips / size)))
+        return itertools.takewhile(lambda batch: len(batch.text), batches)
 
     def liveliest(self):
         """Held-out clip that moves most (T, 3, height, width), a question's ids (L,), words, its answer."""
@@ -232,7 +229,7 @@ class Questions:
     def forward(self, model, batch, targets=None):
         """What the model makes of a batch: logits, loss, aux."""
         asked = (batch.targets != IGNORE).int().argmax(-1) + 1         # (B, Q) words of each question
-        with sdpa_kernel(ANY_LENGTH) if model.config.merges else nullcontext():
+        with nullcontext() if model.reducer.steady else sdpa_kernel(ANY_LENGTH):
             return model(batch.video, batch.text, targets, asked)
 
     def loss(self, model, batch):
@@ -249,7 +246,7 @@ class Questions:
     def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
         """Shares of right answers on held-out clips: overall, by type, balanced over a type's answers, by a
         type's most frequent answer (chance), and, if asked, with another clip's video (blind)."""
-        right, guessed, rows, facts = [], [], [], {}
+        right, guessed, rows, infos = [], [], [], []
         for batch in self.held_out(split, clips):
             shown = [(batch.video, right)]
             if blind:
@@ -260,7 +257,7 @@ class Questions:
                     with self.s.autocast():
                         logits, _, aux = self.forward(model, Batch(*part))
                     found += is_right(logits, part[2]).flatten().float().tolist()
-                    facts = model.reducer.facts(aux['reduced'])
+                    infos += [aux['reduced'].info] * (found is right)
             if len(batch.video) == 1:                                          # no other clip to show
                 guessed[len(rows):] = [math.nan] * batch.kind.numel()
             rows += [(kind, *answer[answer != IGNORE].tolist()) for kind, answer in
@@ -270,8 +267,11 @@ class Questions:
         types = dict(accuracy=means(right, kinds), blind=means(guessed, kinds),
                      balanced_accuracy=means([*by_answer.values()], [kind for kind, *_ in by_answer]),
                      chance={kind: n / kinds.count(kind) for kind, n in most.items()})
+        of_all = {key: torch.cat([info[key] for info in infos]) if torch.is_tensor(value) else value
+                  for key, value in infos[0].items()}
         return dict(accuracy=nanmean(right), blind_accuracy=nanmean(guessed), questions=len(rows),
-                    chance=sum(most.values()) / len(rows), **facts,
+                    chance=sum(most.values()) / len(rows),
+                    **model.reducer.facts(aux['reduced']._replace(info=of_all)),
                     **{f'{key}_by_type': {self.data.kinds[kind]: share for kind, share in found.items()}
                        for key, found in types.items()})
 
@@ -718,13 +718,15 @@ def must_agree(folder: Path, before: dict, asked: dict):
     """ValueError: what is asked of a folder is not what it was begun with."""
     for name, value in asked.items():
         if name not in before or before[name] != value:
-            raise ValueError(f'{folder} was begun with another {dashed(name)} than {value}, or by another '
+            wanted = 'the default' if value is None else value
+            raise ValueError(f'{folder} was begun with another {dashed(name)} than {wanted}, or by another '
                              'version of this script; name another folder with --out')
 
 
 class Run:
     """A run's folder: made, saved into, resumed, finished. An existing one is never written over."""
     COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
+    LOCK, PART = 'train_tiny.lock', re.compile(r'.+\.(\w+)\.\d+\.part\.\1')     # while it runs; see whole()
 
     def __init__(self, s):
         self.s, self.log, self.before, self.optimizers, self.done = s, [], 0.0, None, 0
@@ -740,7 +742,7 @@ class Run:
         if self.s.resume or not self.path.exists():
             return
         inside = self.path.iterdir() if self.path.is_dir() else [self.path]
-        files = {path.name for path in inside if '.part' not in path.name} - {'lock'}
+        files = {path.name for path in inside if not self.PART.fullmatch(path.name)} - {self.LOCK}
         if files - {'config.json', 'log.csv'}:
             hint = f', or go on with it: --resume {self.path}' if 'ckpt.pt' in files else ''
             raise ValueError(f'--out {self.path} exists; name another folder{hint}')
@@ -750,7 +752,7 @@ class Run:
     def claim(self):
         """Make the folder, for this process alone until it ends. ValueError: another one was faster."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / 'lock', 'w')
+        self.lock = open(self.path / self.LOCK, 'w')
         try:
             import fcntl
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -759,8 +761,8 @@ class Run:
         except BlockingIOError:
             raise ValueError(f'another process trains in {self.path}; name another folder') from None
         self.check_free()
-        for part in self.path.glob('*.part*'):                 # of one that was killed while it wrote
-            part.unlink()
+        for path in [path for path in self.path.iterdir() if self.PART.fullmatch(path.name)]:
+            path.unlink()                                      # of one that was killed while it wrote
 
     def begin(self, task):
         """The model, new or as an interrupted run left it."""
@@ -777,6 +779,11 @@ class Run:
             first = base_of(s, steps=0, out=f'{self.path}-{RECIPES[s.recipe].begins}')
             print(f'--recipe {s.recipe} begins with {first.recipe}, trained before it in {first.out}')
             untrained(s, task.data)                            # refuses what does not fit
+            if Path(first.out, 'config.json').exists():        # begun by a run that was stopped
+                saved = settings_of(Path(first.out))
+                shape = {**dict.fromkeys(saved.model), **first.model}
+                same = {name: getattr(first, name) for name in 'recipe preset data seed batch lr'.split()}
+                must_agree(Path(first.out), {**vars(saved), **saved.model}, {**same, **shape})
             finish(first)
             s = self.s = replace(s, init_from=first.out)
         dense = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)[0] if s.init_from else None
@@ -882,7 +889,7 @@ def run_recipe(s, began: float = None) -> Path:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*['--resume', run.path] * (run.path / 'ckpt.pt').exists()) from None
     run.lock.close()
-    (run.path / 'lock').unlink()
+    (run.path / run.LOCK).unlink()
     print(f'\ngo on with: python train_tiny.py {shlex.join(["--out", str(run.path)])} {go_on}\n'
           f'{result["seconds"]:.0f} s, {result["step_ms"]:.0f} ms a step. In {run.path}: '
           + ', '.join(sorted(path.name for path in run.path.iterdir())))
@@ -1145,7 +1152,7 @@ def table_of(rows: dict, columns) -> str:
             return f'{100 * value:.1f} %'
         if key.endswith(('_ms', '_mb', '_s', '_kb', 'gflops')) and first.get(key):
             share = f'({value / first[key]:.2f})'
-            return f'{value:.0f} {share}' if value >= 1000 else f'{value:.3g} {share}'
+            return f'{value:.0f} {share}' if value >= 999.5 else f'{value:.3g} {share}'
         return f'{value:.4g}'
 
     return table([['recipe', *columns], *([name, *(cell(key, row.get(key)) for key in columns)]
@@ -1324,9 +1331,8 @@ def write_report(report: dict) -> str:
         own = {name: row for name, row in rows.items() if RECIPES[name].task is kind}
         types = [*next(iter(own.values())).get('by_type', {})]
         columns = ['accuracy', 'std', *(f'{name} %' for name in types), 'vision_by_layer', *kind.columns[1:]]
-        for name, row in own.items():
-            points = {f'{name} %': 100 * row['by_type'][name] for name in types}
-            own[name] = dict(row, std=100 * row['std'], **points)
+        points = lambda row: {f'{name} %': 100 * row['by_type'][name] for name in types}
+        own = {name: dict(row, std=100 * row['std'], **points(row)) for name, row in own.items()}
         out += [table_of(own, [*columns, 'learns']), '']
     out += [table([['paper', 'claim', 'its figure', 'here', 'reached'],
                    *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])], '|'), '']
@@ -1425,6 +1431,8 @@ CHOICES = dict(PARTS, recipe=RECIPES, preset=['auto', *PRESETS], device=['auto',
                dtype=['auto', 'float32', 'bfloat16'])
 METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream='CLIP', find='SENTENCE')
 TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
+READS = dict(ask='grid out', stream='grid out question theta', find='grid out data seed',      # no other flag
+             eval='data grid device batch dtype')
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
          ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows'),
          ('bench', 'coarse', 'times whole clips')]
@@ -1509,6 +1517,9 @@ def check(s: Settings, given: set):
         raise ValueError('--recipe blind shows another clip of the batch; wanted --batch 2 or more')
     for name in [name for name in TOGETHER if name in given and not given & {*TOGETHER[name]}]:
         raise ValueError(f'{dashed(name)} goes with {" or ".join(map(dashed, TOGETHER[name]))}')
+    for job in given & {*READS}:
+        if idle := (given | {*s.model}) - {job, *READS[job].split()}:
+            raise ValueError(f'--{job} takes no {", ".join(map(dashed, sorted(idle)))}')
     for name, other, why in [rule for rule in APART if {*rule[:2]} <= given]:
         raise ValueError(f'{dashed(name)} {why}; leave {dashed(other)} away')
     if s.init_from and not RECIPES[s.recipe].begins and not s.resume:
@@ -1637,7 +1648,8 @@ def run_find(s: Settings):
 def run_eval(s: Settings):
     """The table of a run's end for other clips: printed, and written beside the run."""
     run, saved = Path(s.eval), settings_of(Path(s.eval))
-    s = replace(saved, data=s.data, grid=s.grid, device=s.device, eval=s.eval)
+    s = replace(saved, data=s.data, grid=s.grid, device=s.device, eval=s.eval, batch=s.batch or saved.batch,
+                dtype=saved.dtype if s.dtype == 'auto' else s.dtype)
     set_up(s)
     model, _ = load_checkpoint(run / 'ckpt.pt', s.device)
     s.model['frames'] = model.config.frames

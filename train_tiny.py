@@ -593,7 +593,7 @@ class Plan(NamedTuple):
 RUNS = {'tiny': dict(questions=Plan(8, 100), streams=Plan(8, 100), retrieval=Plan(16, 20), asked=4),
         'cpu': dict(questions=Plan(8, 1600, lr=0.006), streams=Plan(8, 1800),
                     retrieval=Plan(64, 500), asked=8),
-        'wide': dict(questions=Plan(16, 1600, coarse=0.6, lr=0.006), streams=Plan(16, 1300),
+        'wide': dict(questions=Plan(16, 1900, coarse=0.6, lr=0.006), streams=Plan(16, 1300),
                      retrieval=Plan(32, 600), asked=8),
         'gpu': dict(questions=Plan(64, 1200), streams=Plan(64, 1200), retrieval=Plan(128, 2000), asked=8),
         'deep': dict(questions=Plan(32, 2500), streams=Plan(32, 2500), retrieval=Plan(128, 2000), asked=8),

@@ -266,7 +266,7 @@ class Attention(nn.Module):
         """What project gave -> (B, S, C)."""
         look, n = F.scaled_dot_product_attention, self.unmasked(q.size(2), mask)
         if 0 < n < q.size(2):
-            first, last = q.split([n, q.size(2) - n], 2)
+            first, last = q.split([n, q.size(2) - n], 2)       # backward copies once, of slices four times
             past = look(first, k[:, :, :n], v[:, :, :n], is_causal=True)               # (B, H, n, D)
             y = torch.cat([past, look(last, k, v, mask)], 2)                           # (B, H, S, D)
         else:
@@ -517,7 +517,7 @@ class Reducer(nn.Module):
     in_place = True            # False: its tokens stand for no patches, so no picture shows which are routed
     leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
     picture = staticmethod(lambda reduced: reduced.reduction)      # of all patches, to draw; None: in place
-    facts = staticmethod(lambda reduced: {})   # what to report besides accuracy and cost: name -> number
+    facts = staticmethod(lambda reduced: {})   # what to report of reduced.info of all clips: name -> number
 
     def __init__(self, dim: int):
         super().__init__()

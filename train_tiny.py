@@ -681,6 +681,9 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
 
 # ---- 4. Runs -----------------------------------------------------------------------------------------------
 
+PART = re.compile(r'.+\.(\w+)\.\d+\.part\.\1')      # a temporary path of whole(): log.csv.123.part.csv
+
+
 def whole(path, make):
     """make(a temporary path), which then takes its place: a file is there whole or not at all."""
     part = Path(path).with_name(f'{Path(path).name}.{os.getpid()}.part{Path(path).suffix}')
@@ -726,7 +729,7 @@ def must_agree(folder: Path, before: dict, asked: dict):
 class Run:
     """A run's folder: made, saved into, resumed, finished. An existing one is never written over."""
     COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
-    LOCK, PART = 'train_tiny.lock', re.compile(r'.+\.(\w+)\.\d+\.part\.\1')     # while it runs; see whole()
+    LOCK = 'train_tiny.lock'                                   # a file that is there while it runs
 
     def __init__(self, s):
         self.s, self.log, self.before, self.optimizers, self.done = s, [], 0.0, None, 0
@@ -742,7 +745,7 @@ class Run:
         if self.s.resume or not self.path.exists():
             return
         inside = self.path.iterdir() if self.path.is_dir() else [self.path]
-        files = {path.name for path in inside if not self.PART.fullmatch(path.name)} - {self.LOCK}
+        files = {path.name for path in inside if not PART.fullmatch(path.name)} - {self.LOCK}
         if files - {'config.json', 'log.csv'}:
             hint = f', or go on with it: --resume {self.path}' if 'ckpt.pt' in files else ''
             raise ValueError(f'--out {self.path} exists; name another folder{hint}')
@@ -761,7 +764,7 @@ class Run:
         except BlockingIOError:
             raise ValueError(f'another process trains in {self.path}; name another folder') from None
         self.check_free()
-        for path in [path for path in self.path.iterdir() if self.PART.fullmatch(path.name)]:
+        for path in [path for path in self.path.iterdir() if PART.fullmatch(path.name)]:
             path.unlink()                                      # of one that was killed while it wrote
 
     def begin(self, task):
@@ -780,10 +783,10 @@ class Run:
             print(f'--recipe {s.recipe} begins with {first.recipe}, trained before it in {first.out}')
             untrained(s, task.data)                            # refuses what does not fit
             if Path(first.out, 'config.json').exists():        # begun by a run that was stopped
-                saved = settings_of(Path(first.out))
-                shape = {**dict.fromkeys(saved.model), **first.model}
-                same = {name: getattr(first, name) for name in 'recipe preset data seed batch lr'.split()}
-                must_agree(Path(first.out), {**vars(saved), **saved.model}, {**same, **shape})
+                saved, own = settings_of(Path(first.out)), 'recipe preset data grid seed batch coarse lr'
+                asked = {name: getattr(first, name) for name in own.split()}
+                must_agree(Path(first.out), saved.flags(),
+                           {**asked, **dict.fromkeys(saved.model), **first.model})
             finish(first)
             s = self.s = replace(s, init_from=first.out)
         dense = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)[0] if s.init_from else None
@@ -1258,7 +1261,7 @@ def run_row(s, name: str, seed: int, folder: Path):
     row = row_of(s, name, seed=seed, steps=max(1, round(steps)) if recipe.share else 0, out='',
                  init_from=str(here / recipe.begins) if recipe.begins else '')
     plain, command = vars(Settings()), ['python', 'train_tiny.py']
-    for key, value in {**vars(row), **row.model}.items():
+    for key, value in row.flags().items():
         if key != 'model' and value != plain.get(key):
             command += [dashed(key)] + [str(value)] * (value is not True)
     return finish(replace(row, out=str(here / name))), shlex.join(command)
@@ -1404,6 +1407,10 @@ class Settings:
     seeds: Annotated[int, 'with --compare: how many, 0 = 3'] = 0
     model: dict = field(default_factory=dict)      # options of the model that were given
 
+    def flags(self) -> dict:
+        """All of them, the options of the model beside the others."""
+        return {**vars(self), **self.model}
+
     def plan(self) -> Plan:
         """What the preset trains the recipe's task with."""
         return RUNS[self.preset][RECIPES[self.recipe].task.kind]
@@ -1478,7 +1485,7 @@ def parse(argv) -> Settings:
     if s.resume:
         saved = settings_of(Path(s.resume))
         fixed = {name: given[name] for name in ('recipe', 'preset', 'seed', 'init_from') if name in given}
-        must_agree(Path(s.resume), {**vars(saved), **saved.model}, {**fixed, **model})
+        must_agree(Path(s.resume), saved.flags(), {**fixed, **model})
         s = replace(saved, **given)
     check(s, {*given})
     return s
@@ -1500,7 +1507,7 @@ def parse_grid(text: str):
 def check(s: Settings, given: set):
     """ValueError: values out of range, and flags that would do nothing."""
     parse_grid(s.grid)
-    for name, value in {**vars(s), **s.model}.items():
+    for name, value in s.flags().items():
         least = int(name in (*PRESETS['tiny'], 'patch_size'))
         if type(value) in (int, float) and not least <= value < 2 ** 31:       # NaN, too
             raise ValueError(f'{dashed(name)} must be finite, at least {least}, below 2**31, got {value}')

@@ -13,16 +13,14 @@
                                   |    last decoder layer   all tokens
                       logits (B, Q, L, V), loss
 
-The core, up to the line that says so, runs alone. After it each method is a class that enters itself in a
-dictionary of the core.
-
 Legend: B batch · T frames · P patches of one frame · N = T*P vision tokens before reduction · M after it ·
     Q questions a clip · L text tokens of one question · C channels · H heads · D channels of a head ·
     K clusters, codes or selected tokens · S tokens of any sequence · V words. Video is float in [0, 1].
 
-Core: 1 configuration   2 transformer bricks   3 vision encoder   4 Mixture-of-Depths   5 the model
-    6 save and load. Methods: 7 token reduction   8 ToMe   9 HoliTom   10 clusters and codes   11 B-VLLM
-    12 TempMe and retrieval   13 gamma-MoD   14 accounting, pictures, optimizer
+The core runs alone: 1 configuration   2 transformer bricks   3 vision encoder   4 Mixture-of-Depths
+    5 the model   6 save and load. After it each method is a class that enters itself in a dictionary of the
+    core: 7 token reduction   8 ToMe   9 HoliTom   10 clusters and codes   11 B-VLLM   12 TempMe and
+    retrieval   13 gamma-MoD   14 accounting, pictures, optimizer
 
 Usage:
     vocab = ['<pad>', '<eos>', 'what', 'moves']
@@ -126,12 +124,11 @@ class ModVideoConfig:
             raise ValueError(f'window is a number of frames for streaming models, got {self.window}')
         self.check_options()
         self.patches = (self.frame_size // self.patch_size) ** 2               # P, of one frame
-        routing, chosen = ROUTINGS[self.routing], {p: vars(self)[p] for p in ('encoder', 'reducer', 'stage')}
-        merges = [f'{p} {name!r}' for p, name in chosen.items() if name not in ('plain', 'none')]
-        self.merges = merges                                   # the parts that may leave fewer vision tokens
-        if self.streaming and (merges or routing.whole_clip):
+        parts = ('encoder', self.encoder), ('reducer', self.reducer), ('stage', self.stage)    # may merge
+        self.merges = merges = [f'{part} {name!r}' for part, name in parts if name not in ('plain', 'none')]
+        if self.streaming and (merges or ROUTINGS[self.routing].whole_clip):
             raise ValueError(f'{[*merges, "routing"][0]} looks at the whole clip, a stream has none')
-        if merges and not routing.ragged:
+        if merges and not ROUTINGS[self.routing].ragged:
             raise ValueError(f'routing {self.routing!r} wants all tokens of a frame, {merges[0]} leaves less')
         if ENCODERS[self.encoder].merges and self.reducer != 'none':
             raise ValueError(f'{merges[0]} merges already and goes with reducer none, got {merges[1]}')
@@ -148,9 +145,8 @@ class ModVideoConfig:
             for key, option in own.items():
                 if option.default is option.empty and key not in self.options:
                     raise ValueError(f'{chosen[-1]} wants {key}: {get_args(option.annotation)[1]}')
-        for key in self.options:
-            if key not in known:
-                raise ValueError(f'{key} is no option of {" or ".join(chosen)}: {", ".join(known)}')
+        if unknown := [key for key in self.options if key not in known]:
+            raise ValueError(f'{unknown[0]} is no option of {" or ".join(chosen)}: {", ".join(known)}')
 
     def build(self, part: str, *numbers):
         """The class chosen for a part, made from these numbers and its own options; None for stage none."""
@@ -200,6 +196,9 @@ class KVCache:
         if self.k is None:
             self.k, self.v, self.position = k, v, position
             return k, v, None
+        if len(k) > len(self.k):                               # several questions about each sample follow
+            self.k, self.v, self.position = (
+                a.repeat_interleave(len(k) // len(a), 0) for a in (self.k, self.v, self.position))
         self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
         self.position = torch.cat([self.position, position], 1)
         return self.k, self.v, visible(position, self.position)
@@ -211,12 +210,6 @@ class KVCache:
             column = kept.any(0).nonzero()[:, 0]              # held as long as one sample wants it
             self.k, self.v = self.k.index_select(2, column), self.v.index_select(2, column)
             self.position = self.position.masked_fill(~kept, NEVER).index_select(1, column)
-
-    def repeat(self, times: int):
-        """Each sample gets `times` rows in turn, for several questions: B becomes B * times."""
-        if self.k is not None:
-            self.k, self.v, self.position = (
-                a.repeat_interleave(times, 0) for a in (self.k, self.v, self.position))
 
 
 class Attention(nn.Module):
@@ -400,7 +393,7 @@ class MoDBlock(nn.Module):
 
 
 def mask_of(mask: Tensor, index: Tensor, S: int):
-    """The part of a mask (R, S) or (B, 1, R, S), None = causal, that is for tokens index (B, K)."""
+    """What tokens index (B, K) need of a mask (R, S) or (B, 1, R, S), R: all, or the words; None = causal."""
     if mask is None:
         return None
     B, R, last = len(index), mask.size(-2), min(mask.size(-2), index.size(1))
@@ -517,7 +510,7 @@ class Reducer(nn.Module):
     in_place = True            # False: its tokens stand for no patches, so no picture shows which are routed
     leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
     picture = staticmethod(lambda reduced: reduced.reduction)      # of all patches, to draw; None: in place
-    facts = staticmethod(lambda reduced: {})   # what to report of reduced.info of all clips: name -> number
+    facts = staticmethod(lambda info: {})      # what to report of the info of all clips: name -> number
 
     def __init__(self, dim: int):
         super().__init__()
@@ -627,10 +620,7 @@ class ModVideo(nn.Module):
         return logits, loss + reduced.loss + aux['routing_loss'], aux
 
     def place_questions(self, place: Tensor, text: Tensor, T: int, after=None):
-        """Where vision, at place (M,) or (B, M), and text (B, Q, L) stand, and who sees whom: position, mask.
-
-        A token sees what is not later than itself and is vision, or a word of its own question.
-        """
+        """Where vision, at place (M,) or (B, M), and text (B, Q, L) stand, who sees whom: position, mask."""
         (_, Q, L), M, device = text.shape, place.size(-1), text.device
         word = T * self.config.patches + torch.arange(L, device=device).repeat(Q)  # (Q*L,) all start alike
         position = torch.cat([place, word.expand(*place.shape[:-1], -1)], -1)      # (S,) or (B, S)
@@ -653,21 +643,18 @@ class ModVideo(nn.Module):
         word = torch.arange(text.size(1), device=device) + P * (after + 1)     # (B, L)
         position = torch.cat([place + before.repeat_interleave(P, 1), word.where(real, NEVER)], 1)  # (B, S)
         mask = visible(position)                                               # (B, 1, S, S)
-        if self.config.window:
-            frame = torch.cat([(place // P).expand(len(text), -1), after], 1)  # (B, S) the prompt, -1, stays
-            gone = frame[:, None, :] <= frame[:, :, None] - self.config.window
-            mask = mask & ~(gone & (frame >= 0)[:, None, :])[:, None]
+        if self.config.window:                         # the prompt stays, as if it stood after all frames
+            frame = torch.cat([(place // P).expand(len(text), -1), after.where(after >= 0, T)], 1)   # (B, S)
+            mask = mask & (frame[:, None, None] > frame[:, None, :, None] - self.config.window)
         return position, mask
 
     def decode(self, x: Tensor, position: Tensor, N: int, mask: Tensor = None, caches: list = None,
                last: Tensor = None):
-        """All layers on x (B, S, C), its first N tokens vision -> x, aux.
-
-        last (B,): place in x of each question's last word, for a stage; None: vision has passed it already.
-        """
+        """All layers on x (B, S, C), its first N tokens vision -> x, aux. last (B,): place in x of each
+        question's last word, for a stage."""
         aux, before, mask = {'routes': {}, 'tokens': []}, x, additive(mask, x)     # once for all layers
         for i, layer in enumerate(self.blocks):
-            if self.stage is not None and last is not None and i == self.stage.layer:
+            if self.stage is not None and N and i == self.stage.layer:
                 x, position, N, aux['stage'] = self.stage.run(
                     self.blocks[i - 1].block, before, x, position, N, last)
                 mask = additive(visible(position), x)
@@ -688,14 +675,13 @@ class ModVideo(nn.Module):
 
         vision: read before them, in one go. -> the last word's state (B, 1, C), the next position (B, 1).
         """
-        real, x, N, mask, last = words != PAD, self.embed(words), 0, None, None    # (B, L), (B, L, C)
+        real, x, N, mask = words != PAD, self.embed(words), 0, None            # (B, L), (B, L, C)
         place = torch.where(real, position + torch.arange(words.size(1), device=words.device), NEVER)
         count = real.sum(1, keepdim=True)                                      # (B, 1)
         if vision is not None:
             x, place = torch.cat([vision.tokens, x], 1), torch.cat([vision.position, place], 1)
             N, mask = vision.tokens.size(1), visible(place)
-            last = N - 1 + count[:, 0]
-        x, _ = self.decode(x, place, N, mask, caches, last)
+        x, _ = self.decode(x, place, N, mask, caches, N - 1 + count[:, 0])
         return x[:, -words.size(1):].take_along_dim((count - 1).clamp(min=0)[..., None], 1), position + count
 
     def speak(self, state: Tensor, position: Tensor, caches: list, most: int, ended: Tensor, must=False):
@@ -716,19 +702,14 @@ class ModVideo(nn.Module):
 
     @torch.no_grad()
     def generate(self, video: Tensor, text: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy answers: text (B, Q, L), with 0 after its end -> (B, Q, max_new_tokens), 0 after the end.
-
-        Vision is read once, and its keys and values serve every question, unless a stage wants its last word.
-        """
+        """Greedy answers: text (B, Q, L), with 0 after its end -> (B, Q, max_new_tokens), 0 after the end."""
         (B, Q, _), caches, words = text.shape, [KVCache() for _ in self.blocks], text.flatten(0, 1)
         start = torch.full_like(words[:, :1], video.size(1) * self.config.patches)         # (B*Q, 1)
         reduced = self.encode_video(video, question=words)
-        if self.stage is None:
+        if self.stage is None:               # read once: its keys and values serve every question of a clip
             place = reduced.position                           # two may share a position: no plain past
             mask = visible(place) if place.dim() == 2 else None
             self.decode(reduced.tokens, place, reduced.tokens.size(1), mask, caches)
-            for cache in caches:
-                cache.repeat(B * Q // len(reduced.tokens))
             reduced = None                                                     # it is read already
         state, position = self.read_words(words, start, caches, reduced)
         answer, _ = self.speak(state, position, caches, max_new_tokens, (words == PAD).all(1, keepdim=True))
@@ -750,8 +731,7 @@ class ModVideo(nn.Module):
         for frame, question in frames:
             if previous is None:
                 prompt = frame.new_zeros(len(frame), 1, dtype=torch.long) if prompt is None else prompt
-                _, position = self.read_words(prompt, torch.zeros_like(prompt[:, :1]), caches)
-                prompt_end = position
+                position = prompt_end = self.read_words(prompt, torch.zeros_like(prompt[:, :1]), caches)[1]
             starts = [*starts, position][-W:] if W else []   # of the last W frames, which stay
             for cache in caches if W else ():
                 cache.trim(lambda place: (place < prompt_end) | (place >= starts[0]))
@@ -804,16 +784,14 @@ def reason_of(error: Exception) -> str:
 
 def load_checkpoint(path, device='cpu'):
     """Read what save_checkpoint wrote -> model, extra. ValueError if the file is something else."""
+    content = Path(path).read_bytes()
     try:
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():                                      # torch checks no sums
-                raise ValueError(f'{damaged} is damaged')
-        data = torch.load(path, map_location=device, weights_only=True)
+        if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():          # torch checks no sums
+            raise ValueError(f'{damaged} is damaged')
+        data = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         config, weights = ModVideoConfig(**data.pop('config')), data.pop('model')
-        model = config.build('model', config).to(device)
+        model = config.build('model', config).to(device, weights['embed.weight'].dtype)
         model.load_state_dict(weights)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
     except Exception as error:      # torch.load raises a dozen types for a damaged file
         raise ValueError(f'{path} is not a checkpoint of this model, or of an earlier version: '
                          f'{reason_of(error)}') from None
@@ -1020,15 +998,16 @@ def grid_cells(T: int, P: int, a: int, b: int, device) -> Tensor:
 class Gaps(Reducer):
     """Every token; but in training most batches lose some, so that the model learns to read what is left.
 
-    Patches (PatchDropout, Liu et al., arXiv 2208.07220), whole frames, or detail: means over a coarse grid of
+    Patches (PatchDropout, Liu et al., arXiv 2208.07220), what repeats the frame before (after Run-Length
+    Tokenization, Choudhury et al., arXiv 2411.05222), whole frames, or detail: means over a coarse grid of
     time or space. So do images and clips of every length in the training of large models.
     """
     steady = False
 
     def __init__(self, dim: int, *,
                  gaps: Annotated[float, 'share of the training batches that lose tokens'] = 0.9,
-                 least: Annotated[float, 'share of the tokens that stays in training, at least; half of the '
-                                  'gaps leave less than its square root'] = 0.05):
+                 least: Annotated[float, 'share of the tokens that a gap leaves at least, rounded to frames '
+                                  'and grids; half of the gaps leave less than its root'] = 0.05):
         super().__init__(dim)
         if not 0 <= gaps <= 1 or not 0 < least <= 1:
             raise ValueError(f'gaps must be from 0 to 1, least above 0 and at most 1, got {gaps} and {least}')
@@ -1041,19 +1020,26 @@ class Gaps(Reducer):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         if not self.training:
             return super().forward(x)
+        self.calls += not ModuleTracker().is_bw                # checkpointing computes it again in backward
         generator, (_, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
-        self.calls += 1
-        luck, share, kind = torch.rand(3, generator=generator).tolist()
-        share = self.least ** share if luck < self.gaps else 1.0
-        n = math.ceil(share * T * P)
-        if share < 1 and kind < 1 / 3:                         # from all of time to all of space
+        luck, share, kind, finer = torch.rand(4, generator=generator).tolist()
+        if luck >= self.gaps:
+            return super().forward(x)
+        n, kind = math.ceil(self.least ** share * T * P), int(4 * kind)
+        if kind == 0:                                          # detail: from all of time to all of space
             finest = math.isqrt(min(n, P))                     # cells to a side of the frame
             coarsest = min(finest, math.ceil((n / T) ** 0.5))
-            return pool(x, n, coarsest + int(3 * kind * (finest + 1 - coarsest)))
-        group = P if kind < 2 / 3 else 1                                       # whole frames, or patches
-        chance = torch.rand(T * P // group, generator=generator).repeat_interleave(group)
-        position = chance.argsort(stable=True)[:max(1, n // group) * group].sort().values.to(x.device)
-        return Reduced(x.flatten(1, 2)[:, position], position)
+            return pool(x, n, coarsest + int(finer * (finest + 1 - coarsest)))
+        group = P if kind == 1 else 1                                          # whole frames, or patches
+        chance = torch.rand(T * P // group, generator=generator).repeat_interleave(group).to(x.device)
+        if kind < 3:
+            position = chance.topk(max(1, n // group) * group).indices.sort().values
+            return Reduced(x.flatten(1, 2)[:, position], position)
+        # Drawn in proportion to the change since the frame before (Efraimidis & Spirakis, 2006).
+        change = (x - F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]).detach().float().norm(dim=-1)      # (B, T, P)
+        score = chance.log() / change.flatten(1).clamp(min=1e-6)               # (B, N)
+        position = score.topk(n).indices.sort(dim=1).values                    # (B, n)
+        return Reduced(tokens_at(x.flatten(1, 2), position)[0], position)
 
 
 class RaggedRouter(Router):
@@ -1252,7 +1238,7 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     (B, T, P, _), u = x.shape, unit(x)
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
     segment, gain = temporal_segments(similarity, tau, max_len)                # (B, T), (B,)
-    ratio = (retain_ratio * T * P / precise(T * P - gain)).clamp(max=1)[:, None]       # (B, 1)
+    ratio = (retain_ratio / (precise(T * P - gain) / (T * P))).clamp(max=1)[:, None]   # (B, 1)
     # 1. Which patches stand still all through their segment. There are S = T segments at most, some empty.
     frames = F.one_hot(segment, T).float()                                     # (B, T, S)
     moved = (segment[:, 1:] == segment[:, :-1])[..., None] & (similarity <= tau)       # (B, T - 1, P)
@@ -1632,9 +1618,9 @@ class LearnedCodes(Reducer):
         """Patches of one code share a colour."""
         return from_clusters(reduced.info['index_map'].flatten(1), len(self.quantizer.codebook))
 
-    def facts(self, reduced: Reduced) -> dict:
+    def facts(self, info: dict) -> dict:
         """Share of the codes that occur, and their perplexity, exp(-sum p log p)."""
-        count = reduced.info['index_map'].flatten().bincount(minlength=len(self.quantizer.codebook)).float()
+        count = info['index_map'].flatten().bincount(minlength=len(self.quantizer.codebook)).float()
         entropy = torch.special.entr(count / count.sum()).sum()
         return dict(codes_used=(count > 0).float().mean().item(), perplexity=entropy.exp().item())
 
@@ -1716,9 +1702,10 @@ class FrameSelector(Budgeted):
         own = (torch.arange(K, device=device)[:, None] + 0.5) / K
         logits = self.sharpness[0] * (self.alike(wish[:, :K], frames) + self.near(own, K, T))  # (B, K, T)
         if self.training:
+            self.calls += not ModuleTracker().is_bw            # checkpointing computes it again in backward
             index = torch.arange(logits.numel(), device=device).view_as(logits)
             noise = -(-chances(index + self.calls * index.numel()).log()).log()
-            logits, self.calls = logits + noise.to(logits.dtype), self.calls + 1
+            logits = logits + noise.to(logits.dtype)
         selector = (logits / self.temperature).softmax(-1)                     # (B, K, T)
         if self.hard:                                                # straight-through: one frame each
             one = F.one_hot(selector.argmax(-1), T).to(selector.dtype)
@@ -1754,8 +1741,8 @@ class FrameSelector(Budgeted):
         taken = F.one_hot(selector.argmax(-1), selector.size(2)).amax(1) > 0   # (B, T)
         return pack(taken.repeat_interleave(reduced.info['patches'], 1))
 
-    def facts(self, reduced: Reduced) -> dict:
-        return dict(frames=merge_duplicates(reduced.info['selector']).mask.sum(1).float().mean().item())
+    def facts(self, info: dict) -> dict:
+        return dict(frames=merge_duplicates(info['selector']).mask.sum(1).float().mean().item())
 
 
 REDUCERS['bvllm'] = FrameSelector
@@ -1927,7 +1914,10 @@ class LoRA(nn.Module):
 
 
 def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)):
-    """LoRA in the linear layers whose names end so; all else is frozen, but for what `learns` names."""
+    """LoRA in the linear layers whose names end so; all else is frozen, but for what `learns` names.
+
+    merge_lora comes before save_checkpoint, which knows the LoRA of a configuration alone.
+    """
     found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
              if name.endswith(tuple(names)) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
     if rank < 1 or not found and not any(isinstance(module, LoRA) for module in model.modules()):
@@ -1941,6 +1931,9 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
 
 def merge_lora(model: nn.Module):
     """Fold what LoRA learned into the weights, W + B A: as fast as before, and every weight learns."""
+    if hasattr(model, 'config'):                               # a checkpoint of it has no LoRA, either
+        model.config = copy.copy(model.config)
+        model.config.options = {key: a for key, a in model.config.options.items() if key != 'lora_rank'}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRA):
@@ -2035,7 +2028,8 @@ class GammaRouting(FrameRouting):
 
 def routing_loss(route: Route) -> Tensor:
     """gamma-MoD's loss of its router: cross-entropy of all scores with what was selected, padding aside."""
-    chosen = torch.ones_like(route.gate) if route.mask is None else route.mask.float()     # (B, K)
+    chosen = torch.ones_like(route.gate)                                       # (B, K)
+    chosen = chosen if route.mask is None else chosen * route.mask
     selected = torch.zeros_like(route.logits).scatter_reduce(1, route.index, chosen, 'amax')   # (B, S)
     real = route.logits > -math.inf                                            # (B, S)
     loss = F.binary_cross_entropy_with_logits(route.logits.where(real, 0), selected, reduction='none')
@@ -2124,7 +2118,13 @@ def init_from(model: nn.Module, dense: nn.Module):
             raise ValueError(f'the weights are of a model with another {name}: {other}, wanted {mine}')
     bare = lambda name: name.replace('.linear.', '.')                          # of LoRA
     plain = {bare(name): p for name, p in dense.state_dict().items()}
+    if lost := [name for name in plain if 'lora_' in name and name not in model.state_dict()]:
+        raise ValueError(f'the new model has no {lost[0]}; merge_lora first, so that it is not lost')
     own = {name: plain[bare(name)] for name in model.state_dict() if bare(name) in plain}
+    for name, p in model.state_dict().items():
+        if own.get(name, p).shape != p.shape:
+            raise ValueError(f'the weights are of a model with another {name}: {tuple(own[name].shape)}, '
+                             f'wanted {tuple(p.shape)}')
     model.load_state_dict(own, strict=False)
 
 
@@ -2158,9 +2158,9 @@ def count_flops(model: nn.Module, run):
 def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, grid=None):
     """Draw what became of the patches of a clip: a PIL image, the frames in a row.
 
-    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route (skipped patches are dimmed) or a
-    Reduction (dropped ones are dimmed, ones merged into a slot share a colour). grid: rows, columns of
-    patches in a frame; None: 8 pixels a side. ValueError: no fit.
+    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route of all N vision tokens (skipped
+    patches are dimmed) or a Reduction (dropped ones are dimmed, ones merged into a slot share a colour).
+    grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
     """
     from PIL import Image
     (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)

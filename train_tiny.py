@@ -11,7 +11,7 @@
     python train_tiny.py --eval out/RUN --data FOLDER      measure a trained model on other clips
     python train_tiny.py --resume out/RUN                  go on with an interrupted run
     python train_tiny.py --bench                           time and memory of rows, untrained
-    python train_tiny.py --compare                         train, measure and tabulate all rows
+    python train_tiny.py --compare                         train, measure and tabulate rows
     torchrun --nproc-per-node=2 train_tiny.py              one model, trained by two processes
 
 A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.webp and pictures.
@@ -68,7 +68,7 @@ SHARES = 0.5, 0.25, 0.15, 0.1, 0.05      # of the vision tokens, for which metho
 CURVE_CLIPS = 128     # held-out clips of each such point
 ROUNDS = 7            # of a measurement, after two to warm up
 WORDS = 32            # of an answer whose speed is measured
-COST_CLIPS = 8        # clips over which tokens and FLOPs are averaged where their number is data
+COST_CLIPS = 8        # held-out clips over which tokens and FLOPs are averaged
 # cuDNN's attention is 10 % faster, but plans anew for each number of tokens, for longer than a step takes.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1)))   # of torchrun
@@ -270,8 +270,7 @@ class Questions:
         of_all = {key: torch.cat([info[key] for info in infos]) if torch.is_tensor(value) else value
                   for key, value in infos[0].items()}
         return dict(accuracy=nanmean(right), blind_accuracy=nanmean(guessed), questions=len(rows),
-                    chance=sum(most.values()) / len(rows),
-                    **model.reducer.facts(aux['reduced']._replace(info=of_all)),
+                    chance=sum(most.values()) / len(rows), **model.reducer.facts(of_all),
                     **{f'{key}_by_type': {self.data.kinds[kind]: share for kind, share in found.items()}
                        for key, found in types.items()})
 
@@ -281,7 +280,7 @@ class Questions:
         FLOPs of the blocks on vision tokens alone, as a share of dense, as papers that merge count it."""
         c, found = model.config, []
         paper = lambda tokens: sum(24 * n * c.dim ** 2 + 4 * n * n * c.dim for n in tokens)
-        for batch in self.held_out('test', COST_CLIPS if c.merges else 1, 1):
+        for batch in self.held_out('test', COST_CLIPS, 1):
             flops, (_, _, aux) = count_flops(model, functools.partial(self.forward, model.eval(), batch))
             (Q, L), N = batch.text.shape[1:], batch.video.size(1) * c.patches
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
@@ -356,8 +355,11 @@ class Streams(Questions):
             prompt, scores = torch.full_like(batch.text[:, 0, :1], self.vocab.index(PROMPT)), []
             with self.s.autocast():
                 for shown in [batch, batch._replace(video=batch.video.roll(1, 0))] if blind else [batch]:
-                    logits, _, aux = self.forward(model, shown)
-                    T, P, position = batch.video.size(1), model.config.patches, aux['position']
+                    parts = zip(*(a.split(self.s.batch) for a in shown))       # as many as training fits
+                    made = [self.forward(model, Batch(*part)) for part in parts]
+                    logits, position = (torch.cat(a) for a in zip(*(
+                        (logits, aux['position']) for logits, _, aux in made)))
+                    T, P = batch.video.size(1), model.config.patches
                     position = torch.cat([position[:, P - 1:T * P:P], position[:, T * P:]], 1)
                     scores.append(turn_scores(logits, self.wanted(batch), position, T, self.s.theta))
                 frames = ((frame, None) for frame in batch.video.unbind(1))
@@ -533,12 +535,13 @@ class Recipe(NamedTuple):
     begins: str = ''           # the row whose weights it starts with
     share: float = 1.0         # of the preset's steps
     task: type = Questions
+    aside: bool = False        # --compare runs it only where --rows names it
     blind: bool = False        # trained with another clip's video: what words alone can tell
 
 
 HALF = lambda preset: max(1, preset['n_layer'] // 2)
 SECOND = lambda preset: ','.join(map(str, range(0, preset['n_layer'] - 1, 2)))
-AS_MANY = lambda preset: 1 - 0.75 * HALF(preset) / (preset['n_layer'] - 1)
+AS_MANY = lambda preset: 1 - 0.75 * HALF(preset) / max(1, preset['n_layer'] - 1)
 RANKED, RANDOM = (lambda preset, way=way: f'{way}:{HALF(preset)}' for way in ('rank', 'random'))
 DEEP = dict(placement=lambda preset: 'all-deep' if preset['n_layer'] > 3 else 'all', gate='zero')
 MERGED, TEMPME = dict(reducer='holitom', retain_ratio=0.5), dict(encoder='tempme')
@@ -550,24 +553,24 @@ GAMMA = dict(routing='gamma', keep_ratio=0.25)
 MANY = lambda many, few: lambda preset: many if preset['frame_size'] > 32 else few
 JOINED = dict(TEMPME, merge_image=MANY(0.15, 0.07), merge_cross=MANY(0.4, 0.3))
 RECIPES = {
-    'dense': Recipe(), 'blind': Recipe(blind=True),
+    'dense': Recipe(), 'blind': Recipe(aside=True, blind=True),
     'gaps': Recipe(dict(reducer='gaps'), 'dense'),             # what most rows begin with
-    'mod': Recipe(dict(placement='interleaved')),                              # from scratch: the main job
+    'mod': Recipe(dict(placement='interleaved'), aside=True),                  # from scratch: the main job
     'mod-interleaved': Recipe(dict(placement='interleaved'), 'gaps', 0.2),     # as VideoLLM-MoD places it
     'mod-all-deep': Recipe(DEEP, 'gaps', 0.2),
     'mod-all': Recipe(dict(placement='all', gate='zero'), 'gaps', 0.2),
     # 0.45 of 1,024 vision tokens: half of all tokens skip, as in the paper.
     'gamma': Recipe(dict(GAMMA, placement='rank', keep_ratio=0.45), 'gaps', 0.2),
     # Which layers? Half of them skip three quarters, or all of them as many tokens together: equal FLOPs.
-    'gamma-ranked': Recipe(dict(GAMMA, placement=RANKED), 'gaps', 0.2),
-    'gamma-random': Recipe(dict(GAMMA, placement=RANDOM), 'gaps', 0.2),
-    'gamma-second': Recipe(dict(GAMMA, placement=SECOND), 'gaps', 0.2),
-    'gamma-all': Recipe(dict(GAMMA, placement='all', keep_ratio=AS_MANY), 'gaps', 0.2),
+    'gamma-ranked': Recipe(dict(GAMMA, placement=RANKED), 'gaps', 0.2, aside=True),
+    'gamma-random': Recipe(dict(GAMMA, placement=RANDOM), 'gaps', 0.2, aside=True),
+    'gamma-second': Recipe(dict(GAMMA, placement=SECOND), 'gaps', 0.2, aside=True),
+    'gamma-all': Recipe(dict(GAMMA, placement='all', keep_ratio=AS_MANY), 'gaps', 0.2, aside=True),
     'holitom': Recipe(HOLITOM, 'gaps', 0.0),
     'holitom-inner': Recipe(dict(HOLITOM, stage='holitom', stage_layer=LATE), 'gaps', 0.0),
     'holitom-trained': Recipe(MERGED, 'gaps', 0.2),
     'uniform': Recipe(dict(reducer='uniform'), 'gaps', 0.2),                   # trained as long as bvllm
-    'vqtoken-adaptive': Recipe(dict(reducer='vqtoken', codes=0), 'gaps', 0.2),
+    'vqtoken-adaptive': Recipe(dict(reducer='vqtoken', codes=0), 'gaps', 0.2, aside=True),
     'tempme': Recipe(TEMPME, 'gaps', 0.2),
     'mod+holitom': Recipe(MERGED | DEEP, 'gaps', 0.2),
     'mod+vqtoken': Recipe(dict(DEEP, reducer='vqtoken'), 'gaps', 0.2),
@@ -639,6 +642,8 @@ def build(s, task, dense=None):
         raise ValueError(f'--placement {config.placement} routes no layer of {config.n_layer} (the last one '
                          'stays dense); try --placement all')
     if dense is not None:
+        if not config.options.get('lora_rank'):
+            merge_lora(dense)                                  # what LoRA learned is part of the weights
         init_from(model, dense)
     return model
 
@@ -670,7 +675,7 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
     if way == 'random':
         return torch.randperm(depth - 1, generator=torch.Generator().manual_seed(s.seed))[:count].tolist()
     batches = (task.draw('train', s.steps + step, 1) for step in range(clips))       # whole clips
-    ranks = torch.stack([layer_ranks(dense, batch.video, batch.text[:, :1]) for batch in batches])
+    ranks = torch.stack([layer_ranks(dense.eval(), batch.video, batch.text[:, :1]) for batch in batches])
     ranks = ranks.mean(0).cpu()                                                # (2, layers)
     chosen = choose_mod_layers(ranks[0, :-1], depth - 1 - count)
     print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
@@ -681,7 +686,8 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
 
 # ---- 4. Runs -----------------------------------------------------------------------------------------------
 
-PART = re.compile(r'.+\.(\w+)\.\d+\.part\.\1')      # a temporary path of whole(): log.csv.123.part.csv
+# A temporary path of whole(), such as log.csv.123.part.csv, or of save_checkpoint.
+PART = re.compile(r'.+\.(\w+)\.\d+\.part\.\1|ckpt\.pt\.part\d+')
 
 
 def whole(path, make):
@@ -977,8 +983,8 @@ def draw_clip(model, video, text, path: Path, title: str):
     """What reducer, stage and routed layers made of a clip: path.png has all frames, path.gif one each."""
     _, _, aux = model(video[None], text[None])
     T, N, reduced, shown = len(video), len(video) * model.config.patches, aux['reduced'], {}
-    keep = torch.zeros(1, N + 1, dtype=torch.bool)
-    keep[0, reduced.position.expand(1, -1)[0].clamp(max=N).cpu()] = True       # the last one: padding
+    keep = torch.zeros(1, N + 1, dtype=torch.bool, device=video.device)
+    keep[0, reduced.position.expand(1, -1)[0].clamp(max=N)] = True             # the last one: padding
     slots = later = reduced.reduction or pack(keep[:, :N])
     if reduced.tokens.size(1) < N or reduced.info:
         shown['kept'] = model.reducer.picture(reduced) or slots
@@ -1163,10 +1169,10 @@ def table_of(rows: dict, columns) -> str:
 
 
 def rows_of(s) -> list:
-    """The rows that --rows names, or all, and what they begin with."""
+    """The rows that --rows names, or those of --recipe's task, and what they begin with."""
     deep = {**PRESETS[s.preset], **s.model}['encoder_layers'] > 1              # has layers to merge in
-    fits = lambda row: (s.data == 'shapes' or row.task is Questions) and (
-        deep or row.task is Retrieval or 'encoder' not in row.changes)
+    fits = lambda row: (row.task.kind == RECIPES[s.recipe].task.kind and (s.bench or not row.aside)
+                        and (deep or row.task is Retrieval or 'encoder' not in row.changes))
     asked = s.rows.split(',') if s.rows else [name for name, row in RECIPES.items() if fits(row)]
     for name in asked:                                         # grows while it is walked
         if name not in RECIPES:
@@ -1268,14 +1274,15 @@ def run_row(s, name: str, seed: int, folder: Path):
 
 
 def run_compare(s):
-    """--compare: train what is missing, time all rows of a task in turn, write tables and pictures."""
+    """--compare: train what is missing, time the rows of a task in turn, write tables and pictures."""
     set_up(s)
     folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{Path(s.data).name}')
     data, asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
             untrained(row_of(s, name), data)
-    note, fixed = folder / 'asked.json', asdict(replace(s, out='', rows='', seeds=0, ask=[], question=[]))
+    note = folder / 'asked.json'
+    fixed = asdict(replace(s, out='', rows='', recipe=Settings.recipe, seeds=0, ask=[], question=[]))
     if note.exists():
         must_agree(folder, read_json(note), fixed)
     elif folder.exists() and any(folder.iterdir()):
@@ -1311,7 +1318,8 @@ def run_compare(s):
                      folder / 'results.png')
     write(folder / 'results.md', text)
     write(folder / 'results.json', report)
-    print(f'\n{text}\nIn {folder}: results.json, results.md, results.png, one clip as every method sees it')
+    print(f'\n{text}\nIn {folder}: ' + ', '.join(sorted(path.name for path in folder.glob('results.*')))
+          + ', one clip as every method sees it' * bool(curves))
 
 
 @torch.no_grad()
@@ -1402,8 +1410,9 @@ class Settings:
     find: Annotated[str, 'ranks the clips of --data by a retrieval model, on the CPU'] = ''
     eval: Annotated[str, 'run folder whose model is measured on the test clips of --data'] = ''
     bench: Annotated[bool, "time and memory of all rows of the recipe's task, untrained"] = False
-    compare: Annotated[bool, 'a table of all rows, next to their papers; goes on where it stopped'] = False
-    rows: Annotated[str, "with --compare, --bench: rows such as dense,mod-all; '' = all"] = ''
+    compare: Annotated[bool, "a table of rows of the recipe's task, trained, next to what their papers say; "
+                       'goes on where it stopped'] = False
+    rows: Annotated[str, "with --compare, --bench: rows such as dense,mod-all; '' = the task's"] = ''
     seeds: Annotated[int, 'with --compare: how many, 0 = 3'] = 0
     model: dict = field(default_factory=dict)      # options of the model that were given
 
@@ -1441,8 +1450,9 @@ TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'
 READS = dict(ask='grid out', stream='grid out question theta', find='grid out data seed',      # no other flag
              eval='data grid device batch dtype')
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
-         ('compare', 'init_from', 'begins by itself'), ('compare', 'recipe', 'runs all rows; see --rows'),
-         ('bench', 'coarse', 'times whole clips')]
+         ('compare', 'init_from', 'begins by itself'), ('bench', 'coarse', 'times whole clips'),
+         ('compare', 'resume', 'goes on by itself'), ('bench', 'resume', 'times new models'),
+         ('rows', 'compare', 'recipe', 'says which rows')]
 
 
 def model_flags() -> dict:
@@ -1527,7 +1537,7 @@ def check(s: Settings, given: set):
     for job in given & {*READS}:
         if idle := (given | {*s.model}) - {job, *READS[job].split()}:
             raise ValueError(f'--{job} takes no {", ".join(map(dashed, sorted(idle)))}')
-    for name, other, why in [rule for rule in APART if {*rule[:2]} <= given]:
+    for name, *_, other, why in [rule for rule in APART if {*rule[:-1]} <= given]:
         raise ValueError(f'{dashed(name)} {why}; leave {dashed(other)} away')
     if s.init_from and not RECIPES[s.recipe].begins and not s.resume:
         raise ValueError(f'--recipe {s.recipe} begins from scratch; leave --init-from away, or name a row '
@@ -1561,8 +1571,12 @@ def set_up(s: Settings):
         base = recipe.begins and not (s.init_from or s.resume)                 # which it would train first
         if s.bench or s.compare or s.eval or base or recipe.task.kind == 'retrieval' or s.batch < WORLD:
             raise ValueError(f'--recipe {s.recipe} needs one process with these flags; leave torchrun away')
+        local = int(os.environ.get('LOCAL_RANK', RANK))
+        if s.device == 'mps' or cuda and local >= torch.cuda.device_count():
+            raise ValueError(f'process {local} has no {s.device} device of its own; start fewer processes, '
+                             'or say --device cpu')
         if cuda:
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(local)
         if not distributed.is_initialized():
             distributed.init_process_group('nccl' if cuda else 'gloo')
         if RANK:
@@ -1703,7 +1717,8 @@ def main(argv=None, began: float = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = main(began=BEGAN)
+    with tempfile.TemporaryDirectory() if RANK else nullcontext() as tempfile.tempdir:
+        status = main(began=BEGAN)
     if WORLD > 1:       # threads of its group now and then abort a process that ends in the usual way
         sys.stdout.flush()
         os._exit(status)

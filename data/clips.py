@@ -9,6 +9,7 @@ count as evenly spaced, whatever a file says. A folder of clips has a `clips.jso
 
 `file` is needed, and `qa` or a `caption`, which answers `describe`. `split` is train, val or test. A missing
 test or val split is the last tenth of the training clips. In training all values of `label` weigh alike.
+Of more than 8 questions about a clip (preset tiny: 4) a training step draws 8, val and test ask the first 8.
 `grid` is [columns, rows] of this sheet. Words lose case and punctuation; answers then the same are refused.
 """
 import copy

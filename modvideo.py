@@ -1031,15 +1031,12 @@ class Gaps(Reducer):
             coarsest = min(finest, math.ceil((n / T) ** 0.5))
             return pool(x, n, coarsest + int(finer * (finest + 1 - coarsest)))
         group = P if kind == 1 else 1                                          # whole frames, or patches
-        chance = torch.rand(T * P // group, generator=generator).repeat_interleave(group).to(x.device)
-        if kind < 3:
-            position = chance.topk(max(1, n // group) * group).indices.sort().values
-            return Reduced(x.flatten(1, 2)[:, position], position)
-        # Drawn in proportion to the change since the frame before (Efraimidis & Spirakis, 2006).
-        change = (x - F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]).detach().float().norm(dim=-1)      # (B, T, P)
-        score = chance.log() / change.flatten(1).clamp(min=1e-6)               # (B, N)
-        position = score.topk(n).indices.sort(dim=1).values                    # (B, n)
-        return Reduced(tokens_at(x.flatten(1, 2), position)[0], position)
+        score = torch.rand(T * P // group, generator=generator).repeat_interleave(group).to(x.device)  # (N,)
+        if kind == 3:     # drawn by the change since the frame before (Efraimidis & Spirakis, 2006)
+            change = (x - F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]).detach().float().norm(dim=-1)  # (B, T, P)
+            score = score.log() / change.flatten(1).clamp(min=1e-6)            # (B, N)
+        position = score.topk(max(1, n // group) * group).indices.sort().values        # (M,) or (B, M)
+        return Reduced(tokens_at(x.flatten(1, 2), position.expand(len(x), -1))[0], position)
 
 
 class RaggedRouter(Router):
@@ -1136,13 +1133,17 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0, size: Te
     return Reduction(assign, size / total.clamp(min=1e-6), position, position < N)
 
 
-def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairing='parity'):
-    """ToMe on x (B, n, C) whose tokens stand for size (B, n), None = one each -> x, size, Reduction."""
+def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairing='parity', slot=None):
+    """ToMe on x (B, n, C), tokens that stand for size (B, n), None = one each -> x, size, slot.
+
+    slot (B, N): where each of N older tokens is among the n, and is then; None: they are the n.
+    """
     if r == 0:
-        return x, size, None
+        return x, size, slot
     step = bipartite_soft_matching(metric, r, protected, size, pairing)
     size = torch.ones_like(step.weight) if size is None else size.float()
-    return reduce_tokens(x, step), slot_sums(size, step.assign, step.position.size(1)), step
+    slot = step.assign if slot is None else step.assign.gather(1, slot)
+    return reduce_tokens(x, step), slot_sums(size, step.assign, step.position.size(1)), slot
 
 
 @torch.no_grad()
@@ -1150,11 +1151,10 @@ def tome(x: Tensor, budget: int) -> Reduction:
     """ToMe until `budget` of x (B, N, C) remain: rounds in which at most half of the tokens merge."""
     if budget < 1:
         raise ValueError(f'a budget of {budget} tokens is none; wanted at least 1')
-    size, assign = None, torch.arange(x.size(1), device=x.device).expand(len(x), -1)   # (B, N)
+    size, slot = None, torch.arange(x.size(1), device=x.device).expand(len(x), -1)     # (B, N)
     while x.size(1) > budget:
-        x, size, step = merge_tokens(x, size, x, x.size(1) - budget, 0)
-        assign = step.assign.gather(1, assign)
-    return from_clusters(assign, x.size(1))
+        x, size, slot = merge_tokens(x, size, x, x.size(1) - budget, 0, slot=slot)
+    return from_clusters(slot, x.size(1))
 
 
 class ToMe(Budgeted):
@@ -1197,8 +1197,8 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int 
     wanted = torch.as_tensor(num_clusters, device=x.device).view(-1, 1)        # (B or 1, 1)
     centers = pack(best_of(score, wanted, mask), most).position                # (B, K)
     reach = F.pad(far, (0, 1), value=math.inf).take_along_dim(centers[:, None], 2)     # (B, N, K)
-    assign = reach.argmin(-1) if centers.size(1) else torch.full((B, N), -1, device=x.device)
-    return centers, torch.where(mask & (wanted > 0), assign, -1)
+    assign = reach.argmin(-1) if centers.size(1) else centers.new_full((B, N), -1)
+    return centers, assign.where(mask & (wanted > 0), -1)
 
 
 def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
@@ -1681,15 +1681,12 @@ class FrameSelector(Budgeted):
         with exact():
             return F.linear(self.norm(both[:, :n]).float(), self.wish.weight.float())
 
-    def near(self, own: Tensor, width, S: int) -> Tensor:
-        """own (..., 1) in (0, 1) -> (..., S): 1 at this place among S, less beside it, 0 far from it."""
-        place = (torch.arange(S, device=own.device) + 0.5) / S
-        return (-((own - place) * width).square()).exp()
-
-    def alike(self, wish: Tensor, x: Tensor) -> Tensor:
-        """Of wish (..., K, C) and x (..., S, C), less its mean: 1.5 * cosine, more than `near` can be."""
+    def affinity(self, wish: Tensor, x: Tensor, own: Tensor, width) -> Tensor:
+        """Of wish (..., K, C) and x (..., S, C): 1.5 * cosine, and less, at most 1, for being near `own`."""
+        place = (torch.arange(x.size(-2), device=x.device) + 0.5) / x.size(-2) # (S,) in (0, 1), as own
         with exact():
-            return 1.5 * (unit(wish) @ unit(x - x.mean(-2, keepdim=True)).mT)
+            alike = 1.5 * (unit(wish) @ unit(x - x.mean(-2, keepdim=True)).mT) # (..., K, S)
+        return alike + (-((own - place) * width).square()).exp()
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> M tokens, info 'selector' (B, K, T).
@@ -1700,7 +1697,7 @@ class FrameSelector(Budgeted):
         (B, T, P, C), K, device = x.shape, self.K, x.device
         wish, frames = self.ask(words, known), x.mean(2)                       # (B, K + n, C), (B, T, C)
         own = (torch.arange(K, device=device)[:, None] + 0.5) / K
-        logits = self.sharpness[0] * (self.alike(wish[:, :K], frames) + self.near(own, K, T))  # (B, K, T)
+        logits = self.sharpness[0] * self.affinity(wish[:, :K], frames, own, K)                # (B, K, T)
         if self.training:
             self.calls += not ModuleTracker().is_bw            # checkpointing computes it again in backward
             index = torch.arange(logits.numel(), device=device).view_as(logits)
@@ -1726,9 +1723,9 @@ class FrameSelector(Budgeted):
         begin, end = (((home + i) * M + k - 1) // k for i in (0, 1))            # its tokens,
         number, n = slot - begin, end - begin                                  # its number among them
         wish = wish.take_along_dim((number * wish.size(1) // n)[..., None], 1)         # (B, M, C)
-        near = self.near(((number + 0.5) / n)[..., None], n.clamp(max=P)[..., None], P)        # (B, M, P)
-        alike = self.alike(wish[:, None], mixed).transpose(1, 2)               # (B, M, K, P)
-        logits = self.sharpness[1] / self.temperature * (alike + near[:, :, None])
+        own, width = ((number + 0.5) / n)[:, None, :, None], n.clamp(max=P)[:, None, :, None]  # (B, 1, M, 1)
+        alike = self.affinity(wish[:, None], mixed, own, width).transpose(1, 2)                # (B, M, K, P)
+        logits = self.sharpness[1] / self.temperature * alike
         there = torch.arange(K, device=mixed.device) == home[..., None]        # (B, M, K)
         logits = logits.masked_fill(~there[..., None], -math.inf).flatten(2)   # (B, M, K * P)
         tokens = logits.softmax(-1).to(mixed.dtype) @ mixed.flatten(1, 2)      # (B, M, C)
@@ -1793,14 +1790,14 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04,
     return steps
 
 
-def image_block(block, x: Tensor, size, r: int, protected: int = 1):
+def image_block(block, x: Tensor, size, r: int, protected: int = 1, slot=None):
     """A Block that merges r of x (B, n, C) between attention and MLP, by their keys -> as merge_tokens."""
     q, k, v = block.attention.project(block.norm1(x))                          # (B, H, n, D)
     # Proportional attention (ToMe, section 3): softmax(q·k / sqrt(D) + log size of the key).
     bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
     x = x + block.attention.mix(q, k, v, bias)
-    x, size, step = merge_tokens(x, size, k.detach().mean(1), r, protected)
-    return x + block.mlp(block.norm2(x)), size, step
+    x, size, slot = merge_tokens(x, size, k.detach().mean(1), r, protected, slot=slot)
+    return x + block.mlp(block.norm2(x)), size, slot
 
 
 def gather_clips(x: Tensor, M: int, c: int) -> Tensor:
@@ -1809,7 +1806,7 @@ def gather_clips(x: Tensor, M: int, c: int) -> Tensor:
     return torch.cat([x[:, :, :c].flatten(1, 2), x[:, :, c:].flatten(1, 2)], 1)
 
 
-def join_clips(x: Tensor, size, place: Tensor, M: int, r: int, c: int, pairing=None):
+def join_clips(x: Tensor, size, place: Tensor, M: int, r: int, c: int, pairing=None, slot=None):
     """M of the clips x (B*F, n, C), with c summaries each, become one, and r tokens merge -> as merge_tokens.
 
     place (F, C): a vector for every clip, so that order is seen. pairing: None = from even clips to odd ones,
@@ -1819,7 +1816,7 @@ def join_clips(x: Tensor, size, place: Tensor, M: int, r: int, c: int, pairing=N
     pairing = (patch[::2].flatten(), patch[1::2].flatten()) if pairing is None else pairing
     metric, size = gather_clips(x, M, c), size if size is None else gather_clips(size, M, c)
     x = (x.unflatten(0, (-1, len(place))) + place[:, None]).flatten(0, 1)      # (B*F, n, C)
-    return merge_tokens(gather_clips(x, M, c), size, metric, r, M * c, pairing)
+    return merge_tokens(gather_clips(x, M, c), size, metric, r, M * c, pairing, slot)
 
 
 class TempMeEncoder(VisionEncoder):
@@ -1880,15 +1877,13 @@ class TempMeEncoder(VisionEncoder):
         x, P = torch.cat([self.cls.to(x.dtype).expand(B * T, 1, -1), x], 1), x.size(1)
         size, c, places = None, 1, iter(self.clip_place)                       # c: summaries of a clip
         slot = torch.arange(1, P + 1, device=device).expand(B * T, P)          # of each patch in its clip
-        follow = lambda step: slot if step is None else step.assign.gather(1, slot)
         for block, step in zip(self.blocks, self.steps):
             for M, r in step.joins:
                 n, before = x.size(1), torch.arange(len(slot), device=device)[:, None] % M     # clips
-                x, size, merged = join_clips(x, size, next(places), M, r, c)
                 slot = (slot + (M - 1) * c + before * (n - c)).view(-1, M * slot.size(1))
-                slot, c = follow(merged), c * M
-            x, size, merged = image_block(block, x, size, step.inner, c)
-            slot = follow(merged)
+                x, size, slot = join_clips(x, size, next(places), M, r, c, slot=slot)
+                c *= M
+            x, size, slot = image_block(block, x, size, step.inner, c, slot)
         return self.final_norm(x), slot, T // c
 
 
@@ -1934,10 +1929,9 @@ def merge_lora(model: nn.Module):
     if hasattr(model, 'config'):                               # a checkpoint of it has no LoRA, either
         model.config = copy.copy(model.config)
         model.config.options = {key: a for key, a in model.config.options.items() if key != 'lora_rank'}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRA):
-                setattr(parent, name, child.merged())
+    for name, part in list(model.named_modules()):
+        if isinstance(part, LoRA):
+            model.set_submodule(name, part.merged())
     model.requires_grad_(True)
 
 
@@ -2028,10 +2022,9 @@ class GammaRouting(FrameRouting):
 
 def routing_loss(route: Route) -> Tensor:
     """gamma-MoD's loss of its router: cross-entropy of all scores with what was selected, padding aside."""
-    chosen = torch.ones_like(route.gate)                                       # (B, K)
+    real, chosen = route.logits > -math.inf, torch.ones_like(route.gate)       # (B, S), (B, K)
     chosen = chosen if route.mask is None else chosen * route.mask
     selected = torch.zeros_like(route.logits).scatter_reduce(1, route.index, chosen, 'amax')   # (B, S)
-    real = route.logits > -math.inf                                            # (B, S)
     loss = F.binary_cross_entropy_with_logits(route.logits.where(real, 0), selected, reduction='none')
     return (loss * real).sum() / real.sum()
 
@@ -2098,10 +2091,7 @@ def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
 def layer_ranks(model: ModVideo, video: Tensor, text: Tensor) -> Tensor:
     """ARank and effective rank of every decoder layer of a dense model: (2, layers)."""
     rows = []
-
-    def look(attention, args):
-        rows.append(torch.stack(attention_rank(attention.weights(*args[:3]))).mean(1))
-
+    look = lambda part, args: rows.append(torch.stack(attention_rank(part.weights(*args[:3]))).mean(1))
     with contextlib.ExitStack() as hooks:
         for layer in model.blocks:
             hooks.enter_context(layer.block.attention.register_forward_pre_hook(look))
@@ -2111,20 +2101,17 @@ def layer_ranks(model: ModVideo, video: Tensor, text: Tensor) -> Tensor:
 
 def init_from(model: nn.Module, dense: nn.Module):
     """Copy the weights of `dense` into a model that differs in method; what `dense` lacks stays new."""
-    for name in ('model', 'vocab', 'n_layer', 'n_head', 'dim', 'encoder_layers', 'encoder_heads',
-                 'encoder_dim', 'frame_size', 'patch_size'):
-        mine, other = getattr(model.config, name), getattr(dense.config, name)
-        if mine != other:
-            raise ValueError(f'the weights are of a model with another {name}: {other}, wanted {mine}')
-    bare = lambda name: name.replace('.linear.', '.')                          # of LoRA
+    names = 'model vocab n_layer n_head dim encoder_layers encoder_heads frame_size patch_size'.split()
+    pairs = [(name, getattr(dense.config, name), getattr(model.config, name)) for name in names]
+    bare, mine = lambda name: name.replace('.linear.', '.'), model.state_dict()        # bare: of LoRA
     plain = {bare(name): p for name, p in dense.state_dict().items()}
-    if lost := [name for name in plain if 'lora_' in name and name not in model.state_dict()]:
+    if lost := [name for name in plain if 'lora_' in name and name not in mine]:
         raise ValueError(f'the new model has no {lost[0]}; merge_lora first, so that it is not lost')
-    own = {name: plain[bare(name)] for name in model.state_dict() if bare(name) in plain}
-    for name, p in model.state_dict().items():
-        if own.get(name, p).shape != p.shape:
-            raise ValueError(f'the weights are of a model with another {name}: {tuple(own[name].shape)}, '
-                             f'wanted {tuple(p.shape)}')
+    own = {name: plain[bare(name)] for name in mine if bare(name) in plain}
+    pairs += [(name, tuple(p.shape), tuple(mine[name].shape)) for name, p in own.items()]
+    for name, other, wanted in pairs:
+        if other != wanted:
+            raise ValueError(f'the weights are of a model with another {name}: {other}, wanted {wanted}')
     model.load_state_dict(own, strict=False)
 
 
@@ -2244,8 +2231,8 @@ def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float 
     learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in learns if 'blocks' in name and p.dim() == 2 and 'lora_' not in name]
     small = [p for name, p in learns if 'lora_' in name or 'clip_place' in name]
-    chosen = {id(p) for p in [*matrices, *small]}
-    others = [p for _, p in learns if id(p) not in chosen]
+    chosen = {*matrices, *small}
+    others = [p for _, p in learns if p not in chosen]
     groups = [dict(params=p, lr=share * lr) for p, share in ((others, 0.03), (small, 0.3)) if p]
     muon = [Muon(matrices, lr, weight_decay=weight_decay)] if matrices else []
     return muon + ([torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)] if groups else [])

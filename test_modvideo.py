@@ -1289,9 +1289,9 @@ def test_merging_blocks_equal_tempmes_code():
     """Catches merging before attention, keys without LoRA, sizes left out of attention, CLS that merge."""
     g, block = golden('tempme')['block/img'], clip_brick(golden('tempme')['block/img/w'])
     _, _, r, cls, *_ = g['meta'].tolist()
-    y, size, step = mv.image_block(block, g['x'], g['size_in'][..., 0], r, cls)
+    y, size, slot = mv.image_block(block, g['x'], g['size_in'][..., 0], r, cls)
     same_sets(y, size, g['y'], g['size_out'], cls)
-    assert (step.assign[:, 0] == 0).all()
+    assert (slot[:, 0] == 0).all()
     g, w = golden('tempme')['block/clip'], golden('tempme')['block/clip/w']
     M, first, last, cls, frames, cls_out, tokens, _ = g['meta'].tolist()
     place, size = w['TVPt_Video_Positional_embedding'][0, :, 0], g['size_in'][..., 0]
@@ -1322,8 +1322,8 @@ def test_twins_across_clips_merge():
     """Catches the split by parity, under which the same patch of two still clips can never merge."""
     x = torch.randn(1, 17, 32) + 0.01 * torch.randn(2, 17, 32)                         # CLS and 16 patches
     for pairing, wanted in ((None, 12), ('parity', 0)):
-        _, size, step = mv.join_clips(x, None, torch.zeros(2, 32), 2, 12, 1, pairing)
-        one, other = step.assign[0, 2:].view(2, 16)
+        _, size, slot = mv.join_clips(x, None, torch.zeros(2, 32), 2, 12, 1, pairing)
+        one, other = slot[0, 2:].view(2, 16)
         assert ((one == other) & (size[0][one] == 2)).sum() == wanted and size.sum() == 34     # they alone
 
 
@@ -2255,7 +2255,7 @@ def test_a_run_is_written_by_one_process_and_whole(tmp_path, monkeypatch):
     refused('another process trains in', '--steps 1 --out', run)
     other.lock.close()                                                         # as if it was killed
     (run / 'config.json').write_text('{"settings": {}, "model": {}}')
-    for name in ('log.csv.1.part.csv', 'ckpt.pt.part1'):
+    for name in ('train_tiny.part1.log.csv', 'train_tiny.part1.ckpt.pt.part1'):
         (run / name).write_text('cut')
     go('--steps 1 --out', run)
     assert not (run / 'train_tiny.lock').exists() and result_of(run)['steps'] == 1

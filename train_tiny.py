@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import statistics
@@ -33,7 +32,7 @@ import tempfile
 import textwrap
 import time
 from collections import Counter
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
@@ -56,7 +55,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from data.clips import ClipFolder, read_clip, read_rows, save_clip, words
-from data.shapes import PROMPT, Batch, ShapeWorld
+from data.shapes import PROMPT, Batch, ShapeWorld, check
 from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, ModVideoConfig,
                       choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens, init_from,
                       layer_ranks, load_checkpoint, merge_lora, num_params, options_of, pack,
@@ -113,7 +112,6 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optim
             recent, tick = [], time.time()
         if last:
             break
-    bar.close()
     return log
 
 
@@ -164,17 +162,12 @@ def is_right(logits, targets):
     return ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(-1)
 
 
-def nanmean(values) -> float:
-    """Mean of the numbers that are not NaN."""
-    return torch.tensor(values).nanmean().item()
-
-
 def means(values: list, keys: list) -> dict:
     """Mean of the values that share a key."""
     groups = {}
     for key, value in zip(keys, values):
         groups.setdefault(key, []).append(value)
-    return {key: nanmean(groups[key]) for key in sorted(groups)}
+    return {key: statistics.fmean(groups[key]) for key in sorted(groups)}
 
 
 def average(values: list):
@@ -195,8 +188,7 @@ class Questions:
     columns = 'accuracy step_ms memory_mb first_ms tokens_per_s decoder_gflops tok_density'.split()
 
     def __init__(self, s, data):
-        if self.needs and s.data != 'shapes':
-            raise ValueError(f'--recipe {s.recipe} needs --data shapes: {self.needs}')
+        check(not self.needs or s.data == 'shapes', f'--recipe {s.recipe} needs --data shapes: {self.needs}')
         self.s, self.data, self.vocab = s, data, getattr(data, self.words)
         # Coarse clips first (Wu et al., arXiv 1912.00998): less to compute, and what moves is seen sooner.
         self.coarse = data.halved() if s.coarse_steps() else data
@@ -249,8 +241,8 @@ class Questions:
         right, guessed, rows, infos = [], [], [], []
         for batch in self.held_out(split, clips):
             shown = [(batch.video, right)]
-            if blind:
-                shown.append((batch.video.roll(max(1, len(batch.video) // 2), 0), guessed))
+            if blind and len(batch.video) > 1:                 # the last batch may have no other clip to show
+                shown.append((batch.video.roll(len(batch.video) // 2, 0), guessed))
             for video, found in shown:
                 # As many clips at a time as training fits.
                 for part in zip(*(a.split(self.s.batch) for a in (video, *batch[1:4]))):
@@ -258,23 +250,21 @@ class Questions:
                         logits, _, aux = self.forward(model, Batch(*part))
                     found += is_right(logits, part[2]).flatten().float().tolist()
                     infos += [aux['reduced'].info] * (found is right)
-            if len(batch.video) == 1:                                          # no other clip to show
-                guessed[len(rows):] = [math.nan] * batch.kind.numel()
             rows += [(kind, *answer[answer != IGNORE].tolist()) for kind, answer in
                      zip(batch.kind.flatten().tolist(), batch.targets.flatten(0, 1).cpu())]
         kinds, by_answer, counts = [kind for kind, *_ in rows], means(right, rows), Counter(rows)
         most = {kind: max(n for row, n in counts.items() if row[0] == kind) for kind in sorted({*kinds})}
-        types = dict(accuracy=means(right, kinds), blind=means(guessed, kinds),
+        types = dict(accuracy=means(right, kinds),
+                     blind=dict.fromkeys(sorted({*kinds}), math.nan) | means(guessed, kinds),
                      balanced_accuracy=means([*by_answer.values()], [kind for kind, *_ in by_answer]),
                      chance={kind: n / kinds.count(kind) for kind, n in most.items()})
         of_all = {key: torch.cat([info[key] for info in infos]) if torch.is_tensor(value) else value
                   for key, value in infos[0].items()}
-        return dict(accuracy=nanmean(right), blind_accuracy=nanmean(guessed), questions=len(rows),
-                    chance=sum(most.values()) / len(rows), **model.reducer.facts(of_all),
+        return dict(accuracy=statistics.fmean(right), blind_accuracy=statistics.fmean(guessed or [math.nan]),
+                    questions=len(rows), chance=sum(most.values()) / len(rows), **model.reducer.facts(of_all),
                     **{f'{key}_by_type': {self.data.kinds[kind]: share for kind, share in found.items()}
                        for key, found in types.items()})
 
-    @torch.no_grad()
     def cost(self, model) -> dict:
         """Vision tokens of each layer, their keys and values, GFLOPs of a clip, mean over some. paper_share:
         FLOPs of the blocks on vision tokens alone, as a share of dense, as papers that merge count it."""
@@ -290,19 +280,13 @@ class Questions:
                               paper_share=paper(layers) / paper([N] * c.n_layer)))
         return average(found)
 
-    @torch.no_grad()
     def timed(self, model, batch):
-        """Functions to be timed, here one word and an answer of WORDS more; what their seconds then mean."""
-        model.head.bias = torch.nn.Parameter(torch.zeros_like(model.head.weight[:, 0]))
-        model.head.bias[:2] = -math.inf                        # never ends
+        """Functions to be timed, here one word and an answer of WORDS more; what their medians then mean."""
+        ends = torch.tensor([-math.inf] * 2 + [0.0] * (len(self.vocab) - 2))
+        model.head.bias = torch.nn.Parameter(ends.to(model.head.weight))       # never ends
         answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
-
-        def meaning(first, whole):
-            rest = statistics.median(b - a for a, b in zip(first, whole))
-            return dict(first_ms=1000 * statistics.median(first),
-                        tokens_per_s=WORDS * len(batch.text) / max(rest, 1e-9))
-
-        return [lambda: answer(0), lambda: answer(WORDS)], meaning
+        return [lambda: answer(0), lambda: answer(WORDS)], lambda first, whole: dict(
+            first_ms=1000 * first, tokens_per_s=WORDS * len(batch.text) / max(whole - first, 1e-9))
 
     def print_table(self, result: dict):
         """The scores, by type of question."""
@@ -314,7 +298,6 @@ class Questions:
               ('{questions} questions about held-out clips\n{decoder_tokens:.1f} vision tokens enter the '
                'decoder, TokDense {tok_density:.3f}' + codes).format(**result), sep='\n')
 
-    @torch.no_grad()
     def show(self, model, run: Path) -> str:
         """Some answers, pictures of one held-out clip -> the flags that go on with it."""
         batch, right, wrong = self.draw('test', 0, 8), [], []
@@ -373,7 +356,7 @@ class Streams(Questions):
 
     def timed(self, model, batch):
         watch = lambda: list(model.stream(((x, None) for x in batch.video.unbind(1)), None, 0.0))
-        return [watch], lambda took: dict(frames_per_s=batch.video.size(1) / statistics.median(took))
+        return [watch], lambda took: dict(frames_per_s=batch.video.size(1) / took)
 
     def print_table(self, result: dict):
         shares = {'LM-Correctness': 'lm_correctness', 'Fluency': 'fluency',
@@ -383,7 +366,6 @@ class Streams(Questions):
                          *([name, result[key]] for name, key in shares.items()),
                          ['TimeDiff, frames', f'{result["time_diff"]:.3f}']]), sep='\n')
 
-    @torch.no_grad()
     def show(self, model, run: Path) -> str:
         video = self.liveliest()[0].cpu()
         whole(run / 'clip.webp', functools.partial(save_clip, video))
@@ -400,13 +382,11 @@ def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
     lm_correctness: index of a turn's first wrong word / its words. fluency: what is right before the first
     mistake of its turn, of all that is supervised. accuracy: turns whose every word is right.
     """
-    chosen, chance = logits.argmax(-1), logits.softmax(-1)[..., EOS]
-    speech = logits.index_fill(-1, torch.tensor([PAD, EOS], device=logits.device), -math.inf)
-    chosen[:, :T] = torch.where(chance[:, :T] >= theta, EOS, speech[:, :T].argmax(-1))
-    nll = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORE, reduction='none')
+    chosen, silent = logits.argmax(-1), logits[:, :T].softmax(-1)[..., EOS] >= theta
+    chosen[:, :T] = torch.where(silent, EOS, EOS + 1 + logits[:, :T, EOS + 1:].argmax(-1))     # or a word
     word = wanted != IGNORE                                                    # (B, T + L)
     word[:, :T] &= wanted[:, :T] != EOS
-    nll, shares, fluent = nll[word].mean().item(), [], 0
+    nll, shares, fluent = F.cross_entropy(logits[word], wanted[word]).item(), [], 0
     right, wanted, word = (chosen == wanted).cpu(), wanted.cpu(), word.cpu()
     for i, order in enumerate(position.argsort(dim=1, stable=True).cpu()):
         order = order[wanted[i, order] != IGNORE]                              # in time
@@ -452,7 +432,7 @@ class Retrieval(Questions):
         """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's, which differs in
         a direction or in the order of events: 50 % by chance. All sentences differ. No blind score."""
         seen, found, clips = set(), [], min(clips, FIND_CLIPS)
-        for batch in self.held_out(split, 10 ** 9):
+        for batch in itertools.takewhile(lambda _: len(seen) < clips, self.held_out(split, 10 ** 9)):
             sentences, new = [in_words(ids, self.vocab) for ids in batch.text], []
             half = len(sentences) // 2
             for i in range(half):
@@ -463,8 +443,6 @@ class Retrieval(Questions):
             with self.s.autocast():
                 found.append((model.encode_video(batch.video[new]), model.encode_text(batch.text[new]),
                               batch.turned[new]))
-            if len(seen) >= clips:
-                break
         video, text, turned = (torch.cat(a).cpu() for a in zip(*found))
         similarity, other = text @ video.T, torch.arange(len(text)) ^ 1
         ways = {'sentence to clip': recall(similarity), 'clip to sentence': recall(similarity.T)}
@@ -486,7 +464,7 @@ class Retrieval(Questions):
     def timed(self, model, batch):
         merge_lora(model)                                      # as it is used
         encode = lambda: model.encode_video(batch.video)
-        return [encode], lambda took: dict(encode_ms=1000 * statistics.median(took))
+        return [encode], lambda took: dict(encode_ms=1000 * took)
 
     def print_table(self, result: dict):
         ways = result['recall']
@@ -496,7 +474,6 @@ class Retrieval(Questions):
               '{direction_pairs:.1%}, in the order of events {order_pairs:.1%} (chance 50%)'.format(**result),
               sep='\n')
 
-    @torch.no_grad()
     def show(self, model, run: Path) -> str:
         """tokens.png: what merged of one held-out clip; find.png: the first five clips for its sentence."""
         batch = self.draw('test', 0, 64)
@@ -613,8 +590,7 @@ def load_data(s, vocab: list = None):
         first = read_rows(Path(s.data))[0]
         frames = len(read_clip(Path(s.data, first['file']), first.get('grid', grid), size=1))
         s.model = dict(s.model, frames=min(frames, 2 * preset['frames']))
-    if s.model['frames'] < 2:
-        raise ValueError('a clip needs at least 2 frames, got 1; see --frames and --grid')
+    check(s.model['frames'] > 1, 'a clip needs at least 2 frames, got 1; see --frames and --grid')
     return ClipFolder(s.data, frames=s.model['frames'], grid=grid, vocab=vocab, **shape)
 
 
@@ -627,9 +603,8 @@ def build(s, task, dense=None):
     own = {f.name: values.pop(f.name) for f in fields(ModVideoConfig) if f.name in values}
     config = ModVideoConfig(vocab=list(task.vocab), options=values, **own)
     if config.placement.startswith(('rank', 'random')):
-        if dense is None or getattr(dense, 'mod_layers', True) or dense.config.streaming:
-            raise ValueError(f'--placement {config.placement} chooses layers of a dense model to convert; '
-                             'see --init-from')
+        fits = dense is not None and not getattr(dense, 'mod_layers', True) and not dense.config.streaming
+        check(fits, f'--placement {config.placement} chooses layers of a dense model; see --init-from')
         config.placement = ','.join(map(str, sorted(chosen_layers(s, task, dense, config.placement))))
     torch.manual_seed(s.seed)
     model = config.build('model', config).to(s.device)
@@ -638,9 +613,8 @@ def build(s, task, dense=None):
     for name in idle & {*s.model}:
         raise ValueError(f'{dashed(name)} would do nothing with --recipe {s.recipe}: no layer of it routes, '
                          'or it has no such part')
-    if config.placement != 'none' and not model.mod_layers:
-        raise ValueError(f'--placement {config.placement} routes no layer of {config.n_layer} (the last one '
-                         'stays dense); try --placement all')
+    check(config.placement == 'none' or model.mod_layers, f'--placement {config.placement} routes no layer '
+          f'of {config.n_layer} (the last one stays dense); try --placement all')
     if dense is not None:
         if not config.options.get('lora_rank'):
             merge_lora(dense)                                  # what LoRA learned is part of the weights
@@ -669,14 +643,12 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
     rank, all but an eighth. 'rank:2': two. 'random:2': any two. ValueError: another number or word."""
     depth, (way, _, count) = dense.config.n_layer, which.partition(':')
     count = depth - max(1, depth // 8) if way == which else int(count) if count.isdecimal() else 0
-    if not 0 < count < depth or way not in ('rank', 'random'):
-        raise ValueError(f'--placement {which}: wanted rank or random, and from 1 to {depth - 1} layers, '
-                         'such as rank:1')
+    check(0 < count < depth and way in ('rank', 'random'), f'--placement {which}: wanted rank or random, and '
+          f'from 1 to {depth - 1} layers, such as rank:1')
     if way == 'random':
         return torch.randperm(depth - 1, generator=torch.Generator().manual_seed(s.seed))[:count].tolist()
     batches = (task.draw('train', s.steps + step, 1) for step in range(clips))       # whole clips
-    ranks = torch.stack([layer_ranks(dense.eval(), batch.video, batch.text[:, :1]) for batch in batches])
-    ranks = ranks.mean(0).cpu()                                                # (2, layers)
+    ranks = sum(layer_ranks(dense.eval(), batch.video, batch.text[:, :1]).cpu() for batch in batches) / clips
     chosen = choose_mod_layers(ranks[0, :-1], depth - 1 - count)
     print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
     for i, (rank, effective) in enumerate(ranks.T.tolist()):
@@ -686,13 +658,9 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
 
 # ---- 4. Runs -----------------------------------------------------------------------------------------------
 
-# A temporary path of whole(), such as log.csv.123.part.csv, or of save_checkpoint.
-PART = re.compile(r'.+\.(\w+)\.\d+\.part\.\1|ckpt\.pt\.part\d+')
-
-
 def whole(path, make):
     """make(a temporary path), which then takes its place: a file is there whole or not at all."""
-    part = Path(path).with_name(f'{Path(path).name}.{os.getpid()}.part{Path(path).suffix}')
+    part = Path(path).with_name(f'train_tiny.part{os.getpid()}.{Path(path).name}')
     try:
         make(part)
         os.replace(part, path)
@@ -726,10 +694,9 @@ def settings_of(run: Path):
 def must_agree(folder: Path, before: dict, asked: dict):
     """ValueError: what is asked of a folder is not what it was begun with."""
     for name, value in asked.items():
-        if name not in before or before[name] != value:
-            wanted = 'the default' if value is None else value
-            raise ValueError(f'{folder} was begun with another {dashed(name)} than {wanted}, or by another '
-                             'version of this script; name another folder with --out')
+        wanted = 'the default' if value is None else value
+        check(name in before and before[name] == value, f'{folder} was begun with another {dashed(name)} '
+              f'than {wanted}, or by another version of this script; name another folder with --out')
 
 
 class Run:
@@ -748,29 +715,25 @@ class Run:
 
     def check_free(self):
         """ValueError: something is in the folder of a new run, other than what a killed one left."""
-        if self.s.resume or not self.path.exists():
-            return
-        inside = self.path.iterdir() if self.path.is_dir() else [self.path]
-        files = {path.name for path in inside if not PART.fullmatch(path.name)} - {self.LOCK}
-        if files - {'config.json', 'log.csv'}:
+        if self.path.exists() and not self.s.resume:
+            files = {path.name for path in self.path.iterdir() if not path.name.startswith('train_tiny.')}
             hint = f', or go on with it: --resume {self.path}' if 'ckpt.pt' in files else ''
-            raise ValueError(f'--out {self.path} exists; name another folder{hint}')
-        if files:
-            settings_of(self.path)                             # killed before a checkpoint; not a stranger's
+            check(files <= {'config.json', 'log.csv'}, f'--out {self.path} exists; name another folder{hint}')
+            if files:
+                settings_of(self.path)                         # killed before a checkpoint; not a stranger's
 
     def claim(self):
         """Make the folder, for this process alone until it ends. ValueError: another one was faster."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / self.LOCK, 'w')
         try:
-            import fcntl
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:     # Windows
-            pass
+            with suppress(ImportError):                        # Windows has no fcntl
+                import fcntl
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f'another process trains in {self.path}; name another folder') from None
         self.check_free()
-        for path in [path for path in self.path.iterdir() if PART.fullmatch(path.name)]:
+        for path in [*self.path.glob('train_tiny.part*')]:
             path.unlink()                                      # of one that was killed while it wrote
 
     def begin(self, task):
@@ -778,8 +741,7 @@ class Run:
         s = self.s
         if s.resume:
             model, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'), s.device)
-            if model.config.vocab != list(task.vocab):
-                raise ValueError(f'{self.path} was trained on clips with other words')
+            check(model.config.vocab == [*task.vocab], f'{self.path} was trained on clips with other words')
             self.read_progress(model, **extra)
             if self.done > s.steps or self.done == s.steps and (self.path / 'result.json').exists():
                 raise ValueError(f'{self.path} already has {self.done} steps; ask for more with --steps')
@@ -804,12 +766,11 @@ class Run:
             self.optimizers = configure_optimizer(model, self.s.rate())
             for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
                 optimizer.load_state_dict({**optimizer.state_dict(), 'state': saved['state']})
-                held = [(p, a) for p, own in optimizer.state.items() for a in own.values()]
-                if not all(a.shape in (p.shape, ()) for p, a in held):
-                    raise TypeError('a state of another optimizer')
+                for p, own in optimizer.state.items():
+                    check(all(a.shape in (p.shape, ()) for a in own.values()), 'a state of another optimizer')
             self.log = [{name: row[name] for name in (*self.COLUMNS, 'ms')} for row in log]
-            if not all(value == '' or math.isfinite(value) for row in self.log for value in row.values()):
-                raise TypeError('a log of something else')
+            numbers = [value for row in self.log for value in row.values() if value != '']
+            check(all(map(math.isfinite, numbers)), 'a log of something else')
             for row in self.log[-1:]:
                 self.done, self.before = row['step'].__index__(), row['seconds']
         except Exception:       # of damaged states torch raises many types
@@ -817,8 +778,8 @@ class Run:
 
     def save(self, model):
         """Checkpoint and log.csv: all that a resumed run needs."""
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
-        save_checkpoint(self.path / 'ckpt.pt', model, optimizers=states, log=self.log)
+        more = dict(log=self.log, optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        whole(self.path / 'ckpt.pt', lambda part: save_checkpoint(part, model, **more))
         lines = [self.COLUMNS, *([str(row[name]) for name in self.COLUMNS] for row in self.log)]
         write(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
@@ -856,8 +817,8 @@ class Run:
             raise KeyboardInterrupt
 
 
-def run_recipe(s, began: float = None) -> Path:
-    """Train, evaluate and show a row -> its folder. KeyboardInterrupt: Ctrl-C, with the flags that go on."""
+def run_recipe(s, began: float = None):
+    """Train, evaluate and show a row. KeyboardInterrupt: Ctrl-C, with the flags that go on."""
     began = began or time.time()
     set_up(s)
     task, run = RECIPES[s.recipe].task(s, load_data(s)), Run(s)
@@ -902,7 +863,6 @@ def run_recipe(s, began: float = None) -> Path:
     print(f'\ngo on with: python train_tiny.py {shlex.join(["--out", str(run.path)])} {go_on}\n'
           f'{result["seconds"]:.0f} s, {result["step_ms"]:.0f} ms a step. In {run.path}: '
           + ', '.join(sorted(path.name for path in run.path.iterdir())))
-    return run.path
 
 
 def scores_of(task, model) -> dict:
@@ -918,7 +878,6 @@ def finish(s) -> dict:
     """The result of the run in --out: as it is, gone on with, or trained from its start."""
     path = Path(s.out)
     if not (path / 'result.json').exists():
-        print(f'\n== {s.recipe}, seed {s.seed}')
         resumes = (path / 'ckpt.pt').exists()
         try:
             run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
@@ -942,13 +901,12 @@ def split_question(text, targets):
 
 def encode_question(question: str, vocab: list) -> list:
     """Words -> ids. ValueError names unknown words, and the nearest known ones."""
-    known, asked = {word: i for i, word in enumerate(vocab)}, words(question)
+    asked = words(question)
     nearest = lambda word: ', '.join(difflib.get_close_matches(word, vocab[2:], 3, 0.3) or vocab[2:5])
-    unknown = [f'{word!r} (nearest known: {nearest(word)})' for word in asked if word not in known]
-    if unknown or not asked:
-        what = f'the model never saw {", ".join(unknown)}' if asked else 'the question has no words'
-        raise ValueError(what)
-    return [known[word] for word in asked]
+    unknown = [f'{word!r} (nearest known: {nearest(word)})' for word in asked if word not in vocab]
+    check(asked, 'the question has no words')
+    check(not unknown, f'the model never saw {", ".join(unknown)}')
+    return [vocab.index(word) for word in asked]
 
 
 def table(lines: list, bar: str = '') -> str:
@@ -983,19 +941,17 @@ def draw_clip(model, video, text, path: Path, title: str):
     """What reducer, stage and routed layers made of a clip: path.png has all frames, path.gif one each."""
     _, _, aux = model(video[None], text[None])
     T, N, reduced, shown = len(video), len(video) * model.config.patches, aux['reduced'], {}
-    keep = torch.zeros(1, N + 1, dtype=torch.bool, device=video.device)
-    keep[0, reduced.position.expand(1, -1)[0].clamp(max=N)] = True             # the last one: padding
-    slots = later = reduced.reduction or pack(keep[:, :N])
+    kept = torch.isin(torch.arange(N, device=video.device), reduced.position)[None]            # (1, N)
+    slots = later = reduced.reduction or pack(kept)
     if reduced.tokens.size(1) < N or reduced.info:
         shown['kept'] = model.reducer.picture(reduced) or slots
     if 'stage' in aux:
         later = shown['left by the stage'] = compose(slots, aux['stage'].reduction)
     for layer, route in aux['routes'].items() if model.reducer.in_place else ():
         here = later if 'stage' in aux and layer >= model.stage.layer else slots
-        M, assign = here.position.size(1), here.assign.cpu()   # the patches of the slots that are processed
         index = route.index[0] if route.mask is None else route.index[0][route.mask[0]]
-        chosen = torch.zeros(M + 1, dtype=torch.bool).index_fill(0, index[index < M].cpu(), True)
-        shown[f'processed by layer {layer}'] = here._replace(assign=assign.where(chosen[assign], -1))
+        chosen = torch.isin(here.assign, index)                # the patches of the slots that are processed
+        shown[f'processed by layer {layer}'] = here._replace(assign=here.assign.where(chosen, -1))
     rows, captions = {'clip': draw_big(video)}, [title]
     for name, what in shown.items():
         rows[name], left = draw_big(video, what), what.assign[what.assign >= 0]
@@ -1009,7 +965,6 @@ def draw_clip(model, video, text, path: Path, title: str):
                                                    duration=300, loop=0))
 
 
-@torch.no_grad()
 def narrate(model, video, path: Path, theta: float, asked: dict):
     """Play (T, 3, height, width), print and draw what is said when. asked: frame, from 1 on -> a question."""
     vocab = model.config.vocab
@@ -1143,8 +1098,8 @@ def measure(task, make: dict) -> dict:
             sync()
             took.append(time.perf_counter() - start)
     for name, row in rows.items():
-        step, *others = (took[2:] for of, _, took in runs if of == name)       # the first two warm up
-        row.update(step_ms=1000 * statistics.median(step), **meaning[name](*others))
+        step, *others = (statistics.median(took[2:]) for of, _, took in runs if of == name)    # two warm up
+        row.update(step_ms=1000 * step, **meaning[name](*others))
     return rows
 
 
@@ -1175,8 +1130,7 @@ def rows_of(s) -> list:
                         and (deep or row.task is Retrieval or 'encoder' not in row.changes))
     asked = s.rows.split(',') if s.rows else [name for name, row in RECIPES.items() if fits(row)]
     for name in asked:                                         # grows while it is walked
-        if name not in RECIPES:
-            raise ValueError(f'--rows: {name!r} is none of {", ".join(RECIPES)}')
+        check(name in RECIPES, f'--rows: {name!r} is none of {", ".join(RECIPES)}')
         asked += {RECIPES[name].begins} - {'', *asked}
     return [name for name in RECIPES if name in asked]
 
@@ -1186,9 +1140,7 @@ def run_bench(s):
     set_up(s)
     kind = RECIPES[s.recipe].task
     names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
-    if not names:
-        raise ValueError(f'--rows {s.rows}: none has the task of --recipe {s.recipe}')
-    s.coarse = 0.0                                             # whole clips are timed
+    check(names, f'--rows {s.rows}: none has the task of --recipe {s.recipe}')
     task = kind(s, load_data(s))
     models = {name: untrained(replace(s, recipe=name), task.data).cpu() for name in names}
     make = {name: lambda model=model: copy.deepcopy(model).to(s.device) for name, model in models.items()}
@@ -1322,7 +1274,6 @@ def run_compare(s):
           + ', one clip as every method sees it' * bool(curves))
 
 
-@torch.no_grad()
 def untrained_curves(task, model) -> dict:
     """What methods that need no training make of a model: reducer -> [[decoder GFLOPs, accuracy], ...]."""
     curves, T, P = {}, model.config.frames, model.config.patches
@@ -1439,8 +1390,7 @@ class Settings:
 
     def autocast(self):
         """The context of forward passes."""
-        half = self.dtype == 'bfloat16'
-        return torch.autocast(self.device, torch.bfloat16) if half else nullcontext()
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == 'bfloat16')
 
 
 CHOICES = dict(PARTS, recipe=RECIPES, preset=['auto', *PRESETS], device=['auto', 'cuda', 'mps', 'cpu'],
@@ -1497,7 +1447,7 @@ def parse(argv) -> Settings:
         fixed = {name: given[name] for name in ('recipe', 'preset', 'seed', 'init_from') if name in given}
         must_agree(Path(s.resume), saved.flags(), {**fixed, **model})
         s = replace(saved, **given)
-    check(s, {*given})
+    check_flags(s, {*given})
     return s
 
 
@@ -1509,20 +1459,18 @@ def dashed(name: str) -> str:
 def parse_grid(text: str):
     """'4x3' -> columns, rows."""
     sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split('x')]
-    if len(sides) != 2 or not all(sides):
-        raise ValueError(f'--grid wants COLUMNSxROWS, such as 4x4, got {text!r}')
+    check(len(sides) == 2 and all(sides), f'--grid wants COLUMNSxROWS, such as 4x4, got {text!r}')
     return sides
 
 
-def check(s: Settings, given: set):
+def check_flags(s: Settings, given: set):
     """ValueError: values out of range, and flags that would do nothing."""
     parse_grid(s.grid)
     for name, value in s.flags().items():
         least = int(name in (*PRESETS['tiny'], 'patch_size'))
         if type(value) in (int, float) and not least <= value < 2 ** 31:       # NaN, too
             raise ValueError(f'{dashed(name)} must be finite, at least {least}, below 2**31, got {value}')
-    if (s.coarse or 0) >= 1:
-        raise ValueError(f'--coarse is a share of the steps, from 0 to below 1, got {s.coarse}')
+    check((s.coarse or 0) < 1, f'--coarse is a share of the steps, from 0 to below 1, got {s.coarse}')
     row = RECIPES[s.recipe]
     if s.coarse and (row.task is Frames or not (row.share or s.steps)):
         raise ValueError(f'--coarse would do nothing with --recipe {s.recipe}: single frames, or no steps')
@@ -1530,8 +1478,7 @@ def check(s: Settings, given: set):
         raise ValueError(f'--theta must be between 0 and 1, --lr above 0, got {s.theta} and {s.lr}')
     if s.question and not s.question[0].isdecimal():
         raise ValueError(f'--question wants the number of a frame first, got {s.question[0]!r}')
-    if RECIPES[s.recipe].blind and s.batch == 1:
-        raise ValueError('--recipe blind shows another clip of the batch; wanted --batch 2 or more')
+    check(not row.blind or s.batch != 1, '--recipe blind shows another clip; wanted --batch 2 or more')
     for name in [name for name in TOGETHER if name in given and not given & {*TOGETHER[name]}]:
         raise ValueError(f'{dashed(name)} goes with {" or ".join(map(dashed, TOGETHER[name]))}')
     for job in given & {*READS}:
@@ -1539,9 +1486,8 @@ def check(s: Settings, given: set):
             raise ValueError(f'--{job} takes no {", ".join(map(dashed, sorted(idle)))}')
     for name, *_, other, why in [rule for rule in APART if {*rule[:-1]} <= given]:
         raise ValueError(f'{dashed(name)} {why}; leave {dashed(other)} away')
-    if s.init_from and not RECIPES[s.recipe].begins and not s.resume:
-        raise ValueError(f'--recipe {s.recipe} begins from scratch; leave --init-from away, or name a row '
-                         'that begins with another, such as mod-all')
+    check(not s.init_from or row.begins or s.resume, f'--recipe {s.recipe} begins from scratch; leave '
+          '--init-from away, or name a row that begins with another, such as mod-all')
 
 
 def machine_name(device: str) -> str:
@@ -1554,8 +1500,7 @@ def set_up(s: Settings):
     """Fill in device, dtype, preset, steps, batch, and say so."""
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     s.device = next(device for device in has if has[device]) if s.device == 'auto' else s.device
-    if not has[s.device]:
-        raise ValueError(f'--device {s.device}: this machine has none, or this torch was built without it')
+    check(has[s.device], f'--device {s.device}: this machine has none, or this torch was built without it')
     cuda, recipe = s.device == 'cuda', RECIPES[s.recipe]
     native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     s.dtype = s.dtype.replace('auto', 'bfloat16' if native else 'float32')
@@ -1565,16 +1510,14 @@ def set_up(s: Settings):
         s.batch = s.batch or s.plan().batch
         s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * s.plan().steps))
     pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2
-    if pixels > 2 ** 32:
-        raise ValueError(f'a step of --batch {s.batch} would have {pixels:,} pixels, wanted at most 2**32')
+    check(pixels <= 2 ** 32, f'a step of --batch {s.batch} has {pixels:,} pixels, wanted at most 2**32')
     if WORLD > 1:                                              # torchrun: the first process alone speaks
         base = recipe.begins and not (s.init_from or s.resume)                 # which it would train first
         if s.bench or s.compare or s.eval or base or recipe.task.kind == 'retrieval' or s.batch < WORLD:
             raise ValueError(f'--recipe {s.recipe} needs one process with these flags; leave torchrun away')
         local = int(os.environ.get('LOCAL_RANK', RANK))
-        if s.device == 'mps' or cuda and local >= torch.cuda.device_count():
-            raise ValueError(f'process {local} has no {s.device} device of its own; start fewer processes, '
-                             'or say --device cpu')
+        check(s.device == 'cpu' or cuda and local < torch.cuda.device_count(), f'process {local} has no '
+              f'{s.device} device of its own; start fewer processes, or say --device cpu')
         if cuda:
             torch.cuda.set_device(local)
         if not distributed.is_initialized():
@@ -1604,13 +1547,11 @@ def open_model(s: Settings, flag: str, kind: str, clip: str = ''):
     """The run of --out, or the newest of this kind under out/ -> run, model, a clip as the model sees it."""
     runs = [Path(s.out)] if s.out else [path.parent for path in Path('out').glob('**/ckpt.pt')
                                         if kind_of(path.parent) == kind]
-    if not runs:
-        row = {'questions': '', 'streams': ' --recipe stream', 'retrieval': ' --recipe retrieval'}[kind]
-        raise ValueError(f'{flag} found no model under out/; train one first: python train_tiny.py{row}')
+    row = {'questions': '', 'streams': ' --recipe stream', 'retrieval': ' --recipe retrieval'}[kind]
+    check(runs, f'{flag} found no model under out/; train one first: python train_tiny.py{row}')
     run = max(runs, key=lambda run: (run / 'ckpt.pt').stat().st_mtime)
     model, _ = load_checkpoint(run / 'ckpt.pt')
-    if kind_of(run) != kind:
-        raise ValueError(f'{flag}: the model of {run} was trained for {kind_of(run)}')
+    check(kind_of(run) == kind, f'{flag}: the model of {run} was trained for {kind_of(run)}')
     if not clip:
         return run, model.eval(), None
     c = model.config

@@ -2452,7 +2452,7 @@ def test_stream_recipe_and_its_pictures(streaming, trained):
 
 def test_every_row_of_the_table_builds_and_costs_what_it_says():
     """Catches a reducer without a row, options that its parts do not have, merging that leaves everything, a
-    density in tokens of layer 0, placements of unequal cost."""
+    density in tokens of layer 0, placements of unequal cost, rows whose cost is of other clips."""
     merges = lambda changes: changes.get('reducer', 'vq') not in ('vq', 'gaps') or 'encoder' in changes
     assert {*mv.REDUCERS} - {'none'} <= {*train_tiny.RECIPES}
     for name, recipe in train_tiny.RECIPES.items():
@@ -2470,6 +2470,9 @@ def test_every_row_of_the_table_builds_and_costs_what_it_says():
         flops, layers = zip(*((task.cost(model)['gflops'], model.mod_layers) for task, model in studied))
         assert max(flops) <= 1.02 * min(flops) and layers[2] == [*range(0, depth - 1, 2)]
         assert layers[3] == [*range(depth - 1)] and len({*map(len, layers[:3])}) == 1
+    task, model = begun('--recipe dense')
+    task.data.questions = 8                                    # their lengths differ from clip to clip
+    assert task.cost(model)['gflops'] == task.cost(begun('--recipe gaps')[1])['gflops']
     task, model = begun('--placement all --keep-ratio 0.25')
     cost = task.cost(model)
     assert cost['decoder_tokens'] == 64 and cost['vision_by_layer'] == [16, 16, 64]
@@ -2708,7 +2711,7 @@ def test_comparison_trains_what_is_missing_and_says_how(capsys, monkeypatch):
     cells = table_rows(Path('compare/results.md').read_text())
     row, share = rows['holitom-inner'], rows['holitom-inner']['step_ms'] / rows['dense']['step_ms']
     assert [*rows] == ['dense', 'gaps', 'mod-all', 'holitom-inner', 'stream']
-    assert ('fluency', 'stream') in cells and rows['gaps']['gflops'] == rows['dense']['gflops']
+    assert ('fluency', 'stream') in cells
     assert cells['accuracy', 'holitom-inner'] == f'{100 * row["accuracy"]:.1f} %'
     assert cells['moment %', 'holitom-inner'] == f'{100 * row["by_type"]["moment"]:.4g}'
     assert cells['step_ms', 'holitom-inner'] == f'{row["step_ms"]:.3g} ({share:.2f})'

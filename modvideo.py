@@ -1136,7 +1136,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0, size: Te
 def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairing='parity', slot=None):
     """ToMe on x (B, n, C), tokens that stand for size (B, n), None = one each -> x, size, slot.
 
-    slot (B, N): where each of N older tokens is among the n, and is then; None: they are the n.
+    slot (B, N): where each of N older tokens is among the n, and then is; None, where r > 0: they are the n.
     """
     if r == 0:
         return x, size, slot
@@ -1682,7 +1682,8 @@ class FrameSelector(Budgeted):
             return F.linear(self.norm(both[:, :n]).float(), self.wish.weight.float())
 
     def affinity(self, wish: Tensor, x: Tensor, own: Tensor, width) -> Tensor:
-        """Of wish (..., K, C) and x (..., S, C): 1.5 * cosine, and less, at most 1, for being near `own`."""
+        """How much wish (..., K, C) is for each of x (..., S, C), less its mean -> (..., K, S): 1.5 * cosine,
+        and at most 1, so less, for a place near `own` (..., K, 1), from 0 to 1; width: how near."""
         place = (torch.arange(x.size(-2), device=x.device) + 0.5) / x.size(-2) # (S,) in (0, 1), as own
         with exact():
             alike = 1.5 * (unit(wish) @ unit(x - x.mean(-2, keepdim=True)).mT) # (..., K, S)

@@ -2193,7 +2193,7 @@ def test_a_run_is_written_by_one_process_and_whole():
     refused('another process trains in', '--steps 1 --out', run)
     other.lock.close()                                                         # as if it was killed
     (run / 'config.json').write_text('{"settings": {}, "model": {}}')
-    for name in ('train_tiny.part1.log.csv', 'train_tiny.part1.ckpt.pt.part1'):
+    for name in ('train_tiny.part1.log.csv', 'ckpt.pt.part1'):
         (run / name).write_text('cut')
     go('--steps 1 --out', run)
     assert not (run / 'train_tiny.lock').exists() and result_of(run)['steps'] == 1
@@ -2603,7 +2603,7 @@ BAD_RUNS = {                                                   # run was trained
     '--out run --ask empty red': 'the folder holds no image', '--data empty': 'holds no clips.jsonl',
     '--out run --ask none.gif red': 'no such file', '--out missing --ask c.webp red': 'does not exist',
     '--grid 3x3 --out run --ask still.png red': 'does not divide into 3x3',
-    '--out broken --ask c.webp red': 'is not a checkpoint of this model'}
+    '--out broken --ask c.webp red': 'is not a checkpoint of this model', '--out c.webp': 'exists; name'}
 BAD_FLAGS = {
     '--compare --rows holitom --frames 2': 'at least 4 frames', '--compare --init-from x': 'begins by itself',
     '--recipe mod-all --init-from nowhere': 'does not exist', '--recipe blind --batch 1': '--batch 2 or more',
@@ -2666,8 +2666,8 @@ def test_bad_input_is_one_sentence_and_exit_2(trained):
         for content in image:
             Path('clips/0.png').write_bytes(content)
         refused(words, '--data clips --out never')
-    for name in ('notes.txt', 'film.part1.rar', 'talk.mp4.part', 'lock'):      # as if of a killed run
-        Path(name).mkdir()
+    for name in 'notes.txt film.part1.rar talk.mp4.part lock ckpt.pt.part train_tiny.parts'.split():
+        Path(name).mkdir()                                     # as if of a killed run
         Path(name, name).write_text('mine')
         refused('exists; name another folder', f'--out {name}')
 

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -432,7 +433,7 @@ class Retrieval(Questions):
         """Recall both ways, R-Sum, how often a clip prefers its own sentence to its twin's, which differs in
         a direction or in the order of events: 50 % by chance. All sentences differ. No blind score."""
         seen, found, clips = set(), [], min(clips, FIND_CLIPS)
-        for batch in itertools.takewhile(lambda _: len(seen) < clips, self.held_out(split, 10 ** 9)):
+        for batch in self.held_out(split, 10 ** 9):
             sentences, new = [in_words(ids, self.vocab) for ids in batch.text], []
             half = len(sentences) // 2
             for i in range(half):
@@ -443,6 +444,8 @@ class Retrieval(Questions):
             with self.s.autocast():
                 found.append((model.encode_video(batch.video[new]), model.encode_text(batch.text[new]),
                               batch.turned[new]))
+            if len(seen) >= clips:
+                break
         video, text, turned = (torch.cat(a).cpu() for a in zip(*found))
         similarity, other = text @ video.T, torch.arange(len(text)) ^ 1
         ways = {'sentence to clip': recall(similarity), 'clip to sentence': recall(similarity.T)}
@@ -703,6 +706,7 @@ class Run:
     """A run's folder: made, saved into, resumed, finished. An existing one is never written over."""
     COLUMNS = 'step', 'loss', 'accuracy', 'val_accuracy', 'lr', 'seconds'      # of log.csv
     LOCK = 'train_tiny.lock'                                   # a file that is there while it runs
+    PART = re.compile(r'train_tiny\.part\d+\..+|ckpt\.pt\.part\d+')   # of whole(), save_checkpoint, if killed
 
     def __init__(self, s):
         self.s, self.log, self.before, self.optimizers, self.done = s, [], 0.0, None, 0
@@ -716,7 +720,8 @@ class Run:
     def check_free(self):
         """ValueError: something is in the folder of a new run, other than what a killed one left."""
         if self.path.exists() and not self.s.resume:
-            files = {path.name for path in self.path.iterdir() if not path.name.startswith('train_tiny.')}
+            inside = self.path.iterdir() if self.path.is_dir() else [self.path]
+            files = {path.name for path in inside if not self.PART.fullmatch(path.name)} - {self.LOCK}
             hint = f', or go on with it: --resume {self.path}' if 'ckpt.pt' in files else ''
             check(files <= {'config.json', 'log.csv'}, f'--out {self.path} exists; name another folder{hint}')
             if files:
@@ -733,7 +738,7 @@ class Run:
         except BlockingIOError:
             raise ValueError(f'another process trains in {self.path}; name another folder') from None
         self.check_free()
-        for path in [*self.path.glob('train_tiny.part*')]:
+        for path in [path for path in self.path.iterdir() if self.PART.fullmatch(path.name)]:
             path.unlink()                                      # of one that was killed while it wrote
 
     def begin(self, task):
@@ -778,8 +783,8 @@ class Run:
 
     def save(self, model):
         """Checkpoint and log.csv: all that a resumed run needs."""
-        more = dict(log=self.log, optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
-        whole(self.path / 'ckpt.pt', lambda part: save_checkpoint(part, model, **more))
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_checkpoint(self.path / 'ckpt.pt', model, optimizers=states, log=self.log)
         lines = [self.COLUMNS, *([str(row[name]) for name in self.COLUMNS] for row in self.log)]
         write(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
@@ -1141,6 +1146,7 @@ def run_bench(s):
     kind = RECIPES[s.recipe].task
     names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
     check(names, f'--rows {s.rows}: none has the task of --recipe {s.recipe}')
+    s.coarse = 0.0                                             # whole clips are tried and timed
     task = kind(s, load_data(s))
     models = {name: untrained(replace(s, recipe=name), task.data).cpu() for name in names}
     make = {name: lambda model=model: copy.deepcopy(model).to(s.device) for name, model in models.items()}

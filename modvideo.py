@@ -816,13 +816,13 @@ class Reduction(NamedTuple):
 
 
 @contextlib.contextmanager
-def exact():
-    """Without autocast and TF32: what is alike is decided in float32, whatever the compute dtype."""
+def exact(grad: bool = False):
+    """Without autocast, TF32 and (but for grad=True) gradients: what is alike is decided in float32."""
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, False
     try:
         off = lambda kind: torch.autocast(kind, enabled=False)
-        with off('cpu'), off('cuda'), off('mps'):
+        with off('cpu'), off('cuda'), off('mps'), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             yield
     finally:
         matmul.allow_tf32 = before
@@ -1120,7 +1120,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0, size: Te
     r = min(r, len(sources), (N - protected) // 2)
     if r <= 0 or not len(targets):                                             # nothing to merge
         return pack(every, N)
-    u = unit(metric.detach())
+    u = unit(metric)
     best, choice = (u[:, sources] @ u[:, targets].mT).max(-1)                # (B, A) the most similar target
     gone = best_of(best, r, every[:, sources])                                 # (B, A) sources that merge
     stays = every.index_copy(1, sources, ~gone)                              # (B, N) with a slot of their own
@@ -1227,7 +1227,6 @@ def temporal_segments(similarity: Tensor, tau: float, max_len: int = None):
 
 
 @exact()
-@torch.no_grad()
 def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float = 0.8,
             beta: float = 0.6, k: int = 7, max_len: int = None) -> Reduction:
     """HoliTom before the decoder: merge what stands still, keep what is looked at. No training.
@@ -1340,8 +1339,7 @@ class Stage(nn.Module):
         """
         seen = visible(position.gather(1, last[:, None]), position)            # (B, 1, 1, S)
         score = block.attention.weights(block.norm1(before), position, seen, last).mean((1, 2))    # (B, S)
-        with torch.no_grad():
-            made = self.decide(x[:, :N], score[:, :N], real=position[:, :N] < NEVER)
+        made = self.decide(x[:, :N], score[:, :N], real=position[:, :N] < NEVER)
         place = look_up(position[:, :N], made.position, NEVER)                 # (B, M)
         reduced = Reduced(reduce_tokens(x[:, :N], made), place, made)
         x = torch.cat([reduced.tokens, x[:, N:]], 1)                           # (B, M + words, C)
@@ -1418,7 +1416,6 @@ def spread_centers(x: Tensor, K: int, trials: int = 8) -> Tensor:
 
 
 @exact()
-@torch.no_grad()
 def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, metric: str = 'l2'):
     """Lloyd's algorithm: x (B, N, C) -> centroids (B, K, C) float32, assign (B, N) int64.
 
@@ -1438,7 +1435,6 @@ def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, m
 
 
 @exact()
-@torch.no_grad()
 def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
     """Mean silhouette by cosine distance, exact in O(N K C): x (B, N, C), assign (B, N) -> (B,).
 
@@ -1457,7 +1453,6 @@ def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
 
 
 @exact()
-@torch.no_grad()
 def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     """k-means by cosine with the number of clusters that has the best silhouette, for each sample.
 
@@ -1565,9 +1560,9 @@ class VectorQuantizer(nn.Module):
         again = self.training and ModuleTracker().is_bw
         if self.training and not again and not self.calls:                     # waits for the device
             centers = together(kmeans(flat[None], len(self.codebook))[0], 'first')
-            self.move(flat, nearest(flat.detach()[None], centers, 'l2')[0], 0.0)
+            self.move(flat, nearest(flat[None], centers, 'l2')[0], 0.0)
         codebook = self.before if again else self.codebook.clone()             # (K, C)
-        indices = nearest(flat.detach()[None], codebook[None], 'l2')[0]        # (n,)
+        indices = nearest(flat[None], codebook[None], 'l2')[0]        # (n,)
         code = codebook.index_select(0, indices)                               # (n, C)
         loss = self.commitment * F.mse_loss(flat, code)
         if self.training and not again:
@@ -1678,14 +1673,14 @@ class FrameSelector(Budgeted):
         position = F.pad(torch.arange(L, device=words.device), (n, 0))                 # queries at 0
         seen = F.pad(known, (n, 0), value=False)[:, None, None]                # words alone are read
         both = both + self.blocks[0](both, position, seen)
-        with exact():
+        with exact(grad=True):
             return F.linear(self.norm(both[:, :n]).float(), self.wish.weight.float())
 
     def affinity(self, wish: Tensor, x: Tensor, own: Tensor, width) -> Tensor:
         """How much wish (..., K, C) is for each of x (..., S, C), less its mean -> (..., K, S): 1.5 * cosine,
         and at most 1, so less, for a place near `own` (..., K, 1), from 0 to 1; width: how near."""
         place = (torch.arange(x.size(-2), device=x.device) + 0.5) / x.size(-2) # (S,) in (0, 1), as own
-        with exact():
+        with exact(grad=True):
             alike = 1.5 * (unit(wish) @ unit(x - x.mean(-2, keepdim=True)).mT) # (..., K, S)
         return alike + (-((own - place) * width).square()).exp()
 
@@ -1708,7 +1703,7 @@ class FrameSelector(Budgeted):
         if self.hard:                                                # straight-through: one frame each
             one = F.one_hot(selector.argmax(-1), T).to(selector.dtype)
             selector = one + selector - selector.detach()
-        kept = merge_duplicates(selector.detach())
+        kept = merge_duplicates(selector)
         shares = reduce_tokens(selector, kept)                                 # (B, K, T)
         frame, order = shares.argmax(-1).where(kept.mask, T).sort(dim=1, stable=True)      # (B, K)
         shares = shares.take_along_dim(order[..., None], 1)                    # those that differ, in time
@@ -1974,7 +1969,7 @@ class Retriever(nn.Module):
     def forward(self, video: Tensor, text: Tensor):
         """Similarity (B, B), rows are sentences, and InfoNCE loss (van den Oord et al., arXiv 1807.03748)."""
         sentences, clips = self.encode_text(text), self.encode_video(video)    # (B, C) each
-        with exact():
+        with exact(grad=True):
             similarity = sentences @ clips.T                                   # (B, B) in [-1, 1], float32
         same = (text[:, None] == text[None]).all(-1).fill_diagonal_(False)     # equal sentences: no negatives
         logits = (self.log_scale.exp() * similarity).masked_fill(same, -math.inf)

@@ -1557,24 +1557,25 @@ class VectorQuantizer(nn.Module):
         if not len(flat):
             raise ValueError(f'wanted at least one vector, got {tuple(x.shape)}')
         # Checkpointing computes this again while the gradient is computed, and wants what it had before.
-        again = self.training and ModuleTracker().is_bw
-        if self.training and not again and not self.calls:                     # waits for the device
-            centers = together(kmeans(flat[None], len(self.codebook))[0], 'first')
-            self.move(flat, nearest(flat[None], centers, 'l2')[0], 0.0)
-        codebook = self.before if again else self.codebook.clone()             # (K, C)
-        indices = nearest(flat[None], codebook[None], 'l2')[0]        # (n,)
+        learns = self.training and not ModuleTracker().is_bw
+        first = learns and not self.calls                                      # waits for the device
+        if first:
+            self.codebook.copy_(together(kmeans(flat[None], len(self.codebook))[0][0], 'first'))
+        if learns:
+            self.before = self.codebook.clone()
+        codebook = self.before if self.training else self.codebook             # (K, C)
+        indices = nearest(flat[None], codebook[None], 'l2')[0]                 # (n,)
         code = codebook.index_select(0, indices)                               # (n, C)
         loss = self.commitment * F.mse_loss(flat, code)
-        if self.training and not again:
-            self.before = codebook
-            self.move(flat, indices, self.decay)
-            self.revive_dead(flat)
+        if learns:
+            self.learn(flat, indices, 0.0 if first else self.decay)
         quantized = (flat + (code - flat).detach()).to(x.dtype)              # straight-through: gradient of x
         return quantized.view_as(x), indices.view(x.shape[:-1]), loss
 
     @torch.no_grad()
-    def move(self, x: Tensor, indices: Tensor, decay: float):
-        """Towards x (n, C), whose codes are indices (n,): averages first, then the division."""
+    def learn(self, x: Tensor, indices: Tensor, decay: float):
+        """Move to x (n, C), whose codes are indices (n,): averages first, then the division. Codes that
+        hardly occur become rows of x, chosen by the number of calls."""
         indices = indices.where(x.isfinite().all(1), -1)                     # NaN would spoil a code for ever
         K, rows = len(self.codebook), F.pad(x, (0, 1), value=1.0)
         sums = together(slot_sums(rows[None], indices[None], K)[0], 'sum')     # (K, C + 1) the last: counts
@@ -1582,16 +1583,10 @@ class VectorQuantizer(nn.Module):
         self.cluster_size.lerp_(sums[:, -1], 1 - decay)
         total = self.cluster_size.sum()                  # Laplace smoothing leaves it as it is
         size = (self.cluster_size + self.eps) / (total + K * self.eps) * total
-        self.codebook.copy_(self.embed_avg / size[:, None])
-
-    @torch.no_grad()
-    def revive_dead(self, x: Tensor):
-        """Codes that hardly occur become rows of x (n, C), chosen by the number of calls."""
-        K = len(self.codebook)
         row = x[hashed(torch.arange(K, device=x.device) + self.calls * K) % len(x)]
         row = together(row, 'first')                                           # (K, C)
         dead = ((self.cluster_size < self.revive) & row.isfinite().all(1))[:, None]
-        self.codebook.copy_(torch.where(dead, row, self.codebook))
+        self.codebook.copy_(torch.where(dead, row, self.embed_avg / size[:, None]))
         self.embed_avg.copy_(torch.where(dead, self.revive * row, self.embed_avg))
         self.cluster_size.clamp_(min=self.revive)
         self.calls += 1

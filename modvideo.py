@@ -1280,11 +1280,9 @@ def merge_static(x: Tensor, frames: Tensor, static: Tensor, peaks: Tensor, rows:
         peak, group = dpc_knn(mean[row], peaks[row], k, static.view(B * S, P)[row], K)
         center[row] = look_up(peak, group, P)
     members = look_up(slot_sums(torch.ones_like(mean[..., 0]), center, P), center, 1)    # (B*S, P) in a group
-    share = 1 / members
-    if beta is not None:
-        others = (1 - beta) / (members - 1).clamp(min=1)
-        at_peak = center == torch.arange(P, device=device)
-        share = torch.where(members == 1, 1.0, torch.where(at_peak, beta, others))
+    beta, at_peak = 1 / members if beta is None else beta, center == torch.arange(P, device=device)
+    others = (1 - beta) / (members - 1).clamp(min=1)
+    share = torch.where(at_peak, beta, others).where(members > 1, 1.0)
     begin, center = frames.argmax(1)[..., None], center.view(B, S, P)          # (B, S, 1) first frame
     return torch.where(center < P, begin * P + center, -1), share.view(B, S, P) / length.clamp(min=1)
 

@@ -363,9 +363,9 @@ class Route(NamedTuple):
 
 
 def tokens_at(x: Tensor, index: Tensor):
-    """The tokens index (B, K) of x (B, S, C): (B, K, C), and which rows of x.flatten(0, 1) they are."""
+    """x (B, S, ...) at index (B, K): (B, K, ...), and which rows of x.flatten(0, 1) these are."""
     row = (index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]).flatten()   # (B*K,)
-    return x.flatten(0, 1).index_select(0, row).view(*index.shape, x.size(2)), row     # gather saves x
+    return x.flatten(0, 1).index_select(0, row).view(*index.shape, *x.shape[2:]), row  # gather saves x
 
 
 class MoDBlock(nn.Module):
@@ -857,22 +857,17 @@ def best_of(score: Tensor, count, among: Tensor) -> Tensor:
     return among & (score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count)
 
 
-def flat_slots(assign: Tensor, M: int) -> Tensor:
-    """(B, N) slots -> (B*N,) rows of a flat (B, M + 1) table, whose last column is for -1 and for M."""
-    return (assign % (M + 1) + (M + 1) * torch.arange(len(assign), device=assign.device)[:, None]).flatten()
-
-
 def slot_sums(x: Tensor, assign: Tensor, M: int) -> Tensor:
     """The sum of what each of M slots gets: x (B, N, C) or (B, N), assign (B, N) -> (B, M, C) or (B, M)."""
+    slot = assign % (M + 1) + (M + 1) * torch.arange(len(x), device=x.device)[:, None]     # (B, N) M: none
     table = x.new_zeros(len(x) * (M + 1), *x.shape[2:])
-    return table.index_add(0, flat_slots(assign, M), x.flatten(0, 1)).unflatten(0, (-1, M + 1))[:, :M]
+    return table.index_add(0, slot.flatten(), x.flatten(0, 1)).unflatten(0, (-1, M + 1))[:, :M]
 
 
 def look_up(table: Tensor, index: Tensor, missing) -> Tensor:
     """table (B, K) or (B, K, C) at index (B, N) -> (B, N) or (B, N, C); `missing` at -1 and at K."""
     padded = F.pad(table, [0, 0] * (table.dim() - 2) + [0, 1], value=missing)  # (B, K + 1) or (B, K + 1, C)
-    rows = padded.flatten(0, 1).index_select(0, flat_slots(index, table.size(1)))
-    return rows.view(*index.shape, *table.shape[2:])
+    return tokens_at(padded, index % padded.size(1))[0]
 
 
 def first_members(assign: Tensor, K: int) -> Tensor:

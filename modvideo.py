@@ -2024,22 +2024,19 @@ class UniformRouting(FrameRouting):
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0:
             return None
-        position = position.expand(x.shape[:2])[:, :N]                         # (B, N)
         place = torch.arange(N, device=x.device) % self.patches                # (N,) in its frame
-        score = self.score(i, position, place).float().expand(len(x), N)       # (B, N)
+        score = self.score(i, position[..., :N], place).float().expand(len(x), N)          # (B, N)
         score = F.pad(score, (0, x.size(1) - N))                               # (B, S)
         return best_route(score, N, N // self.patches, self.k, self.deciding(place))
 
     def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
-        """Which tokens layer i prefers: position (B, N), place (N,) in its frame -> (N,) or (B, N)."""
+        """Which tokens layer i prefers: position (N,) or (B, N), place (N,) in its frame -> as position."""
         return (place + 1) * self.k // self.patches - place * self.k // self.patches
 
 
 class RandomRouting(UniformRouting):
     """Random tokens: by a hash of position and layer, so that whole sequence and stream agree."""
-
-    def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
-        return hashed(position + i * 7919)
+    score = staticmethod(lambda i, position, place: hashed(position + i * 7919))
 
 
 class SkipRouting(UniformRouting):

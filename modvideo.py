@@ -125,7 +125,7 @@ class ModVideoConfig:
         self.check_options()
         self.patches = (self.frame_size // self.patch_size) ** 2               # P, of one frame
         parts = ('encoder', self.encoder), ('reducer', self.reducer), ('stage', self.stage)    # may merge
-        self.merges = merges = [f'{part} {name!r}' for part, name in parts if name not in ('plain', 'none')]
+        merges = [f'{part} {name!r}' for part, name in parts if name not in ('plain', 'none')]
         if self.streaming and (merges or ROUTINGS[self.routing].whole_clip):
             raise ValueError(f'{[*merges, "routing"][0]} looks at the whole clip, a stream has none')
         if merges and not ROUTINGS[self.routing].ragged:
@@ -190,12 +190,12 @@ class KVCache:
     """Keys, values, positions that an attention layer has seen. Layers may hold unequal numbers."""
     k = v = position = None                        # (B, H, S, D), (B, H, S, D), (B, S)
 
-    def extend(self, k: Tensor, v: Tensor, position: Tensor):
-        """Append -> all keys, all values, who sees whom: (B, 1, new, all) bool, None if causal."""
+    def extend(self, k: Tensor, v: Tensor, position: Tensor, mask: Tensor = None):
+        """Append -> all keys, all values, who sees whom: (B, 1, new, all) bool; mask, if nothing was held."""
         position = position.expand(k.size(0), -1)
         if self.k is None:
             self.k, self.v, self.position = k, v, position
-            return k, v, None
+            return k, v, mask
         if len(k) > len(self.k):                               # several questions about each sample follow
             self.k, self.v, self.position = (
                 a.repeat_interleave(len(k) // len(a), 0) for a in (self.k, self.v, self.position))
@@ -251,8 +251,7 @@ class Attention(nn.Module):
         """
         q, k, v = self.project(x, position)
         if cache is not None:                                          # a filled cache makes the mask itself
-            k, v, seen = cache.extend(k, v, position)
-            mask = mask if seen is None else seen
+            k, v, mask = cache.extend(k, v, position, mask)
         return self.mix(q, k, v, mask)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:

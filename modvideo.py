@@ -902,11 +902,12 @@ def from_clusters(assign: Tensor, num_clusters: int) -> Reduction:
     return mean_of(look_up(order.argsort(1), assign, -1), position)
 
 
-def mean_of(assign: Tensor, position: Tensor) -> Reduction:
-    """Slots that are the plain mean of their members: assign (B, N), position (B, M), N at padding."""
-    count = slot_sums(torch.ones_like(assign, dtype=torch.float), assign, position.size(1))    # (B, M)
-    weight = look_up(1 / count.clamp(min=1), assign, 0)                        # (B, N)
-    return Reduction(assign, weight, position, position < assign.size(1))
+def mean_of(assign: Tensor, position: Tensor, size: Tensor = None) -> Reduction:
+    """Slots that are the mean of their members: assign (B, N), position (B, M), N at padding; size (B, N):
+    what a member counts, None = one."""
+    size = torch.ones_like(assign, dtype=torch.float) if size is None else size.float()
+    total = look_up(slot_sums(size, assign, position.size(1)), assign, math.inf)           # (B, N)
+    return Reduction(assign, size / total.clamp(min=1e-6), position, position < assign.size(1))
 
 
 def pack(keep: Tensor, M: int = None) -> Reduction:
@@ -1121,10 +1122,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0, size: Te
     front = torch.cat([torch.arange(protected, device=device), sources, targets])      # (N,) in slot order
     slot = (stays[:, front].cumsum(1) - 1)[:, front.argsort()].where(stays, -1)        # (B, N)
     joined = torch.where(gone, slot[:, targets].gather(1, choice), slot[:, sources])   # (B, A)
-    assign, position = slot.index_copy(1, sources, joined), first_members(slot, N - r)     # (B, N), (B, N-r)
-    size = every.float() if size is None else size.float()
-    total = look_up(slot_sums(size, assign, N - r), assign, 1)                 # (B, N)
-    return Reduction(assign, size / total.clamp(min=1e-6), position, position < N)
+    return mean_of(slot.index_copy(1, sources, joined), first_members(slot, N - r), size)
 
 
 def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairing='parity', slot=None):

@@ -1264,8 +1264,8 @@ def merge_static(x: Tensor, frames: Tensor, static: Tensor, peaks: Tensor, rows:
     the segment's first frame; its peak has weight beta, the others of its group share the rest (None: mean).
     """
     (B, T, P, C), S, device = x.shape, frames.size(2), x.device
-    length = frames.sum(1)[..., None]                                       # (B, S, 1) frames of each segment
-    mean = (frames.mT @ x.float().flatten(2) / length.clamp(min=1)).view(B * S, P, C)
+    length = frames.sum(1)[..., None].clamp(min=1)                          # (B, S, 1) frames of each segment
+    mean = (frames.mT @ x.float().flatten(2) / length).view(B * S, P, C)
     center, peaks = torch.full((B * S, P), P, device=device), peaks.flatten()  # the peak each patch goes to
     if rows:                                                                   # segments in which any stays
         row = (peaks == 0).long().argsort(stable=True)[:rows]
@@ -1276,7 +1276,7 @@ def merge_static(x: Tensor, frames: Tensor, static: Tensor, peaks: Tensor, rows:
     others = (1 - beta) / (members - 1).clamp(min=1)
     share = torch.where(at_peak, beta, others).where(members > 1, 1.0)
     begin, center = frames.argmax(1)[..., None], center.view(B, S, P)          # (B, S, 1) first frame
-    return torch.where(center < P, begin * P + center, -1), share.view(B, S, P) / length.clamp(min=1)
+    return torch.where(center < P, begin * P + center, -1), share.view(B, S, P) / length
 
 
 class HoliTom(Reducer):
@@ -1898,7 +1898,6 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
              if name.endswith(tuple(names)) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
     if rank < 1 or not found and not any(isinstance(module, LoRA) for module in model.modules()):
         raise ValueError(f'no linear layer is named {" or ".join(names)}, or the rank is below 1: {rank}')
-    model.requires_grad_(False)
     for parent, name in found:
         setattr(parent, name, LoRA(getattr(parent, name), rank))
     for name, p in model.named_parameters():
@@ -2027,7 +2026,7 @@ class UniformRouting(FrameRouting):
         return best_route(score, N, N // self.patches, self.k, self.deciding(place))
 
     def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
-        """Which tokens layer i prefers: position (N,) or (B, N), place (N,) in its frame -> as position."""
+        """Which tokens layer i prefers: position (N,) or (B, N), place (N,) in its frame -> either."""
         return (place + 1) * self.k // self.patches - place * self.k // self.patches
 
 

@@ -375,24 +375,20 @@ def test_a_routed_block_is_raposos_equation(frame, ratio):
     taken = torch.ones_like(route.index, dtype=torch.bool) if even else route.mask
     y, one = (block(x, r, position, mask) for r in (route, route._replace(gate=taken.float())))
     assert y.isfinite().all() and (route.logits[~real] == -math.inf).all()
-    score = x @ router.weight.detach()
-    for b in range(3):                                                  # by hand: all words,
-        chosen = (frame[b] == -1).nonzero()[:, 0].tolist()
-        for t in range(4):                                              # and the best of each frame
-            own = (frame[b] == t).nonzero()[:, 0]
-            chosen += own[score[b, own].argsort(descending=True)][:math.ceil(ratio * len(own))].tolist()
-        chosen.sort()
-        assert chosen == route.index[b][taken[b]].tolist()
+    score, same = x @ router.weight.detach(), frame[:, None] == frame[..., None]       # (3, 13), (3, 13, 13)
+    better = (same & (score[:, None] > score[..., None])).sum(-1)       # how many of its frame are better
+    due = (frame == -1) | real & (better < (ratio * same.sum(-1)).ceil())      # words, the best of a frame
+    assert torch.equal(y[~due], x[~due])                                # padding and skipped ones, to the bit
+    for b in range(3):
+        chosen, alone = due[b].nonzero()[:, 0], real[b].nonzero()[:, 0]
+        assert torch.equal(route.index[b][taken[b]], chosen)
         gate, wanted = torch.where(frame[b, chosen] == -1, 1.0, score[b, chosen]), x[b].clone()
         wanted[chosen] += gate[:, None] * block.block(x[b:b + 1, chosen], position[b:b + 1, chosen])[0]
         close(y[b], wanted)
-        left = [i for i in range(13) if i not in chosen]
-        assert torch.equal(y[b, left], x[b, left])                      # padding and skipped ones, to the bit
-        alone = real[b].nonzero()[:, 0]
         if ratio == 1:                                                  # with gates of one the dense block
             close(one[b, alone], block(x[b:b + 1, alone], None, position[b:b + 1, alone])[0])
         single = router(x[b:b + 1, alone], frame[b:b + 1, alone], ratio)
-        assert alone[single.index[0]].tolist() == chosen
+        assert torch.equal(alone[single.index[0]], chosen)
         target = torch.zeros(len(alone)).index_fill(0, single.index[0], 1)
         losses.append(F.binary_cross_entropy_with_logits(single.logits[0], target, reduction='none'))
         close(mv.routing_loss(single), losses[-1].mean(), 1e-6)

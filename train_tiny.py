@@ -228,8 +228,7 @@ class Questions:
     def loss(self, model, batch):
         """-> loss, share of what is right: 0-dim tensors. Of several processes, this one's part of both: each
         weighs by its share of the words to learn."""
-        own = batch._replace(**{
-            name: a.tensor_split(WORLD)[RANK] for name, a in batch._asdict().items() if a is not None})
+        own = Batch(*(a.tensor_split(WORLD)[RANK] for a in batch if a is not None))
         logits, loss, _ = self.forward(model, own, own.targets)
         right = is_right(logits, self.wanted(own)).float().mean()
         words, all_words = ((self.wanted(a) != IGNORE).sum() for a in (own, batch))
@@ -337,15 +336,13 @@ class Streams(Questions):
         rows, spoke, due = [], [], []
         for batch in self.held_out(split, clips):
             prompt, scores = torch.full_like(batch.text[:, 0, :1], self.vocab.index(PROMPT)), []
+            frame = torch.arange(batch.video.size(1), device=prompt.device)
+            after = torch.cat([frame.expand_as(batch.decisions), batch.after], 1)      # frame before each
             with self.s.autocast():
                 for shown in [batch, batch._replace(video=batch.video.roll(1, 0))] if blind else [batch]:
                     parts = zip(*(a.split(self.s.batch) for a in shown))       # as many as training fits
-                    made = [self.forward(model, Batch(*part)) for part in parts]
-                    logits, position = (torch.cat(a) for a in zip(*(
-                        (logits, aux['position']) for logits, _, aux in made)))
-                    T, P = batch.video.size(1), model.config.patches
-                    position = torch.cat([position[:, P - 1:T * P:P], position[:, T * P:]], 1)
-                    scores.append(turn_scores(logits, self.wanted(batch), position, T, self.s.theta))
+                    logits = torch.cat([self.forward(model, Batch(*part))[0] for part in parts])
+                    scores.append(turn_scores(logits, self.wanted(batch), after, len(frame), self.s.theta))
                 frames = ((frame, None) for frame in batch.video.unbind(1))
                 silence = [moment['silence'] for moment in model.stream(frames, prompt, self.s.theta)]
             rows.append(dict(scores[0], blind_accuracy=scores[1]['accuracy'] if blind else math.nan))
@@ -376,8 +373,8 @@ class Streams(Questions):
         return shlex.join(['--stream', str(run / 'clip.webp')])
 
 
-def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
-    """Teacher-forced scores of streams: logits (B, T + L, V), wanted and position (B, T + L).
+def turn_scores(logits, wanted, after, T: int, theta: float) -> dict:
+    """Teacher-forced scores of streams: logits (B, T + L, V), wanted and after which frame (B, T + L).
 
     A turn: silences, then words up to their '<eos>'. nll: mean -log P of words (exp of it is LM-PPL).
     lm_correctness: index of a turn's first wrong word / its words. fluency: what is right before the first
@@ -389,7 +386,7 @@ def turn_scores(logits, wanted, position, T: int, theta: float) -> dict:
     word[:, :T] &= wanted[:, :T] != EOS
     nll, shares, fluent = F.cross_entropy(logits[word], wanted[word]).item(), [], 0
     right, wanted, word = (chosen == wanted).cpu(), wanted.cpu(), word.cpu()
-    for i, order in enumerate(position.argsort(dim=1, stable=True).cpu()):
+    for i, order in enumerate(after.argsort(dim=1, stable=True).cpu()):
         order = order[wanted[i, order] != IGNORE]                              # in time
         ends = (word[i] & (wanted[i] == EOS))[order].nonzero()[:, 0] + 1
         for turn in order.tensor_split(ends):

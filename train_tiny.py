@@ -77,7 +77,7 @@ RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD
 # It knows nothing of this project's data or tasks: any model, batches from a function of the step, any loss.
 
 def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optimizers: list = None,
-          report=lambda row: None, autocast=nullcontext, stop: list = None, name: str = 'train') -> list:
+          report=lambda row: None, stop: list = None, name: str = 'train') -> list:
     """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; with several processes,
@@ -94,8 +94,7 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optim
     for step in bar:
         for group in groups:
             group['lr'] = group['initial_lr'] * schedule(step, steps)
-        with autocast():
-            value, right = loss(model, draw(step))
+        value, right = loss(model, draw(step))
         learn(model, optimizers, value)
         recent.append(torch.stack([value.detach().float(), right.float()]))
         done, last = step + 1, bool(stop)                      # a later Ctrl-C stops after the next step
@@ -811,8 +810,8 @@ class Run:
         before = signal.signal(signal.SIGINT, pressed)
         try:
             train(model.train(), lambda step: task.draw('train', step, s.batch),
-                  lambda _, batch: task.loss(fast, batch), s.steps, s.rate(), self.done, self.optimizers,
-                  report, s.autocast, stop, s.recipe)
+                  s.autocast()(lambda _, batch: task.loss(fast, batch)), s.steps, s.rate(), self.done,
+                  self.optimizers, report, stop, s.recipe)
         finally:
             signal.signal(signal.SIGINT, before)
         if stop:
@@ -1074,22 +1073,13 @@ def measure(task, make: dict) -> dict:
 
     def training(model):
         """A function that makes a step."""
-        optimizers = configure_optimizer(model.train(), s.rate())
-
-        def step():
-            with s.autocast():
-                value, _ = task.loss(model, batch)
-            learn(model, optimizers, value)
-        return step
-
-    def look(function):
-        with torch.no_grad(), s.autocast():
-            function()
+        optimizers, loss = configure_optimizer(model.train(), s.rate()), s.autocast()(task.loss)
+        return lambda: learn(model, optimizers, loss(model, batch)[0])
 
     rows = {name: dict(memory_mb=step_memory_mb(s.device, training(new()))) for name, new in make.items()}
     for name, new in make.items():
         functions, meaning[name] = task.timed(new().eval(), batch)
-        functions = [training(new()), *(functools.partial(look, function) for function in functions)]
+        functions = [training(new()), *(torch.no_grad()(s.autocast()(function)) for function in functions)]
         runs += [(name, function, []) for function in functions]
     # In turn: what slows one slows all.
     for _ in tqdm(range(ROUNDS + 2), 'timing', dynamic_ncols=True):
@@ -1392,7 +1382,7 @@ class Settings:
         return 0 if whole else self.steps * self.plan().coarse
 
     def autocast(self):
-        """The context of forward passes."""
+        """The context, or decorator, of forward passes."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == 'bfloat16')
 
 

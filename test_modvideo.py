@@ -2668,14 +2668,14 @@ def test_comparison_trains_what_is_missing_and_says_how(capsys, monkeypatch):
 def test_a_comparison_goes_on_where_it_stopped(monkeypatch):
     """Catches rows trained from their start, taken for finished, or stuck; a folder that is emptied."""
     s, row = train_tiny.parse([*TINY, '--compare', '--steps', '6']), 'seed0/dense'
-    run = lambda name: train_tiny.run_row(s, 'dense', 0, Path(name))
-    whole, command = run('whole')
+    run = lambda name: train_tiny.finish(train_tiny.row_of(s, 'dense', 0, Path(name)))
+    whole, command = run('whole'), train_tiny.command_of(train_tiny.row_of(s, 'dense', 0, Path('whole')))
     assert command.startswith('python train_tiny.py --recipe dense --preset tiny --steps 6 --batch 4')
     steps = in_step(monkeypatch, 4, press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         run('cut')
     for _ in range(2):                                         # the second time it was cut while it evaluated
-        assert run('cut')[0]['accuracy'] == whole['accuracy'] and len(steps) == 6
+        assert run('cut')['accuracy'] == whole['accuracy'] and len(steps) == 6
         assert same_weights(f'cut/{row}', f'whole/{row}')
         Path('cut', row, 'result.json').unlink()
     config = Path('whole', row, 'config.json').read_text()
@@ -2684,7 +2684,7 @@ def test_a_comparison_goes_on_where_it_stopped(monkeypatch):
         path.parent.mkdir(parents=True)
         path.write_text(text)
         with pytest.raises(ValueError, match=words) if words else nullcontext():
-            assert run(name)[0]['accuracy'] == whole['accuracy']
+            assert run(name)['accuracy'] == whole['accuracy']
         assert not words or path.read_text() == text
 
 

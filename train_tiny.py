@@ -880,10 +880,7 @@ def finish(s) -> dict:
     path = Path(s.out)
     if not (path / 'result.json').exists():
         resumes = (path / 'ckpt.pt').exists()
-        try:
-            run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt from None                  # what asked for this run goes on with it
+        run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
     return read_json(path / 'result.json')
 
 
@@ -1197,25 +1194,23 @@ def summarize(results: list) -> dict:
                 token_share=layers[0] / N, converted=sum(n < N for n in layers) / len(layers))
 
 
-def row_of(s, name: str, **more):
+def row_of(s, name: str, seed: int, folder: Path):
     """Settings of a row of a comparison: of the model's options those that mean something to its task."""
-    row = RECIPES[name]
-    model = {key: value for key, value in s.model.items() if key not in row.task.without}
-    return replace(s, recipe=name, model=model, coarse=None if row.begins or row.task is Frames else s.coarse,
-                   compare=False, rows='', seeds=0, **more)
+    row, here = RECIPES[name], folder / f'seed{seed}'
+    steps = round(row.share * (s.steps or RUNS[s.preset][row.task.kind].steps))
+    return replace(s, recipe=name, seed=seed, steps=max(steps, int(row.share > 0)), out=str(here / name),
+                   init_from=str(here / row.begins) if row.begins else '', compare=False, rows='', seeds=0,
+                   coarse=None if row.begins or row.task is Frames else s.coarse,
+                   model={key: value for key, value in s.model.items() if key not in row.task.without})
 
 
-def run_row(s, name: str, seed: int, folder: Path):
-    """One row of a comparison, trained, gone on with, or finished before -> its result, its command."""
-    recipe, here = RECIPES[name], folder / f'seed{seed}'
-    steps = recipe.share * (s.steps or RUNS[s.preset][recipe.task.kind].steps)
-    row = row_of(s, name, seed=seed, steps=max(1, round(steps)) if recipe.share else 0, out='',
-                 init_from=str(here / recipe.begins) if recipe.begins else '')
+def command_of(s) -> str:
+    """The command that makes such a run in a folder of its own."""
     plain, command = vars(Settings()), ['python', 'train_tiny.py']
-    for key, value in row.flags().items():
-        if key != 'model' and value != plain.get(key):
+    for key, value in s.flags().items():
+        if key not in ('model', 'out') and value != plain.get(key):
             command += [dashed(key)] + [str(value)] * (value is not True)
-    return finish(replace(row, out=str(here / name))), shlex.join(command)
+    return shlex.join(command)
 
 
 def run_compare(s):
@@ -1225,7 +1220,7 @@ def run_compare(s):
     data, asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
-            untrained(row_of(s, name), data)
+            untrained(row_of(s, name, s.seed, folder), data)
     note = folder / 'asked.json'
     fixed = asdict(replace(s, out='', rows='', recipe=Settings.recipe, seeds=0, ask=[], question=[]))
     if note.exists():
@@ -1237,9 +1232,10 @@ def run_compare(s):
     seeds = range(s.seed, s.seed + (s.seeds or 3))
     done = lambda name: all((folder / f'seed{seed}/{name}/result.json').exists() for seed in seeds)
     for name in [name for name in RECIPES if name in asked or done(name)]:
-        results, commands = zip(*(run_row(s, name, seed, folder) for seed in seeds))
+        own = [row_of(s, name, seed, folder) for seed in seeds]
+        results = [finish(row) for row in own]
         try:
-            rows[name] = dict(summarize(results), command=commands[0])
+            rows[name] = dict(summarize(results), command=command_of(own[0]))
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ValueError(f'a result.json of row {name} in {folder} is not what a run wrote '
                              f'({type(error).__name__})') from None
@@ -1643,7 +1639,8 @@ def main(argv=None, began: float = None) -> int:
     except (ValueError, OSError) as error:
         message = error
     except KeyboardInterrupt as stop:
-        again = shlex.join(map(str, ['python', 'train_tiny.py', *(stop.args or argv)]))
+        again = argv if '--compare' in argv else stop.args or argv     # which goes on with each of its runs
+        again = shlex.join(map(str, ['python', 'train_tiny.py', *again]))
         status, message = 130, f'stopped; go on with: {again}'
     print(f'train_tiny: {message}', file=sys.stderr)
     return status

@@ -384,14 +384,13 @@ def turn_scores(logits, wanted, after, T: int, theta: float) -> dict:
     word = wanted != IGNORE                                                    # (B, T + L)
     word[:, :T] &= wanted[:, :T] != EOS
     nll, shares, fluent = F.cross_entropy(logits[word], wanted[word]).item(), [], 0
-    right, wanted, word = (chosen == wanted).cpu(), wanted.cpu(), word.cpu()
-    for i, order in enumerate(after.argsort(dim=1, stable=True).cpu()):
-        order = order[wanted[i, order] != IGNORE]                              # in time
-        ends = (word[i] & (wanted[i] == EOS))[order].nonzero()[:, 0] + 1
-        for turn in order.tensor_split(ends):
-            fluent += int(right[i, turn].cumprod(0).sum())
-            words_right = right[i, turn[word[i, turn]]]
-            shares += [words_right.cumprod(0).float().mean()] if len(words_right) else []
+    order = after.argsort(dim=1, stable=True)                                  # in time
+    parts = chosen == wanted, word, word & (wanted == EOS), wanted != IGNORE   # (B, T + L) each
+    for right, word, ends, kept in zip(*(part.gather(1, order).cpu() for part in parts)):
+        cuts = ends[kept].nonzero()[:, 0] + 1
+        for right, word in zip(*(part[kept].tensor_split(cuts) for part in (right, word))):    # of a turn
+            fluent += int(right.cumprod(0).sum())
+            shares += [right[word].cumprod(0).float().mean()] if word.any() else []
     share = torch.stack(shares)
     return dict(nll=nll, lm_correctness=share.mean().item(), fluency=fluent / int((wanted != IGNORE).sum()),
                 accuracy=(share == 1).float().mean().item())
@@ -432,10 +431,9 @@ class Retrieval(Questions):
         for batch in self.held_out(split, 10 ** 9):
             sentences, new = [in_words(ids, self.vocab) for ids in batch.text], []
             half = len(sentences) // 2
-            for i in range(half):
-                pair = {sentences[i], sentences[i + half]}
-                if not pair & seen and len(seen) < clips:
-                    seen |= pair
+            for i, pair in enumerate(zip(sentences[:half], sentences[half:])):
+                if seen.isdisjoint(pair) and len(seen) < clips:
+                    seen.update(pair)
                     new += [i, i + half]
             with self.s.autocast():
                 found.append((model.encode_video(batch.video[new]), model.encode_text(batch.text[new]),
@@ -1246,8 +1244,7 @@ def run_compare(s):
         for name, found in measure(task, {name: functools.partial(load, name) for name in names}).items():
             rows[name] |= found
         if kind is Questions:
-            bases = {'dense', 'gaps'} & {*names}
-            curves = {base: untrained_curves(task, load(base)) for base in sorted(bases)}
+            curves = {base: untrained_curves(task, load(base)) for base in ('dense', 'gaps') if base in names}
             video, ids, question, _ = task.liveliest()
             for name in names:
                 draw_clip(load(name).eval(), video, ids[None], folder / name, f'{name}: {question}')
@@ -1541,12 +1538,11 @@ def open_model(s: Settings, flag: str, kind: str, clip: str = ''):
     run = max(runs, key=lambda run: (run / 'ckpt.pt').stat().st_mtime)
     model, _ = load_checkpoint(run / 'ckpt.pt')
     check(kind_of(run) == kind, f'{flag}: the model of {run} was trained for {kind_of(run)}')
-    if not clip:
-        return run, model.eval(), None
-    c = model.config
-    video = read_clip(clip, parse_grid(s.grid), c.frames, c.frame_size)        # (T, 3, size, size)
-    print(f'{run}: {clip}, seen as {c.frames} frames of {c.frame_size}x{c.frame_size}')
-    return run, model.eval(), video.float() / 255
+    c, video = model.config, None
+    if clip:
+        video = read_clip(clip, parse_grid(s.grid), c.frames, c.frame_size).float() / 255      # (T, 3, ...)
+        print(f'{run}: {clip}, seen as {c.frames} frames of {c.frame_size}x{c.frame_size}')
+    return run, model.eval(), video
 
 
 @torch.no_grad()

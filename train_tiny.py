@@ -751,11 +751,10 @@ class Run:
             untrained(s, task.data)                            # refuses what does not fit
             if Path(first.out, 'config.json').exists():        # begun by a run that was stopped
                 saved, own = settings_of(Path(first.out)), 'recipe preset data grid seed batch coarse lr'
-                asked = {name: getattr(first, name) for name in own.split()}
-                must_agree(Path(first.out), saved.flags(),
-                           {**asked, **dict.fromkeys(saved.model), **first.model})
+                names = [*own.split(), *saved.model, *first.model]
+                must_agree(Path(first.out), saved.flags(), {name: first.flags().get(name) for name in names})
             finish(first)
-            s = self.s = replace(s, init_from=first.out)
+            s.init_from = first.out
         dense = load_checkpoint(Path(s.init_from, 'ckpt.pt'), s.device)[0] if s.init_from else None
         return build(s, task, dense)
 
@@ -823,7 +822,7 @@ def run_recipe(s, began: float = None):
     task, run = RECIPES[s.recipe].task(s, load_data(s)), Run(s)
     try:
         model = run.begin(task)
-        s, cost = run.s, task.cost(model)
+        cost = task.cost(model)
         if s.coarse_steps() and not s.resume:
             task.loss(model, task.draw('train', 0, max(2, WORLD)))     # which half of the frames may refuse
         if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
@@ -982,11 +981,11 @@ def narrate(model, video, path: Path, theta: float, asked: dict):
 
 
 @torch.no_grad()
-def rank_clips(model, video, names: list, sentence: str, path: Path, best: int = 5):
-    """Print and draw the clips (n, T, 3, height, width) that fit a sentence best."""
+def rank_clips(model, video, names: list, sentence: str, path: Path):
+    """Print and draw the five clips (n, T, 3, height, width) that fit a sentence best."""
     ids = torch.tensor([[*encode_question(sentence, model.config.vocab), EOS]], device=video.device)
     fit = model.encode_text(ids) @ torch.cat([model.encode_video(part) for part in video.split(16)]).T
-    top, rows = fit[0].topk(min(best, len(video))), []
+    top, rows = fit[0].topk(min(5, len(video))), []
     print(f'\n{sentence}')
     for value, i in zip(top.values.tolist(), top.indices.tolist()):
         print(f'  {value:6.3f}   {names[i]}')

@@ -19,7 +19,6 @@ A run's folder, out/RUN, holds config.json, log.csv, ckpt.pt, result.json, clip.
 import argparse
 import copy
 import difflib
-import functools
 import itertools
 import json
 import math
@@ -270,7 +269,7 @@ class Questions:
         c, found = model.config, []
         paper = lambda tokens: sum(24 * n * c.dim ** 2 + 4 * n * n * c.dim for n in tokens)
         for batch in self.held_out('test', COST_CLIPS, 1):
-            flops, (_, _, aux) = count_flops(model, functools.partial(self.forward, model.eval(), batch))
+            flops, (_, _, aux) = count_flops(model, lambda: self.forward(model.eval(), batch))
             (Q, L), N = batch.text.shape[1:], batch.video.size(1) * c.patches
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
             found.append(dict(vision_by_layer=layers, decoder_tokens=aux['reduced'].tokens.size(1),
@@ -310,7 +309,7 @@ class Questions:
         # Five, a mistake among them if there is one.
         print('', *right[::max(1, len(right) // 5)][:5 - len(wrong[:1])], *wrong[:1], sep='\n')
         video, asked, question, answer = self.liveliest()
-        whole(run / 'clip.webp', functools.partial(save_clip, video))
+        whole(run / 'clip.webp', lambda part: save_clip(video, part))
         draw_clip(model, video, asked[None], run / 'tokens', f'{question}? {answer}')
         return shlex.join(['--ask', str(run / 'clip.webp'), question])
 
@@ -365,7 +364,7 @@ class Streams(Questions):
 
     def show(self, model, run: Path) -> str:
         video = self.liveliest()[0].cpu()
-        whole(run / 'clip.webp', functools.partial(save_clip, video))
+        whole(run / 'clip.webp', lambda part: save_clip(video, part))
         print()
         narrate(model.cpu(), video, run / 'narration.png', self.s.theta, {})
         draw_clip(model, video, torch.tensor([[self.vocab.index(PROMPT)]]), run / 'tokens', PROMPT)
@@ -479,7 +478,7 @@ class Retrieval(Questions):
         tokens = len(first) * model.config.patches if self.single else merged.position.size(1)
         rows = [(names[0], draw_big(first)), (f'{tokens} tokens', draw_big(first, merged))]
         whole(run / 'tokens.png', stack(rows).save)
-        whole(run / 'clip.webp', functools.partial(save_clip, first))
+        whole(run / 'clip.webp', lambda part: save_clip(first, part))
         rank_clips(model, batch.video, names, names[0], run / 'find.png')
         return '--find "a red circle moves left"'
 
@@ -1060,8 +1059,8 @@ def step_memory_mb(device: str, step) -> float:
     return sum(kept.values()) / 2 ** 20
 
 
-def measure(task, make: dict) -> dict:
-    """Training step, memory, what the task times, of models in turn: medians. make: name -> a new model."""
+def measure(task, names: list, make) -> dict:
+    """Training step, memory, what the task times, of models in turn: medians. make(name) -> a new model."""
     s, batch, runs, meaning = task.s, task.draw('train', task.s.steps, task.s.batch), [], {}
     sync = {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(s.device, lambda: None)
 
@@ -1070,10 +1069,10 @@ def measure(task, make: dict) -> dict:
         optimizers, loss = configure_optimizer(model.train(), s.rate()), s.autocast()(task.loss)
         return lambda: learn(model, optimizers, loss(model, batch)[0])
 
-    rows = {name: dict(memory_mb=step_memory_mb(s.device, training(new()))) for name, new in make.items()}
-    for name, new in make.items():
-        functions, meaning[name] = task.timed(new().eval(), batch)
-        functions = [training(new()), *(torch.no_grad()(s.autocast()(function)) for function in functions)]
+    rows = {name: dict(memory_mb=step_memory_mb(s.device, training(make(name)))) for name in names}
+    for name in names:
+        looks, meaning[name] = task.timed(make(name).eval(), batch)
+        functions = [training(make(name)), *(torch.no_grad()(s.autocast()(look)) for look in looks)]
         runs += [(name, function, []) for function in functions]
     # In turn: what slows one slows all.
     for _ in tqdm(range(ROUNDS + 2), 'timing', dynamic_ncols=True):
@@ -1130,8 +1129,8 @@ def run_bench(s):
     s.coarse = 0.0                                             # whole clips are tried and timed
     task = kind(s, load_data(s))
     models = {name: untrained(replace(s, recipe=name), task.data).cpu() for name in names}
-    make = {name: lambda model=model: copy.deepcopy(model).to(s.device) for name, model in models.items()}
-    rows = {name: {**task.cost(make[name]()), **found} for name, found in measure(task, make).items()}
+    make = lambda name: copy.deepcopy(models[name]).to(s.device)
+    rows = {name: {**task.cost(make(name)), **found} for name, found in measure(task, names, make).items()}
     columns = ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])]
     print(f'\n{table_of(rows, columns)}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} '
           'rounds in turn; in brackets: of the first row')
@@ -1240,7 +1239,7 @@ def run_compare(s):
         names = [name for name in rows if RECIPES[name].task is kind]
         load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
         task = kind(replace(s, recipe=names[0], batch=s.batch or RUNS[s.preset][kind.kind].batch), data)
-        for name, found in measure(task, {name: functools.partial(load, name) for name in names}).items():
+        for name, found in measure(task, names, load).items():
             rows[name] |= found
         if kind is Questions:
             curves = {base: untrained_curves(task, load(base)) for base in ('dense', 'gaps') if base in names}
@@ -1418,7 +1417,7 @@ def parse(argv) -> Settings:
     for name, (kind, text, *default) in {**own, **model_flags()}.items():
         text += f' [{default[0]}]' if default and default[0] else ''
         how = {bool: dict(action='store_true'), list: dict(nargs=2, metavar=METAVARS.get(name))}.get(
-            kind, dict(type=kind, choices=CHOICES.get(name) and [*CHOICES[name]], metavar=METAVARS.get(name)))
+            kind, dict(type=kind, choices=CHOICES.get(name), metavar=METAVARS.get(name)))
         place = jobs if name in JOBS else parser if name in own else group
         place.add_argument(dashed(name), help=text.replace('%', '%%'), **how)
     for before, word in zip(['', *argv], argv):

@@ -1475,9 +1475,9 @@ def check_flags(s: Settings, given: set):
 
 
 def machine_name(device: str) -> str:
-    """The device, in words."""
-    threads = f'{torch.get_num_threads()} threads'
-    return f'{device} ({torch.cuda.get_device_name() if device == "cuda" else threads})'
+    """The device, in words, and how many processes train together."""
+    name = torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} threads'
+    return f'{device} ({name})' + f', {WORLD} processes' * (WORLD > 1)
 
 
 def set_up(s: Settings):
@@ -1514,8 +1514,7 @@ def set_up(s: Settings):
         torch.backends.cuda.enable_cudnn_sdp(False)            # its backward is not deterministic
     if cuda:
         torch.cuda.reset_peak_memory_stats()                   # of this run alone
-    together = f', {WORLD} processes' if WORLD > 1 else ''
-    print(f'{machine_name(s.device)}{together}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, '
+    print(f'{machine_name(s.device)}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, '
           f'recipe {s.recipe}, seed {s.seed}')
 
 

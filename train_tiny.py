@@ -387,9 +387,9 @@ def turn_scores(logits, wanted, after, T: int, theta: float) -> dict:
     parts = chosen == wanted, word, word & (wanted == EOS), wanted != IGNORE   # (B, T + L) each
     for right, word, ends, kept in zip(*(part.gather(1, order).cpu() for part in parts)):
         cuts = ends[kept].nonzero()[:, 0] + 1
-        for right, word in zip(*(part[kept].tensor_split(cuts) for part in (right, word))):    # of a turn
-            fluent += int(right.cumprod(0).sum())
-            shares += [right[word].cumprod(0).float().mean()] if word.any() else []
+        for fine, said in zip(right[kept].tensor_split(cuts), word[kept].tensor_split(cuts)):      # of a turn
+            fluent += int(fine.cumprod(0).sum())
+            shares += [fine[said].cumprod(0).float().mean()] if said.any() else []
     share = torch.stack(shares)
     return dict(nll=nll, lm_correctness=share.mean().item(), fluency=fluent / int((wanted != IGNORE).sum()),
                 accuracy=(share == 1).float().mean().item())

@@ -1152,44 +1152,47 @@ def test_gumbel_noise_in_training_alone_and_repeatable():
 
 def clip_brick(w):
     """A block of CLIP (LayerNorm, biases, QuickGELU) with LoRA on qkv, as TempMe's code has it."""
-    block, dim = mv.Block(32, 2, causal=False), 32
-    block.norm1, block.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-    block.attention.qkv = mv.LoRA(nn.Linear(dim, 3 * dim), 4)
-    block.attention.out, block.mlp.up, block.mlp.down = (
-        nn.Linear(*size) for size in ((dim, dim), (dim, 4 * dim), (4 * dim, dim)))
-    theirs = {'norm1.': 'ln_1.', 'norm2.': 'ln_2.', 'mlp.up.': 'mlp.c_fc.', 'mlp.down.': 'mlp.c_proj.',
-              'attention.qkv.linear.': 'attn.in_proj_', 'attention.qkv.lora_': 'attn.TVPt_LoRA_',
-              'attention.out.': 'attn.out_proj.'}
+    block = mv.Block(32, 2, causal=False)
+    block.norm1, block.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
+    block.attention.qkv, block.attention.out = mv.LoRA(nn.Linear(32, 96), 4), nn.Linear(32, 32)
+    block.mlp.up, block.mlp.down = nn.Linear(32, 128), nn.Linear(128, 32)
+    block.mlp.gelu.forward = lambda h: h * torch.sigmoid(1.702 * h)
+    theirs = {'norm': 'ln_', 'mlp.up': 'mlp.c_fc', 'mlp.down': 'mlp.c_proj', 'attention.out': 'attn.out_proj',
+              'attention.qkv.linear.': 'attn.in_proj_', 'attention.qkv.lora_': 'attn.TVPt_LoRA_'}
     for field, p in block.named_parameters():
-        prefix = next(prefix for prefix in theirs if field.startswith(prefix))
-        p.data.copy_(w[theirs[prefix] + field.removeprefix(prefix)])
-    block.mlp.forward = lambda x: block.mlp.down((h := block.mlp.up(x)) * torch.sigmoid(1.702 * h))
+        mine = next(filter(field.startswith, theirs))
+        p.data.copy_(w[field.replace(mine, theirs[mine])])
     return block
 
 
-def same_sets(x, size, y, y_size, front):
-    """The first `front` rows alike, the others alike in any order."""
-    close(x[:, :front], y[:, :front], 2e-5)
-    for a, b, m, n in zip(x[:, front:], y[:, front:], size[:, front:], y_size[:, front:, 0]):
-        match = torch.cdist(a, b).argmin(1)
+def same_sets(x, size, g, front):
+    """The first `front` rows as in g, the others alike in any order."""
+    assert x.shape == g['y'].shape
+    for a, b, m, n in zip(x, g['y'], size, g['size_out'][..., 0]):
+        match = torch.cat([torch.arange(front), front + torch.cdist(a[front:], b[front:]).argmin(1)])
         assert torch.equal(match.sort().values, torch.arange(len(a))) and torch.equal(m, n[match])
         close(a, b[match], 2e-5)
 
 
-def test_merging_blocks_equal_tempmes_code():
-    """Catches merging before attention, keys without LoRA, sizes left out of attention, CLS that merge."""
+def test_merging_blocks_equal_tempmes_code_but_twins_merge():
+    """Catches merging before attention, keys without LoRA, sizes left out of attention, CLS that merge; the
+    split by parity, under which the same patch of two still clips can never merge."""
     g, block = golden('tempme')['block/img'], clip_brick(golden('tempme')['block/img/w'])
     _, _, r, cls, *_ = g['meta'].tolist()
-    y, size, slot = mv.image_block(block, g['x'], g['size_in'][..., 0], r, cls)
-    same_sets(y, size, g['y'], g['size_out'], cls)
+    x, size, slot = mv.image_block(block, g['x'], g['size_in'][..., 0], r, cls)
+    same_sets(x, size, g, cls)
     assert (slot[:, 0] == 0).all()
     g, w = golden('tempme')['block/clip'], golden('tempme')['block/clip/w']
-    M, first, last, cls, frames, cls_out, tokens, _ = g['meta'].tolist()
+    M, first, last, cls, _, cls_out, *_ = g['meta'].tolist()
     place, size = w['TVPt_Video_Positional_embedding'][0, :, 0], g['size_in'][..., 0]
     x, size, _ = mv.join_clips(g['x'], size, place, M, first, cls, 'parity')
-    y, size, _ = mv.image_block(clip_brick(w), x, size, last, cls_out)
-    assert y.shape[:2] == (len(g['x']) // M, tokens) and len(y) * M == len(g['x'])
-    same_sets(y, size, g['y'], g['size_out'], cls_out)
+    x, size, _ = mv.image_block(clip_brick(w), x, size, last, cls_out)
+    same_sets(x, size, g, cls_out)
+    x = torch.randn(1, 17, 32) + 0.01 * torch.randn(2, 17, 32)                         # CLS and 16 patches
+    for pairing, wanted in ((None, 12), ('parity', 0)):
+        _, size, slot = mv.join_clips(x, None, torch.zeros(2, 32), 2, 12, 1, pairing)
+        one, other = slot[0, 2:].view(2, 16)
+        assert ((one == other) & (size[0][one] == 2)).sum() == wanted and size.sum() == 34     # they alone
 
 
 def test_merge_schedule_is_the_papers_and_goes_with_any_number_of_frames():
@@ -1207,15 +1210,6 @@ def test_merge_schedule_is_the_papers_and_goes_with_any_number_of_frames():
     factors = lambda *numbers: [[M for M, _ in step.joins] for step in mv.merge_schedule(*numbers)]
     assert factors(6, 16, 64) == [[]] * 3 + [[2, 2], [2, 2], []] and factors(2, 16, 64) == [[], [2, 2, 2, 2]]
     assert factors(12, 7, 16) == [[]] * 10 + [[7], []] and factors(1, 1, 16) == [[]]    # a prime number, one
-
-
-def test_twins_across_clips_merge():
-    """Catches the split by parity, under which the same patch of two still clips can never merge."""
-    x = torch.randn(1, 17, 32) + 0.01 * torch.randn(2, 17, 32)                         # CLS and 16 patches
-    for pairing, wanted in ((None, 12), ('parity', 0)):
-        _, size, slot = mv.join_clips(x, None, torch.zeros(2, 32), 2, 12, 1, pairing)
-        one, other = slot[0, 2:].view(2, 16)
-        assert ((one == other) & (size[0][one] == 2)).sum() == wanted and size.sum() == 34     # they alone
 
 
 @pytest.mark.parametrize('T,layers', [(4, 3), (6, 5), (7, 2), (12, 9)])

@@ -1478,7 +1478,7 @@ def build(sections):
 
 
 def try_core(v):
-    """Build a small model of the core, learn three steps and answer -> the model, its aux."""
+    """Build a small model of the core, learn three steps and answer -> its aux."""
     model, (video, text) = make(v=v), sample()
     before, losses = [p.clone() for p in model.parameters()], []
     optimizers = v.get('configure_optimizer', lambda m: [torch.optim.AdamW(m.parameters(), 3e-3)])(model)
@@ -1490,57 +1490,60 @@ def try_core(v):
     assert model.generate(video, text, 2).shape == (2, 2, 2)
     assert 'count_flops' not in v or v['count_flops'](model, lambda: model(video, text))[0]['total'] > 0
     assert 'draw_tokens' not in v or v['draw_tokens'](video[0], aux['routes'][0], grid=(4, 4)).width > 64
-    return model, aux
+    if 'save_checkpoint' in v:
+        v['save_checkpoint']('m.pt', model)
+        assert torch.equal(v['load_checkpoint']('m.pt')[0](video, text)[0], model(video, text)[0])
+    return aux
 
 
-def try_checkpoint(v):
-    model = try_core(v)[0]
-    v['save_checkpoint']('m.pt', model)
-    assert torch.equal(v['load_checkpoint']('m.pt')[0](*sample())[0], model(*sample())[0])
-
-
-def try_parts(**parts):
-    """These parts of a model, and what they cost, on tokens alone, without the model."""
-    def run(v):
-        x, flat, place = torch.randn(2, 4, 16, 32), torch.randn(2, 10, 32), torch.arange(10)
-        block = v['Block'](32, 2)
-        for name in parts.get('reducers', ()):
-            reducer = v['REDUCERS'][name](32, **OPTIONS[name])
+def try_section(number, v):
+    """Use what a section defines; parts of a model and what they cost on tokens alone, without the model."""
+    x, flat, place = torch.randn(2, 4, 16, 32), torch.randn(2, 10, 32), torch.arange(10)
+    block = v['Block'](32, 2) if number > 1 else None
+    parts = [(part, name, cls) for part, kinds in v.get('PARTS', {}).items() for name, cls in kinds.items()
+             if cls and f'class {cls.__name__}(' in SECTIONS[number]]
+    for part, name, cls in parts:
+        if part == 'encoder':
+            assert cls(32, 3, 2, 16, 4, 4)(sample()[0], want_saliency=True).tokens.size(2) == 32
+        elif part == 'reducer':
+            reducer = cls(32, **OPTIONS.get(name, {}))
             made = reducer(x, torch.rand(2, 4, 16), flat, torch.ones(2, 10).bool())
-            assert made.tokens.shape[2] == 32
+            assert made.tokens.size(2) == 32
             assert reducer.picture(made) is not None or made.position is not None
-        for name in parts.get('stages', ()):
-            stage = v['STAGES'][name](4, stage_layer=1)
+        elif part == 'stage':
+            stage = cls(4, stage_layer=1)
             assert stage.run(block, flat, flat, place.expand(2, -1), 8, torch.tensor([9, 9]))[2] == 4
-        for kind in map(v['ROUTINGS'].get, parts.get('routings', ())):
-            route = kind(32, [0], 0.5, 4)(0, block, flat, place, 8)
-            assert kind.layer(block)(flat, route, place).isfinite().all()
-    return run
-
-
-def try_tempme(v):
-    assert v['TempMeEncoder'](32, 3, 2, 16, 4, 4)(sample()[0]).tokens.size(2) == 32
-    assert retriever(v=v, lora_rank=2)(sample()[0], sample()[1][:, 0])[1].isfinite()
-
-
-TRIES = {1: lambda v: v['options_of'](None) == {} and v['PRESETS'],
-         2: lambda v: v['Block'](32, 2)(torch.randn(2, 9, 32), torch.arange(9), cache=v['KVCache']()),
-         3: lambda v: v['ENCODERS']['plain'](32, 1, 2, 16, 4)(sample()[0], want_saliency=True),
-         4: try_parts(routings=['frame']), 5: try_core, 6: try_checkpoint,
-         7: try_parts(reducers=['uniform', 'prune', 'pool']), 8: try_parts(reducers=['tome']),
-         9: try_parts(reducers=['holitom'], stages=['holitom', 'drop']),
-         10: try_parts(reducers=['vqtoken', 'vq']), 11: try_parts(reducers=['bvllm']), 12: try_tempme,
-         13: try_parts(routings=['gamma', 'uniform', 'random', 'skip']), 14: try_core}
+        elif part == 'routing':
+            route = cls(32, [0], 0.5, 4)(0, block, flat, place, 8)
+            assert cls.layer(block)(flat, route, place).isfinite().all()
+        elif name == 'retriever':
+            assert retriever(v=v, lora_rank=2)(sample()[0], sample()[1][:, 0])[1].isfinite()
+    if number == 1:
+        assert v['options_of'](None) == {} and v['PRESETS']
+    elif number == 2:
+        block(flat, place, cache=v['KVCache']())
+    elif number in (5, 6, 14):
+        try_core(v)
+    else:
+        assert parts, 'nothing is tried'
 
 
 @pytest.mark.parametrize('number', SECTIONS)
-def test_a_section_says_what_it_needs(number):
-    """Catches a section that cannot be lifted with those its header names, or one named in vain."""
+def test_a_section_needs_what_it_says_and_is_needed_by_no_other(number):
+    """Catches a section that cannot be lifted with those its header names, or one named in vain; methods that
+    hold on to each other: one goes with those that need it, the rest trains."""
     assert ('# stands alone' in SECTIONS[number]) == (not NEEDS[number])
-    TRIES[number](build([*NEEDS[number], number]))
+    try_section(number, build([*NEEDS[number], number]))
     for unnecessary in NEEDS[number]:
         with pytest.raises(Exception):
-            TRIES[number](build({*NEEDS[number], number} - {unnecessary}))
+            try_section(number, build({*NEEDS[number], number} - {unnecessary}))
+    if number > CORE:
+        gone = {n for n in SECTIONS if n == number or number in NEEDS[n]}
+        v = build(set(SECTIONS) - gone)
+        assert try_core(v)['tokens'] == [16 + 10] * 3 + [74] and ('Muon' in v) == (14 not in gone)
+        for part, kinds in v['PARTS'].items():                                 # all that is left can be built
+            for name in kinds:
+                assert make('1', v=v, **{part: name}, **NEEDED.get(part, {}).get(name, {}))
 
 
 def test_the_core_runs_alone():
@@ -1555,17 +1558,6 @@ def test_the_core_runs_alone():
     frames = [(frame, None) for frame in sample()[0].unbind(1)]
     moments = list(make(v=v, streaming=True, window=2).eval().stream(frames))
     assert len(moments) == 4 and moments[3]['held'] == moments[2]['held']
-
-
-@pytest.mark.parametrize('number', [n for n in SECTIONS if n > CORE])
-def test_every_method_can_be_deleted(number):
-    """Catches methods that hold on to each other: one goes with those that need it, the rest trains."""
-    gone = {n for n in SECTIONS if n == number or number in NEEDS[n]}
-    v = build(set(SECTIONS) - gone)
-    assert try_core(v)[1]['tokens'] == [16 + 10] * 3 + [74] and ('Muon' in v) == (14 not in gone)
-    for part, kinds in v['PARTS'].items():                                     # all that is left can be built
-        for name in kinds:
-            assert make('1', v=v, **{part: name}, **NEEDED.get(part, {}).get(name, {}))
 
 
 # ---- the synthetic world -------------------------------------------------------------------------

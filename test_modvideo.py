@@ -1445,14 +1445,13 @@ def test_wrong_shapes_and_configurations_are_named():
             call()
 
 
-def test_the_self_check_and_the_headers_usage_run(capsys):
-    """Catches a broken first impression, and a header whose example no longer works."""
+def test_the_self_checks_run(capsys):
+    """Catches a broken first impression, of the model or of the synthetic world."""
     mv.main()
+    shapes.main()
     out = capsys.readouterr().out
-    assert 'vision tokens' in out and 'MoD' in out and Image.open('out/modvideo.png').width > 100
-    usage = mv.__doc__.split('Usage:')[1]
-    exec('\n'.join(line[4:] for line in usage.splitlines()), {**vars(mv), '__name__': 'usage'})
-    assert Path('tokens.png').exists()
+    assert 'vision tokens' in out and 'MoD' in out and 'forecast' in out
+    assert Image.open('out/modvideo.png').width > 100 and Image.open('out/shapes.png').height > 300
 
 
 # ---- the file itself -----------------------------------------------------------------------------
@@ -3080,13 +3079,15 @@ def test_readme_says_what_was_measured():
     assert len({row for _, *row in shown for row in row}) > 5, 'where is the table?'
 
 
-def test_readme_python_blocks_run(monkeypatch):
-    """Catches examples that drifted from the code."""
+def test_examples_run(monkeypatch):
+    """Catches examples of the README, or of the header, that drifted from the code."""
     monkeypatch.syspath_prepend(str(ROOT))
     Path('data').symlink_to(ROOT / 'data')
-    for block in BLOCKS:
+    usage = [line.strip() for line in mv.__doc__.split('Usage:')[1].splitlines()]
+    for block in [*BLOCKS, '\n'.join(['from modvideo import *', *usage])]:
         torch.manual_seed(0)
-        exec(compile(block, 'README', 'exec'), {'__name__': 'readme'})
+        exec(compile(block, 'example', 'exec'), {'__name__': 'example'})
+    assert Path('tokens.png').exists()
 
 
 def test_readme_is_short_and_names_what_exists():
@@ -3115,16 +3116,15 @@ def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit, match='0'):
         donkeycar.main(['--help'])
     helps = ' '.join(capsys.readouterr().out.split())          # of both scripts
-    for f in dataclasses.fields(train_tiny.Settings):
-        assert f.name == 'model' or f'--{f.name.replace("_", "-")} ' in listed, f.name
+    wanted = [*train_tiny.RECIPES] + [f'{train_tiny.dashed(f.name)} '
+                                      for f in dataclasses.fields(train_tiny.Settings) if f.name != 'model']
     for part, classes in mv.PARTS.items():
-        assert part == 'model' or f'--{part} {{{",".join(classes)}}}' in listed, part
+        wanted += [f'--{part} {{{",".join(classes)}}}'] if part != 'model' else []
         for name, cls in classes.items():
             for key, option in mv.options_of(cls).items():
-                assert f'--{key.replace("_", "-")} ' in listed, (name, key)
+                wanted += [f'{train_tiny.dashed(key)} ', option.annotation.__metadata__[0]]
                 assert re.search(f'{part}[^:]* {name}[:,]', listed), (name, key)
-                assert option.annotation.__metadata__[0] in listed, (name, key)
-    assert all(name in listed for name in train_tiny.RECIPES)
+    assert not [text for text in wanted if text not in listed]
     for flag in re.findall(r'(?<![\w-])--[a-z][a-z-]*', README):
         assert re.search(f'{flag}(?![a-z-])', helps), flag
 

@@ -1731,17 +1731,9 @@ def write_folder(folder, rows):
 LEFT_OR_RIGHT = [dict(file=f'{i}.png', qa=[['Which way ?', ['left', 'right'][i % 2]]]) for i in range(20)]
 
 
-@pytest.mark.parametrize('T', [1, 7, 8, 600])
-def test_a_saved_clip_keeps_frames_in_which_nothing_happens(tmp_path, T):
-    """Catches equal neighbours stored as one, after which every later frame is seen too early."""
-    frames = torch.from_numpy(noise_frames(8, 12)).permute(0, 3, 1, 2)[:1].repeat(T, 1, 1, 1)
-    frames[T // 2:] = 255 - frames[T // 2:]
-    clips.save_clip(frames / 255, tmp_path / 'clip.webp')
-    assert torch.equal(clips.read_clip(tmp_path / 'clip.webp'), frames)
-
-
 def test_every_format_of_a_clip_gives_the_same_frames():
-    """Catches frames out of order, a sheet read by columns, one picture of many, a clip without credit."""
+    """Catches frames out of order, a sheet read by columns, one picture of many, a clip without credit; equal
+    neighbours stored as one, after which every later frame is seen too early."""
     frames = noise_frames()
     first, *others = images = [Image.fromarray(f) for f in frames]
     write_sheet('sheet.png', frames)
@@ -1753,67 +1745,64 @@ def test_every_format_of_a_clip_gives_the_same_frames():
         assert np.array_equal(clips.read_clip(name).permute(0, 2, 3, 1), frames), name
     small = clips.read_clip('sheet.png', (2, 4), 5, 4)
     assert small.shape == (5, 3, 4, 4) and small.dtype == torch.uint8
+    for T in (1, 7, 8, 600):
+        video = torch.from_numpy(noise_frames(1, 12)).permute(0, 3, 1, 2).repeat(T, 1, 1, 1)
+        video[T // 2:] = 255 - video[T // 2:]
+        clips.save_clip(video / 255, 'saved.webp')
+        assert torch.equal(clips.read_clip('saved.webp'), video)
     credits = (ROOT / 'data/natural/CREDITS.md').read_text()
     for row in clips.read_rows(ROOT / 'data/natural'):
         assert clips.read_clip(ROOT / 'data/natural' / row['file']).shape == (16, 3, 64, 64)
         assert row['file'] in credits
 
 
-def shown(image, path, **how):
-    """What is read of an image that is saved: (n, height, width, 3)."""
-    image.save(path, **how)
-    return clips.read_clip(path, (1, 1)).permute(0, 2, 3, 1).numpy()
+def shown(image, kind, **how):
+    """What is read of an image that is saved in this format: (n, height, width, 3)."""
+    image.save('picture', kind, save_all='append_images' in how, **how)
+    return clips.read_clip('picture', (1, 1)).permute(0, 2, 3, 1).numpy()
 
 
-RGB = noise_frames(2, 4)[:, :3]
-row_of = lambda *values, dtype=np.uint8: Image.fromarray(np.array([values], dtype))
+row_of = lambda *pixels, dtype=np.uint8: Image.fromarray(np.array([pixels], dtype))
+grey = lambda *values: [[[value] * 3 for value in values]]
 GREY16 = row_of(0, 32768, 65535, dtype=np.uint16)
-PICTURES = {        # a picture, its transparency, what of its first row a viewer shows
-    'grey of 16 bits': (GREY16, None, [0, 128, 255]), 'one of them clear': (GREY16, 65535, [0, 128, 0]),
-    'grey and alpha': (Image.merge('LA', [row_of(200, 200, 200), row_of(255, 128, 0)]), None, [200, 100, 0]),
-    'palette': (row_of(0, 9, 90).convert('P'), 90, [0, 9, 0]),
-    'palette and alphas': (row_of(0, 1, 2).convert('P'), bytes([255, 0, 255]), [0, 0, 2]),
-    'one bit': (row_of(0, 255).convert('1'), None, [0, 255]),
-    'hidden colours': (Image.new('RGBA', (2, 1), (240, 30, 10, 0)), None, [0, 0])}
+BLACK, RED, BLUE, GREEN, CLEAR = [0] * 3, [255, 0, 0], [0, 0, 255], [0, 255, 0, 255], [9, 9, 9, 0]
+FIRST, SECOND = row_of([*RED, 255], CLEAR, CLEAR), row_of(CLEAR, [*BLUE, 255], CLEAR)
+ALONE, BOTH = ([[RED, BLACK, BLACK], [left, BLUE, BLACK]] for left in (BLACK, RED))
+FILM, DEPTH = dict(append_images=[FIRST, SECOND], default_image=True, blend=1), Image.new('L', (6, 2))
+PICTURES = {                   # a picture, its format, how it is saved, the row that is shown of each frame
+    'grey of 16 bits': (GREY16, 'png', {}, grey(0, 128, 255)),
+    'one of them clear': (GREY16, 'png', dict(transparency=65535), grey(0, 128, 0)),
+    'grey and alpha': (row_of([200, 255], [200, 128], [200, 0]), 'png', {}, grey(200, 100, 0)),
+    'palette': (row_of(0, 9, 90).convert('P'), 'png', dict(transparency=90), grey(0, 9, 0)),
+    'palette, alphas': (row_of(0, 1, 2).convert('P'), 'png', dict(transparency=b'\xff\0\xff'), grey(0, 0, 2)),
+    'one bit': (row_of(0, 255).convert('1'), 'png', {}, grey(0, 255)),
+    'hidden colours': (row_of([240, 30, 10, 0], [240, 30, 10, 0]), 'png', {}, grey(0, 0)),
+    'frames disposed of': (FIRST, 'gif', dict(disposal=2, append_images=[SECOND]), ALONE),
+    'a poster': (row_of(GREEN, GREEN, GREEN), 'png', FILM, BOTH),
+    'a poster, frames disposed of': (row_of(GREEN, GREEN, GREEN), 'png', dict(FILM, disposal=1), ALONE),
+    'a photo and its depth': (row_of(BLACK, BLACK, BLACK), 'mpo', dict(append_images=[DEPTH]), grey(0, 0, 0))}
 
 
 @pytest.mark.parametrize('name', PICTURES)
-def test_a_picture_is_read_as_it_is_shown(tmp_path, name):
-    """Catches 16 bits that are clipped, colours below what is transparent, palettes taken for grey."""
-    image, clear, wanted = PICTURES[name]
-    how = {} if clear is None else dict(transparency=clear)
-    assert shown(image, tmp_path / '0.png', **how)[0, 0].tolist() == [[value] * 3 for value in wanted]
+def test_a_picture_is_read_as_it_is_shown(name):
+    """Catches 16 bits that are clipped, colours below what is transparent, palettes taken for grey, a poster
+    that plays or shines through, frames that stay though they were disposed of."""
+    image, kind, how, rows = PICTURES[name]
+    assert shown(image, kind, **how).tolist() == [[row] for row in rows]
 
 
 @pytest.mark.parametrize('turn', range(1, 9))
 def test_orientation_tags_are_obeyed(turn):
     """Catches pictures of phones that lie on their side, in a file, a folder, an animation."""
-    exif, wanted = Image.Exif(), RGB.transpose(0, 2, 1, 3) if turn > 4 else RGB
+    exif, frames = Image.Exif(), noise_frames(2, 4)[:, :3]
     exif[0x112] = turn
+    wanted = frames.transpose(0, 2, 1, 3) if turn > 4 else frames
     wanted = wanted[:, :, ::-1] if turn in (2, 3, 6, 7) else wanted
     wanted = wanted[:, ::-1] if turn in (3, 4, 7, 8) else wanted
-    first, second = map(Image.fromarray, RGB)
-    for name, rest in itertools.product(('a.png', 'a.webp'), ([], [second])):          # a still, a film
-        how = dict(exif=exif, lossless=True, save_all=bool(rest), append_images=rest)
-        assert np.array_equal(shown(first, name, **how), wanted[:1 + len(rest)]), (name, len(rest))
-
-
-def test_animations_are_shown_as_they_play(tmp_path):
-    """Catches a poster that plays or shines through, frames that stay though they were disposed of."""
-    clear = Image.new('RGBA', (3, 1), (9, 9, 9, 0))
-    red, blue = clear.copy(), clear.copy()
-    red.putpixel((0, 0), (255, 0, 0, 255))
-    blue.putpixel((1, 0), (0, 0, 255, 255))
-    alone = [[[[255, 0, 0], [0] * 3, [0] * 3]], [[[0] * 3, [0, 0, 255], [0] * 3]]]
-    both = [alone[0], [[[255, 0, 0], [0, 0, 255], [0] * 3]]]
-    film = dict(save_all=True, append_images=[blue])
-    assert shown(red, tmp_path / 'a.gif', disposal=2, **film).tolist() == alone
-    film = dict(save_all=True, append_images=[red, blue], default_image=True)
-    poster = Image.new('RGBA', (3, 1), (0, 255, 0, 255))
-    assert shown(poster, tmp_path / 'b.png', blend=1, **film).tolist() == both
-    assert shown(poster, tmp_path / 'c.png', blend=1, disposal=1, **film).tolist() == alone
-    photo, depth = Image.new('RGB', (3, 1)), Image.new('L', (6, 2))
-    assert shown(photo, tmp_path / 'd.jpg', format='MPO', save_all=True, append_images=[depth]).shape[0] == 1
+    first, second = map(Image.fromarray, frames)
+    for kind, film in itertools.product(('png', 'webp'), ({}, dict(append_images=[second]))):
+        made = shown(first, kind, exif=exif, lossless=True, **film)
+        assert np.array_equal(made, wanted[:1 + len(film)]), (kind, film)
 
 
 def test_frames_of_a_folder_play_in_the_order_of_their_names(tmp_path):
@@ -1841,43 +1830,28 @@ def test_no_more_of_a_clip_is_held_than_is_needed(tmp_path, monkeypatch):
             assert clips.read_clip(tmp_path / 'x.gif', frames=3, size=5)[:, 0, 2, 2].tolist() == [0, 2, 5]
 
 
-def test_words_of_every_script_survive():
-    """Catches vowel signs and joiners that are dropped, one word in two spellings of its accents."""
+def test_texts_are_read_as_they_stand():
+    """Catches vowel signs and joiners that are dropped, one word in two spellings of its accents; answers and
+    questions that become the same words without a sentence about it; lines that are cut inside a text."""
     for text in ('caf\xe9', '\u0928\u0938\u094d\u0924', '\u0645\u06cc\u200c\u062e', "don't", 'x_1', '\uff11'):
         assert clips.words(f'<{text}>!') == [text]
     assert clips.words('cafe\u0301 - \u200d CAF\u00c9') == ['caf\u00e9'] * 2
-
-
-@pytest.mark.parametrize('one,other,fine', [
-    ('-1', '1', 0), ('C', 'C++', 0), ('<5', '>5', 0), ('0.5', '0 5', 0), ('50%', '50', 0), ('a/b', 'a b', 0),
-    ('$1', '1', 0), ('a b', 'a, b.', 1), ('Left', 'left!', 1), ('\uff11', '1', 1), ('e\u0301', '\xe9', 1)])
-def test_texts_that_differ_stay_different(one, other, fine):
-    """Catches answers and questions that become the same words without a sentence about it."""
-    clips.check_row(dict(file='x', qa=[[one, other]]), 'line 1')               # each of them alone is fine
-    with nullcontext() if fine else pytest.raises(ValueError, match='the same words'):
-        clips.check_texts(Path('clips'), [one, other])
-
-
-def test_a_line_ends_with_a_line_feed_alone(tmp_path):
-    """Catches lines that are cut inside a text, which then are no JSON."""
+    alike = [('a b', 'a, b.'), ('Left', 'left!'), ('\uff11', '1'), ('e\u0301', '\xe9')]
+    for pair in [('-1', '1'), ('C', 'C++'), ('<5', '>5'), ('0.5', '0 5'), ('50%', '50'), ('a/b', 'a b'),
+                 ('$1', '1'), *alike]:
+        clips.check_row(dict(file='x', qa=[[*pair]]), 'line 1')                   # each of them alone is fine
+        with nullcontext() if pair in alike else pytest.raises(ValueError, match='the same words'):
+            clips.check_texts(Path('clips'), pair)
     text = 'a\u2028b\x85c\u2029'
     lines = ['{"file":\r"y", "caption": "d"}\r', '', f'{{"file": "x", "caption": "{text}"}}']
-    (tmp_path / 'clips.jsonl').write_bytes('\n'.join(lines).encode())
-    y, x = clips.read_rows(tmp_path)
+    Path('clips.jsonl').write_bytes('\n'.join(lines).encode())
+    y, x = clips.read_rows(Path())
     assert y['file'] == 'y' and x['qa'] == [['describe', text]]
 
 
-def test_augmented_clips_move_as_they_did():
-    """Catches frames that are augmented apart, so that a still clip moves; clips that are changed alike."""
-    video = torch.from_numpy(noise_frames(3, 16)).permute(0, 3, 1, 2)[:, None].repeat(1, 4, 1, 1, 1)
-    made, again = (clips.augmented(video, torch.Generator().manual_seed(1)) for _ in range(2))
-    assert torch.equal(made, again) and made.shape == video.shape and 0 <= made.min() < made.max() <= 1
-    close(made, made[:, :1].expand_as(made), 1e-6)
-    assert (made[0] - made[1]).abs().max() > 0.1 and (made - video / 255).abs().mean() > 0.02
-
-
 def test_clip_folder_batches(tmp_path, capsys):
-    """Catches validation clips of the test split, augmented test clips, another clip's answers."""
+    """Catches validation clips of the test split, augmented test clips, another clip's answers; frames that
+    are augmented apart, so that a still clip moves; clips that are changed alike."""
     write_folder(tmp_path, LEFT_OR_RIGHT)
     data = clips.ClipFolder(tmp_path, frames=4, size=16)
     assert '20 clips, resampled to 4 frames of 16x16' in capsys.readouterr().out
@@ -1891,34 +1865,38 @@ def test_clip_folder_batches(tmp_path, capsys):
         assert [data.vocab[w] for w in target[0] if w >= 0] == [['left', 'right'][i % 2], '<eos>']
     a, b = data.batch('train', 5, 8), data.batch('train', 5, 8)
     assert torch.equal(a.video, b.video) and a.video.min() >= 0 and a.video.max() <= 1
+    still = data.video[:3, :1].repeat(1, 4, 1, 1, 1)
+    made, again = (clips.augmented(still, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(made, again) and made.shape == still.shape and 0 <= made.min() < made.max() <= 1
+    close(made, made[:, :1].expand_as(made), 1e-6)
+    assert (made[0] - made[1]).abs().max() > 0.1 and (made - still / 255).abs().mean() > 0.02
 
 
-def test_donkeycar_import(tmp_path, capsys):
+def test_donkeycar_import(capsys):
     """Catches mirrored clips with the original's label, clips across a gap, unsorted catalogs."""
-    tub, run = tmp_path / 'tub', lambda *arguments: donkeycar.main([str(a) for a in arguments])
-    (tub / 'images').mkdir(parents=True)
-    lines = []
+    run, lines = lambda words: donkeycar.main(words.split()), []
+    Path('tub/images').mkdir(parents=True)
     for i, angle in enumerate([0.0] * 16 + [-0.5] * 16 + [0.6] * 8 + [-0.6] * 8):
-        Image.new('RGB', (16, 12), (i, 0, 0)).save(tub / 'images' / f'{i}.jpg')
+        Image.new('RGB', (16, 12), (i, 0, 0)).save(f'tub/images/{i}.jpg')
         when = 50 * 2 * i + 60000 * (i // 16)                                  # a pause every 16 frames
         lines.append(json.dumps({'_timestamp_ms': when, 'cam/image_array': f'{i}.jpg', 'user/angle': angle}))
-    (tub / 'catalog_0.catalog').write_text('\n'.join(lines[30:]))
-    (tub / 'catalog_1.catalog').write_text('\n'.join(lines[:30]))
-    assert run(tub, tmp_path / 'out', '--test-from', '0.6') == 0
-    rows = clips.read_rows(tmp_path / 'out')
-    assert [r['label'] for r in rows] == [
-        'straight', 'straight', 'left', 'right', 'right-then-left', 'left-then-right']
-    assert [r['split'] for r in rows] == ['train'] * 4 + ['test'] * 2
-    first = clips.read_clip(tmp_path / 'out' / rows[4]['file'])
+    for name, part in enumerate((lines[30:], lines[:30])):
+        Path(f'tub/catalog_{name}.catalog').write_text('\n'.join(part))
+    assert run('tub out --test-from 0.6') == 0
+    rows = clips.read_rows(Path('out'))
+    assert [(r['label'], r['split']) for r in rows] == [
+        ('straight', 'train'), ('straight', 'train'), ('left', 'train'), ('right', 'train'),
+        ('right-then-left', 'test'), ('left-then-right', 'test')]
+    first = clips.read_clip(Path('out', rows[4]['file']))
     assert first.shape == (16, 3, 64, 64) and first[:, 0].float().mean((1, 2)).diff().gt(-2).all()
-    assert run(tub, tmp_path / 'out') == 2                         # never over an existing folder
-    assert run(tmp_path, tmp_path / 'new') == 2 and not (tmp_path / 'new').exists()
-    (tmp_path / 'new.part').mkdir()                                # somebody else's
-    (tub / 'images/3.jpg').write_text('no picture')
-    assert run(tub, tmp_path / 'new') == 2
-    assert {p.name for p in tmp_path.iterdir()} == {'tub', 'out', 'new.part'}  # nothing half-written
-    (tub / 'catalog_1.catalog').write_text('{"user/angle": 1}')
-    assert run(tub, tmp_path / 'new') == 2 and 'line 1' in capsys.readouterr().err
+    assert run('tub out') == 2                                     # never over an existing folder
+    assert run('. new') == 2 and not Path('new').exists()
+    Path('new.part').mkdir()                                       # somebody else's
+    Path('tub/images/3.jpg').write_text('no picture')
+    assert run('tub new') == 2
+    assert {p.name for p in Path().iterdir()} == {'tub', 'out', 'new.part'}    # nothing half-written
+    Path('tub/catalog_1.catalog').write_text('{"user/angle": 1}')
+    assert run('tub new') == 2 and 'line 1' in capsys.readouterr().err
 
 
 # ---- the training script -------------------------------------------------------------------------

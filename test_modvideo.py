@@ -2858,7 +2858,7 @@ def test_the_script_on_a_pretended_gpu(gpu, flags):
 ODD = [None, True, -1, 0, 2 ** 31, 10 ** 400, 1e308, -1e-9, math.nan, '', '.', '\0', '\ud800', '\x1b[1m',
        'x' * 5000, [], {}, [[[]]], {'a': {}}, [1] * 3000, functools.reduce(lambda x, _: [x], range(400), 0)]
 WILD = {int: '0 1 2 3 7 -1 2147483647 9999999999 x', float: '0 1 0.5 -0.5 1e-30 1e30 nan inf 0.99 x',
-        str: 'x . / 0 1 2 0,1 1x1 2x8 rank:1 \xe9', list: '1 2 x /'}
+        str: 'x . / 0 1 2 0,1 1x1 2x8 rank:1 \xe9', list: '1 2 x /', bool: ''}
 
 
 def damaged(data: bytes, rng) -> bytes:
@@ -2875,11 +2875,10 @@ def odd(value, rng):
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
         return rng.choice(ODD)
     value, key = copy.copy(value), rng.choice([*value] if isinstance(value, dict) else range(len(value)))
-    part = value.pop(key)
-    if isinstance(value, dict) and rng.random() < 0.9:
-        value[key] = odd(part, rng)
-    elif isinstance(value, list) and rng.random() < 0.9:
-        value.insert(key, odd(part, rng))
+    if rng.random() < 0.1:
+        del value[key]
+    else:
+        value[key] = odd(value[key], rng)
     return value
 
 
@@ -2937,7 +2936,7 @@ def fuzz_flags(rng, path):
     flags, given = {**own, **train_tiny.model_flags()}, ['--steps', 1, '--out', path]
     for name in rng.sample([name for name in flags if flags[name] and name not in UNTRIED], 2):
         kind = flags[name][0]
-        values = [*train_tiny.CHOICES.get(name, ())] or WILD[kind].split() if kind is not bool else []
+        values = [*train_tiny.CHOICES.get(name, ())] or WILD[kind].split()
         given += [train_tiny.dashed(name), *rng.choices(values, k={bool: 0, list: 2}.get(kind, 1))]
     tolerated(*given)
 

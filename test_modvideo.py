@@ -2012,19 +2012,22 @@ def test_coarse_clips_come_first(monkeypatch):
             '--frames 8 --coarse 0.5 --recipe tempme --encoder-layers 2 --out never')
 
 
-def test_a_run_writes_everything(trained):
-    """Catches a missing file or key, percentages where shares are wanted."""
-    assert {p.name for p in trained.iterdir()} == {
-        *'config.json log.csv ckpt.pt result.json tokens.png tokens.gif clip.webp curve.png'.split()}
-    result = result_of(trained)
-    for key in ('recipe seed device torch dtype preset data placement seconds balanced_accuracy_by_type '
-                'gflops paper_share tok_density step_ms parameters learns peak_memory_mb').split():
-        assert key in result, key
+def test_a_run_writes_everything(trained, streaming):
+    """Catches a missing file, key or score, percentages where shares are wanted."""
+    files = {*'config.json log.csv ckpt.pt result.json tokens.png tokens.gif clip.webp curve.png'.split()}
+    assert {path.name for path in trained.iterdir()} == files
+    assert {path.name for path in streaming.iterdir()} == files | {'narration.png'}
+    result, scores = map(result_of, (trained, streaming))
+    assert result.keys() >= {*(
+        'recipe seed device torch dtype preset data placement seconds balanced_accuracy_by_type gflops '
+        'paper_share tok_density step_ms parameters learns peak_memory_mb').split()}
     assert result['vision_tokens'] == 64 and result['steps'] == 12
     assert result['vision_by_layer'] == [64, 16, 64]
     assert set(result['accuracy_by_type']) == set(shapes.KINDS)
-    for key in ('accuracy', 'blind_accuracy', 'chance'):
-        assert 0 <= result[key] <= 1
+    assert all(0 <= result[key] <= 1 for key in ('accuracy', 'blind_accuracy', 'chance'))
+    for key in 'lm_ppl lm_correctness fluency time_diff silence accuracy blind_accuracy cache_kb'.split():
+        assert scores[key] >= 0, key
+    assert mv.load_checkpoint(streaming / 'ckpt.pt')[0].config.window == 3
     assert Image.open(trained / 'tokens.gif').n_frames == 4
     assert clips.read_clip(trained / 'clip.webp').shape == (4, 3, 32, 32)
     rows = list(csv.DictReader(open(trained / 'log.csv')))
@@ -2215,8 +2218,9 @@ def test_is_right_and_recall_by_hand():
     assert flat['R@1'] == 25 and flat['R@5'] == 100 and flat['median rank'] == 2.5
 
 
-def test_the_newest_model_is_asked(trained, streaming):
-    """Catches an answer without its probability, another kind of model, another folder's trouble."""
+def test_the_newest_model_of_a_kind_is_asked_and_watches(trained, streaming):
+    """Catches an answer without its probability, a clip that is not played to its end, another kind of
+    model, another folder's trouble."""
     refused('python train_tiny.py --recipe retrieval', '--find', 'a red circle')
     for i, run in enumerate((trained, streaming)):
         shutil.copytree(run, f'out/{i}')
@@ -2225,6 +2229,15 @@ def test_the_newest_model_is_asked(trained, streaming):
     out = go('--ask', COCKATOO, 'What shape is red?')
     assert re.search(r'What shape is red\? .*\d\.\d%', out) and str(Path('out/0/ask-cockatoo.png')) in out
     assert Path('out/0/ask-cockatoo.png').exists() and Image.open('out/0/ask-cockatoo.gif').n_frames == 4
+    watch = ['--stream', ROCKET, '--question']
+    out = go('--theta 0.9999', *watch, '2', 'what shape is red')
+    assert re.findall(r'frame +(\d) of 4', out) == ['1', '2', '3', '4']
+    assert re.findall(r'frame +(\d).* what shape is red\?', out) == ['2']
+    strip = Image.open('out/1/stream-rocket_cut.png')
+    assert strip.width > 500 and (np.asarray(strip.convert('L'))[-60:] < 100).any(), 'no words below'
+    refused('was trained for questions', '--out out/0 --stream', ROCKET)
+    refused('was trained for streams', '--out out/1 --ask', ROCKET, 'describe')
+    refused('are 1 to 4', '', *watch, '9', 'what shape is red')
 
 
 def test_bench_prints_ratios():
@@ -2321,24 +2334,6 @@ def test_twins_are_told_apart_by_hand():
     scores = train_tiny.Retrieval(s, data).evaluate(finder, 'test', 8)
     assert scores['direction_pairs'] == 1 and scores['order_pairs'] == 0 and scores['clips'] == 8
     assert scores['recall']['sentence to clip']['R@1'] == 50 and scores['accuracy'] == 0.5
-
-
-def test_stream_recipe_and_its_pictures(streaming, trained):
-    """Catches scores that are missing, a clip that is not played to its end, the wrong kind of model."""
-    result = result_of(streaming)
-    for key in 'lm_ppl lm_correctness fluency time_diff silence accuracy blind_accuracy cache_kb'.split():
-        assert result[key] >= 0, key
-    assert (streaming / 'narration.png').exists()
-    assert mv.load_checkpoint(streaming / 'ckpt.pt')[0].config.window == 3
-    watch = ['--out', streaming, '--stream', ROCKET, '--question', '2', 'what shape is red']
-    out = go('--theta 0.9999', *watch)
-    assert re.findall(r'frame +(\d) of 4', out) == ['1', '2', '3', '4']
-    assert re.findall(r'frame +(\d).* what shape is red\?', out) == ['2']
-    strip = Image.open(streaming / 'stream-rocket_cut.png')
-    assert strip.width > 500 and (np.asarray(strip.convert('L'))[-60:] < 100).any(), 'no words below'
-    refused('was trained for questions', '--out', trained, '--stream', ROCKET)
-    refused('was trained for streams', '--out', streaming, '--ask', ROCKET, 'describe')
-    refused('are 1 to 4', '--out', *watch[1:-2], '9', 'what shape is red')
 
 
 def test_every_row_of_the_table_builds_and_costs_what_it_says():

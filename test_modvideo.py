@@ -2002,12 +2002,11 @@ def test_coarse_clips_come_first(monkeypatch):
     assert {(step, frames) for split, step, frames in drawn if split == 'train'} == {
         (0, 4), (1, 4), (2, 4), (3, 8), (4, 8)}
     assert {frames for split, _, frames in drawn if split != 'train'} == {8}
-    plan = dict(FEW['RUNS']['tiny'], questions=Plan(4, 4, coarse=0.5, lr=0.02))
-    monkeypatch.setattr(train_tiny, 'RUNS', {'tiny': plan})
-    for flags, share in (('--recipe dense', 0.5), ('--recipe mod-all', 0), ('--recipe dense --frames 6', 0)):
-        s = begun(f'--frames 8 {flags}')[0].s                                  # a preset's, of long clips
-        assert s.coarse_steps() == 4 * share and s.rate() == 0.02
-    assert begun('--recipe stream')[0].s.rate() == 0.01 and begun('--lr 0.5')[0].s.rate() == 0.5
+    monkeypatch.setitem(train_tiny.RUNS['tiny'], 'questions', Plan(4, 4, coarse=0.5, lr=0.02))
+    for flags, steps, rate in (('dense', 2, 0.02), ('mod-all', 0, 0.02), ('dense --frames 6', 0, 0.02),
+                               ('stream', 0, 0.01), ('mod --lr 0.5', 2, 0.5)):
+        s = begun(f'--frames 8 --recipe {flags}')[0].s                         # a preset's, of long clips
+        assert (s.coarse_steps(), s.rate()) == (steps, rate), flags
     refused('merges clips of 8 frames, got 4',
             '--frames 8 --coarse 0.5 --recipe tempme --encoder-layers 2 --out never')
 
@@ -2166,23 +2165,21 @@ def test_the_training_loop_takes_any_model_and_dataset():
         logits = model['blocks'](batch[0])
         return F.cross_entropy(logits, batch[1]), (logits.argmax(1) == batch[1]).float().mean()
 
-    def run(first=0, stop_at=None, steps=200, optimizers=None):
-        """Train so many steps, pressing Ctrl-C in one -> the rows."""
+    def run(first=0, stop_at=None, optimizers=None):
+        """Train 200 steps, a row is two, pressing Ctrl-C in one -> the rows."""
         stop, seen = [], []
         pressed = lambda step: stop.extend([True] * (step == stop_at)) or draw(step)
-        log = train_tiny.train(model, pressed, loss, steps, 0.05, first, optimizers, seen.append, stop=stop)
+        log = train_tiny.train(model, pressed, loss, 200, 0.05, first, optimizers, seen.append, stop=stop)
         assert seen == log
         return [{**row, 'ms': 0} for row in log]
 
-    log = run(steps=60)
-    assert [row['step'] for row in log] == [*range(1, 61)]
-    assert log[0]['loss'] > 1.2 and log[-1]['loss'] < 0.6 and loss(model, draw(10 ** 6))[1] > 0.75
-    assert [row['lr'] for row in log] == [0.05 * train_tiny.schedule(step, 60) for step in range(60)]
-    model.load_state_dict(start)
     whole = run()
+    assert [row['step'] for row in whole] == [*range(2, 201, 2)]
+    assert [row['lr'] for row in whole] == [0.05 * train_tiny.schedule(n, 200) for n in range(1, 200, 2)]
+    assert whole[0]['loss'] > 1.2 and whole[29]['loss'] < 0.6 and loss(model, draw(10 ** 6))[1] > 0.9
     model.load_state_dict(start)
     made = mv.configure_optimizer(model, 0.05)
-    before = run(stop_at=102, optimizers=made)                 # a row is two steps: this one is in the middle
+    before = run(stop_at=102, optimizers=made)                 # in the middle of a row
     first, *after = run(first=103, optimizers=made)
     assert (before[-1]['step'], first['step']) == (103, 104)
     assert before[:-1] + after == whole[:51] + whole[52:]

@@ -1964,9 +1964,8 @@ def shared_run(flags):
 
 trained = shared_run('--steps 12')
 streaming = shared_run('--recipe stream --window 3 --steps 3')
-
-
-result_of = lambda run: json.loads(Path(run, 'result.json').read_text())
+compared = shared_run('--compare --steps 5 --rows mod-all --seeds 2')
+result_of = lambda run, name='result.json': json.loads(Path(run, name).read_text())
 weights_of = lambda run: mv.load_checkpoint(Path(run, 'ckpt.pt'))[0].state_dict()
 losses = lambda run: [row['loss'] for row in csv.DictReader(open(Path(run, 'log.csv')))]
 press_ctrl_c = lambda loss: signal.raise_signal(signal.SIGINT) or loss
@@ -2550,7 +2549,7 @@ def test_clip_folders_train():
     before, rows = Path('run/ckpt.pt').read_bytes(), [dict(row, split='test') for row in LEFT_OR_RIGHT[:6]]
     write_folder(Path('clips'), rows)                          # nothing to train on
     go('--eval run --data clips')
-    found = json.loads(Path('run/eval-clips.json').read_text())
+    found = result_of('run', 'eval-clips.json')
     assert found['questions'] == 6 and found['blind_accuracy'] >= 0 and found['decoder_tokens'] == 128
     assert Path('run/ckpt.pt').read_bytes() == before
     write_folder(Path('clips'), [dict(rows[0], qa=[['Which car ?', 'a tram']])])
@@ -2558,34 +2557,32 @@ def test_clip_folders_train():
     refused('it has other words; name clips with --data', '--eval run')
 
 
-def test_comparison_trains_what_is_missing_and_says_how(capsys, monkeypatch):
+def test_comparison_trains_what_is_missing_and_says_how(compared, monkeypatch):
     """Catches rows trained twice, a command that gives another number, tables of what was not measured."""
     flags = '--compare --steps 5 --out compare'
-    go(f'{flags} --rows mod-all --seeds 2')
-    report = json.loads(Path('compare/results.json').read_text())
+    shutil.copytree(compared, 'compare')
+    report = result_of('compare', 'results.json')
     assert list(report['rows']) == ['dense', 'gaps', 'mod-all'] and report['seeds'] == [0, 1]
     for name, row in report['rows'].items():
         runs = [result_of(f'compare/seed{k}/{name}') for k in (0, 1)]
         assert row['accuracy'] == pytest.approx(sum(r['accuracy'] for r in runs) / 2)
         assert row['std'] == pytest.approx(abs(runs[0]['accuracy'] - runs[1]['accuracy']) / 2 ** 0.5)
         assert runs[0]['steps'] == {'dense': 5, 'gaps': 5, 'mod-all': 1}[name]
-        assert row['step_ms'] > 0 and row['first_ms'] > 0 and row['tokens_per_s'] > 0 and row['memory_mb'] > 0
-    assert Path('compare/results.md').read_text() in capsys.readouterr().out
+        assert all(row[key] > 0 for key in ('step_ms', 'first_ms', 'tokens_per_s', 'memory_mb'))
     assert Image.open('compare/results.png').width == 720 and Path('compare/mod-all.png').exists()
     before = {path: path.stat().st_mtime_ns for path in Path('compare').glob('seed*/*/ckpt.pt')}
     monkeypatch.setattr(train_tiny, 'SHARES', (0.5, 0.25))
-    go(f'{flags} --rows holitom-inner,stream --seeds 1')                       # adds rows
+    out = go(f'{flags} --rows holitom-inner,stream --seeds 1')                 # adds rows
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    report = json.loads(Path('compare/results.json').read_text())
-    rows, curves = report['rows'], report['curves']
+    report, text = result_of('compare', 'results.json'), Path('compare/results.md').read_text()
+    rows, curves, cells = report['rows'], report['curves'], table_rows(text)
+    assert text in out and ('fluency', 'stream') in cells
+    assert [*rows] == ['dense', 'gaps', 'mod-all', 'holitom-inner', 'stream']
     assert {*curves} == {'dense', 'gaps'}
     assert {*curves['gaps']} >= {'uniform', 'prune', 'pool', 'tome', 'holitom'}
     assert all(mv.REDUCERS[name].untrained for name in curves['gaps'])
     assert all(line[0][0] > line[1][0] > 0 for found in curves.values() for line in found.values())
-    cells = table_rows(Path('compare/results.md').read_text())
     row, share = rows['holitom-inner'], rows['holitom-inner']['step_ms'] / rows['dense']['step_ms']
-    assert [*rows] == ['dense', 'gaps', 'mod-all', 'holitom-inner', 'stream']
-    assert ('fluency', 'stream') in cells
     assert cells['accuracy', 'holitom-inner'] == f'{100 * row["accuracy"]:.1f} %'
     assert cells['moment %', 'holitom-inner'] == f'{100 * row["by_type"]["moment"]:.4g}'
     assert cells['step_ms', 'holitom-inner'] == f'{row["step_ms"]:.3g} ({share:.2f})'
@@ -2597,27 +2594,29 @@ def test_comparison_trains_what_is_missing_and_says_how(capsys, monkeypatch):
     refused('a result.json of row dense in', f'{flags} --rows mod-all --seeds 1')
 
 
-def test_a_comparison_goes_on_where_it_stopped(monkeypatch):
+def test_a_comparison_goes_on_where_it_stopped(compared, monkeypatch):
     """Catches rows trained from their start, taken for finished, or stuck; a folder that is emptied."""
-    s, row = train_tiny.parse([*TINY, '--compare', '--steps', '6']), 'seed0/dense'
-    run = lambda name: train_tiny.finish(train_tiny.row_of(s, 'dense', 0, Path(name)))
-    whole, command = run('whole'), train_tiny.command_of(train_tiny.row_of(s, 'dense', 0, Path('whole')))
-    assert command.startswith('python train_tiny.py --recipe dense --preset tiny --steps 6 --batch 4')
+    s, row = train_tiny.parse([*TINY, '--compare', '--steps', '5']), Path('seed0/dense')
+    whole, own = compared / row, train_tiny.row_of(s, 'dense', 0, Path())
+    run, command = lambda: train_tiny.finish(own), train_tiny.command_of(own)
+    assert command.startswith('python train_tiny.py --recipe dense --preset tiny --steps 5 --batch 4')
     steps = in_step(monkeypatch, 4, press_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
-        run('cut')
+        run()
     for _ in range(2):                                         # the second time it was cut while it evaluated
-        assert run('cut')['accuracy'] == whole['accuracy'] and len(steps) == 6
-        assert same_weights(f'cut/{row}', f'whole/{row}')
-        Path('cut', row, 'result.json').unlink()
-    config = Path('whole', row, 'config.json').read_text()
-    for name, text, words in (('dead', config, ''), ('his', '{}', 'not what a run wrote')):  # no checkpoint
-        path = Path(name, row, 'config.json')
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words) if words else nullcontext():
-            assert run(name)['accuracy'] == whole['accuracy']
-        assert not words or path.read_text() == text
+        result = run()
+        assert result['accuracy'] == result_of(whole)['accuracy'] and len(steps) == 5
+        assert same_weights(row, whole)
+        (row / 'result.json').unlink()
+    config = row / 'config.json'
+    for text, ends in ((config.read_text(), nullcontext()),                    # killed before a checkpoint
+                       ('{}', pytest.raises(ValueError, match='not what a run wrote'))):     # a stranger's
+        shutil.rmtree(row)
+        row.mkdir()
+        config.write_text(text)
+        with ends:
+            assert run()['accuracy'] == result['accuracy']
+    assert config.read_text() == '{}'
 
 
 def test_a_comparison_runs_the_rows_of_a_task():

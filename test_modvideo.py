@@ -2652,6 +2652,7 @@ WAITING = 'nonzero masked_select _local_scalar_dense equal bincount _unique2 uni
 # These take a number from the CPU, as pointwise operations do.
 WITH_SCALARS = 'masked_fill masked_fill_ where fill_ _foreach_mul_ _foreach_mul _foreach_div_'.split()
 on_gpu = lambda x: isinstance(x, OnGPU)
+held_by = lambda x: x.held if on_gpu(x) else x
 is_cuda = lambda device: device is not None and torch.device(device).type == 'cuda'
 
 
@@ -2660,10 +2661,6 @@ def each_tensor(function, x):
     if isinstance(x, torch.Tensor):
         return function(x)
     return type(x)([each_tensor(function, a) for a in x]) if type(x) in (list, tuple) else x
-
-
-def held_by(x):
-    return each_tensor(lambda a: a.held if on_gpu(a) else a, x)
 
 
 class OnGPU(torch.Tensor):
@@ -2707,7 +2704,8 @@ class Operations(TorchDispatchMode):
         sizes = name in WAITING or func is ATEN.repeat_interleave.Tensor and kwargs.get('output_size') is None
         if held and (sizes or indexes and any(on_gpu(a) and a.dtype is torch.bool for a in args[1])):
             self.waits[name] += 1
-        out = func(*held_by(args), **{key: held_by(a) for key, a in kwargs.items()})
+        args, values = each_tensor(held_by, (args, [*kwargs.values()]))
+        out = func(*args, **dict(zip(kwargs, values)))
         if not (held or there or self.inside and not plain):
             return out
         held.update({id(a): a for a in plain})                                # what was changed in place

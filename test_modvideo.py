@@ -2192,20 +2192,6 @@ def test_a_loss_that_is_not_finite_names_its_step(monkeypatch):
         assert not (run / 'result.json').exists() and not (run / 'ckpt.pt').exists()
 
 
-def test_is_right_and_recall_by_hand():
-    """Catches accuracy counted by word, or with padding and questions in it; an end mark among the words; a
-    constant similarity that finds everything, ranks from 0, the wrong direction."""
-    targets = torch.tensor([[[-1, 3, 1, -1], [-1, 3, 1, -1]]])
-    logits = F.one_hot(torch.tensor([[[0, 3, 1, 2], [0, 3, 2, 2]]]), 5).float()
-    assert train_tiny.is_right(logits, targets).tolist() == [[True, False]]
-    asked, told = train_tiny.split_question(torch.tensor([2, 3, 4, 1]), torch.tensor([-1, 4, 1, -1]))
-    assert train_tiny.in_words(asked, ['<pad>', '<eos>', 'who', 'is']) == 'who is' and told.tolist() == [4]
-    similarity = torch.tensor([[.9, .1, .2], [.8, .5, .1], [.3, .2, .1]])
-    found, other, flat = map(train_tiny.recall, (similarity, similarity.T, torch.zeros(4, 4)))
-    assert found['R@1'] == pytest.approx(100 / 3) and found['median rank'] == 2 and other['median rank'] == 1
-    assert flat['R@1'] == 25 and flat['R@5'] == 100 and flat['median rank'] == 2.5
-
-
 def test_the_newest_model_of_a_kind_is_asked_and_watches(trained, streaming):
     """Catches an answer without its probability, a clip that is not played to its end, another kind of
     model, another folder's trouble."""
@@ -2267,8 +2253,14 @@ def test_scores_of_streams_by_hand():
 
 
 def test_evaluation_by_hand():
-    """Catches balanced scores that weigh by frequency, a blind score that sees its clip, a wrong chance,
-    facts of the last clips alone."""
+    """Catches accuracy counted by word, or with padding and questions in it; an end mark among the words;
+    balanced scores that weigh by frequency, a blind score that sees its clip, a wrong chance, facts of the
+    last clips alone."""
+    targets = torch.tensor([[[-1, 3, 1, -1], [-1, 3, 1, -1]]])
+    logits = F.one_hot(torch.tensor([[[0, 3, 1, 2], [0, 3, 2, 2]]]), 5).float()
+    assert train_tiny.is_right(logits, targets).tolist() == [[True, False]]
+    asked, told = train_tiny.split_question(torch.tensor([2, 3, 4, 1]), torch.tensor([-1, 4, 1, -1]))
+    assert train_tiny.in_words(asked, ['<pad>', '<eos>', 'who', 'is']) == 'who is' and told.tolist() == [4]
     answers = torch.tensor([[2, 4], [2, 5], [2, 5], [3, 5]])                 # (clips, kinds)
     video = torch.tensor([2.0, 2, 3, 3]).view(4, 1, 1, 1, 1)
     targets = torch.stack([torch.full_like(answers, -1), answers], -1)         # (B, Q, L)
@@ -2293,8 +2285,13 @@ def test_evaluation_by_hand():
     assert torch.equal(blind.draw('val', 0, 4).video, video)
 
 
-def test_twins_are_told_apart_by_hand():
-    """Catches directions counted as orders, a clip compared with its twin's score in place of its own."""
+def test_recall_and_twins_by_hand():
+    """Catches a constant similarity that finds everything, ranks from 0, the wrong direction; directions
+    counted as orders, a clip compared with its twin's score in place of its own."""
+    similarity = torch.tensor([[.9, .1, .2], [.8, .5, .1], [.3, .2, .1]])
+    found, other, flat = map(train_tiny.recall, (similarity, similarity.T, torch.zeros(4, 4)))
+    assert found['R@1'] == pytest.approx(100 / 3) and found['median rank'] == 2 and other['median rank'] == 1
+    assert flat['R@1'] == 25 and flat['R@5'] == 100 and flat['median rank'] == 2.5
     turned = torch.arange(32) % 2 == 0                                       # pair i is rows i and i + 32
 
     def read(text):                                                          # of odd pairs it takes the twin

@@ -99,7 +99,7 @@ class ModVideoConfig:
     routing: Annotated[str, 'who selects: a router for each frame (frame), or another way'] = 'frame'
     reducer: Annotated[str, 'what makes vision tokens fewer before the decoder'] = 'none'
     stage: Annotated[str, 'what makes vision tokens fewer inside the decoder'] = 'none'
-    window: Annotated[int, 'frames that a stream remembers besides the prompt, 0 = all'] = 0
+    window: Annotated[int, 'frames that a stream remembers besides the prompt (generate: all), 0 = all'] = 0
     silence_weight: Annotated[float, 'weight of silent frames in the loss of a stream'] = 1.0
     streaming: bool = False          # text stands between frames, a frame's last token decides about speech
     model: str = 'modvideo'
@@ -108,7 +108,8 @@ class ModVideoConfig:
     def __post_init__(self):
         if list(self.vocab[:2]) != ['<pad>', '<eos>']:
             raise ValueError(f"the vocabulary starts with {list(self.vocab[:2])}, wanted ['<pad>', '<eos>']")
-        sizes = {name: value for name, value in vars(self).items() if type(value) is int and name != 'window'}
+        sizes = {name: value for name, value in vars(self).items()
+                 if type(value) is int and name not in ('window', 'silence_weight')}
         weights = sum(n * max(dim, 256) ** 2 for n, dim in (
             (self.n_layer, self.dim), (self.encoder_layers, self.encoder_dim)))        # a twelfth of them
         wide = [1000 * n for n in self.options.values() if type(n) is int]
@@ -146,7 +147,7 @@ class ModVideoConfig:
                 if option.default is option.empty and key not in self.options:
                     raise ValueError(f'{chosen[-1]} wants {key}: {get_args(option.annotation)[1]}')
         if unknown := [key for key in self.options if key not in known]:
-            raise ValueError(f'{unknown[0]} is no option of {" or ".join(chosen)}: {", ".join(known)}')
+            raise ValueError(f'{unknown[0]} is no option of {" or ".join(chosen or PARTS)}: {", ".join(known)}')
 
     def build(self, part: str, *numbers):
         """The class chosen for a part, made from these numbers and its own options; None for stage none."""
@@ -165,7 +166,7 @@ NEVER = 2 ** 40     # position of padding: later than any query, so no query see
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     """Turn pairs 2i, 2i + 1 of x (B, S, H, D) by position * base**(-2i/D); position (S,) or (B, S)."""
     half = x.size(-1) // 2
-    angle = position[..., None, None] * base ** (-torch.arange(half, device=x.device) / half)
+    angle = position[..., None, None] * base ** (-torch.arange(half, device=x.device).float() / half)
     turn = torch.polar(torch.ones_like(angle), angle)                # (S, 1, D/2) or (B, S, 1, D/2) complex
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (half, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)     # (B, S, H, D)
@@ -375,7 +376,7 @@ class MoDBlock(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, route: Route, position: Tensor, mask: Tensor = None, cache=None) -> Tensor:
-        """x (B, S, C), position (S,) or (B, S), mask as of Attention, None = causal -> (B, S, C).
+        """x (B, S, C), position (S,) or (B, S), mask as of Attention, of all rows or the words -> (B, S, C).
 
         route None: every token. Else the block and its cache get the K tokens, at their own positions.
         """
@@ -587,7 +588,7 @@ class ModVideo(nn.Module):
         logits (B, Q, L, V), loss (mean cross-entropy over the targets, or None), aux: 'routes' by layer, how
         many 'tokens' each layer processed, 'position', what was 'reduced', by the 'stage', too. asked (B, Q):
         words of each question without its answer, None: all. Streams: after (B, L), as in place_stream;
-        decisions (B, T), the word that follows each frame; aux['decisions'] (B, T, V), their logits.
+        decisions (B, T), with targets: what follows each frame; aux['decisions'] (B, T, V), their logits.
         """
         c, shape, T, L = self.config, text.shape, video.size(1), text.size(-1)
         if len(shape) != 3 or not text.numel() or c.streaming and shape[1] > 1:
@@ -709,8 +710,7 @@ class ModVideo(nn.Module):
             place = reduced.position                           # two may share a position: no plain past
             mask = visible(place) if place.dim() == 2 else None
             self.decode(reduced.tokens, place, reduced.tokens.size(1), mask, caches)
-            reduced = None                                                     # it is read already
-        state, position = self.read_words(words, start, caches, reduced)
+        state, position = self.read_words(words, start, caches, None if self.stage is None else reduced)
         answer, _ = self.speak(state, position, caches, max_new_tokens, (words == PAD).all(1, keepdim=True))
         return F.pad(answer, (0, max_new_tokens - answer.size(1)), value=PAD).view(B, Q, -1)
 
@@ -787,7 +787,7 @@ def load_checkpoint(path, device='cpu'):
     try:
         if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():          # torch checks no sums
             raise ValueError(f'{damaged} is damaged')
-        data = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        data = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         config, weights = ModVideoConfig(**data.pop('config')), data.pop('model')
         model = config.build('model', config).to(device, weights['embed.weight'].dtype)
         model.load_state_dict(weights)
@@ -816,15 +816,21 @@ class Reduction(NamedTuple):
 
 @contextlib.contextmanager
 def exact(grad: bool = False):
-    """Without autocast, TF32 and (but for grad=True) gradients: what is alike is decided in float32."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    """Without autocast, TF32 and (but for grad=True) gradients: what is alike is decided in float32.
+
+    A compiled graph drops such switches: inside torch.compile TF32 stays as the program has set it.
+    """
+    matmul, eager = torch.backends.cuda.matmul, not torch.compiler.is_compiling()
+    before = matmul.fp32_precision if eager else None
     try:
+        if eager:
+            matmul.fp32_precision = 'ieee'
         off = lambda kind: torch.autocast(kind, enabled=False)
         with off('cpu'), off('cuda'), off('mps'), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             yield
     finally:
-        matmul.allow_tf32 = before
+        if eager:
+            matmul.fp32_precision = before
 
 
 def precise(x: Tensor) -> Tensor:
@@ -847,7 +853,7 @@ def hashed(x: Tensor) -> Tensor:
 
 def chances(index: Tensor) -> Tensor:
     """Whole numbers, not negative -> float32, as if drawn evenly from (0, 1): the same on every device."""
-    return ((hashed(index) >> 9) + 0.5) / 2 ** 23
+    return ((hashed(index) >> 9).float() + 0.5) / 2 ** 23
 
 
 def best_of(score: Tensor, count, among: Tensor) -> Tensor:
@@ -1015,9 +1021,9 @@ class Gaps(Reducer):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         if not self.training:
             return super().forward(x)
-        self.calls += not ModuleTracker().is_bw                # checkpointing computes it again in backward
+        self.calls += not ModuleTracker().is_bw                # checkpointing repeats the last one
         generator, (_, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
-        luck, share, kind, finer = torch.rand(4, generator=generator).tolist()
+        luck, share, kind, finer = torch.rand(4, generator=generator, device='cpu').tolist()
         if luck >= self.gaps:
             return super().forward(x)
         n, kind = math.ceil(self.least ** share * T * P), int(4 * kind)
@@ -1026,7 +1032,8 @@ class Gaps(Reducer):
             coarsest = min(finest, math.ceil((n / T) ** 0.5))
             return pool(x, n, coarsest + int(finer * (finest + 1 - coarsest)))
         group = P if kind == 1 else 1                                          # whole frames, or patches
-        score = torch.rand(T * P // group, generator=generator).repeat_interleave(group).to(x.device)  # (N,)
+        score = torch.rand(T * P // group, generator=generator, device='cpu')
+        score = score.repeat_interleave(group).to(x.device)                    # (N,)
         if kind == 3:     # drawn by the change since the frame before (Efraimidis & Spirakis, 2006)
             change = (x - F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]).detach().float().norm(dim=-1)  # (B, T, P)
             score = score.log() / change.flatten(1).clamp(min=1e-6)            # (B, N)
@@ -1046,7 +1053,8 @@ class RaggedRouter(Router):
         if not isinstance(group, Tensor):
             return super().forward(x, group, ratio, words, forced)
         logits, frame = self.score(x), group.expand(x.shape[:2])               # (B, S) each
-        order = logits.detach().argsort(dim=1, descending=True, stable=True)
+        order = logits.detach() if forced is None else logits.detach().masked_fill(forced, math.inf)
+        order = order.argsort(dim=1, descending=True, stable=True)
         order = order.gather(1, frame.gather(1, order).argsort(dim=1, stable=True))    # by frame, then score
         home = frame.gather(1, order).contiguous()                             # (B, S) ascending
         first = torch.searchsorted(home, home)                                 # (B, S) where its frame begins
@@ -1067,6 +1075,8 @@ class RaggedBlock(MoDBlock):
         if route.mask is not None:
             eye = torch.eye(x.size(1), dtype=torch.bool, device=x.device)
             mask = torch.ones_like(eye).tril() if mask is None else mask
+            if mask.size(-2) < x.size(1):
+                raise ValueError(f'wanted a mask of all {x.size(1)} rows, got {mask.size(-2)}')
             least = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
             mask = mask.where(route.mask[:, None, None] | eye, least)         # (B, 1, K, K) no empty row: NaN
             if cache is not None:
@@ -1182,10 +1192,10 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int 
     far = torch.baddbmm(square[:, None], y, y.mT, alpha=-2) + square[..., None]        # (B, N, N)
     far = (far.where(far > least, 0) / C).sqrt().float().masked_fill(~both, math.inf)
     near = far.square().topk(min(k, N), largest=False).values                  # (B, N, k)
-    density = (-near.where(near < math.inf, 0).sum(-1) / count.clamp(1, near.size(-1))).exp()  # (B, N)
+    density = -near.where(near < math.inf, 0).sum(-1) / count.clamp(1, near.size(-1))  # (B, N) its logarithm
     gap = far.where(density[:, None] > density[..., None], math.inf).amin(-1)  # (B, N) to a denser one
     widest = far.where(both, 0).amax((1, 2))[:, None]                          # (B, 1)
-    score = density * torch.where(gap.isinf(), widest, gap)                    # (B, N)
+    score = density + torch.where(gap.isinf(), widest, gap).log().clamp(min=-1e30)     # (B, N) its logarithm
     wanted = torch.as_tensor(num_clusters, device=x.device).view(-1, 1)        # (B or 1, 1)
     centers = pack(best_of(score, wanted, mask), most).position                # (B, K)
     reach = F.pad(far, (0, 1), value=math.inf).take_along_dim(centers[:, None], 2)     # (B, N, K)
@@ -1394,8 +1404,9 @@ def spread_centers(x: Tensor, K: int, trials: int = 8) -> Tensor:
     square, rows = x.square().sum(-1), torch.arange(len(x), device=x.device)   # (B, N), (B,)
     far, chosen = torch.ones_like(square), []              # (B, N) squared distance; at first any token
     for k in range(K):
-        edge = precise(far).cumsum(1)                                          # (B, N)
-        pick = torch.searchsorted(edge, luck[k] * edge[:, -1:], right=True).clamp(max=x.size(1) - 1)
+        # Whole numbers: a sum of floats is not the same each time on a GPU.
+        edge = (far / far.amax(1, keepdim=True).clamp(min=1e-30) * 2 ** 30).long().cumsum(1)        # (B, N)
+        pick = torch.searchsorted(edge, (luck[k] * edge[:, -1:]).long(), right=True).clamp(max=x.size(1) - 1)
         tried = x[rows[:, None], pick]                                         # (B, trials, C)
         gap = square[..., None] - 2 * x @ tried.mT + square.gather(1, pick)[:, None]
         gap = torch.minimum(gap.clamp(min=0), far[..., None] if k else gap.new_tensor(math.inf))
@@ -1532,9 +1543,9 @@ class VectorQuantizer(nn.Module):
         if num_codes < 1:
             raise ValueError(f'a codebook wants at least 1 code, got {num_codes}')
         self.decay, self.commitment, self.revive, self.eps = decay, commitment, revive, eps
-        self.register_buffer('codebook', torch.randn(num_codes, dim))          # (K, C)
+        self.register_buffer('codebook', torch.randn(num_codes, dim).float())          # (K, C)
         self.register_buffer('embed_avg', self.codebook.clone())               # m: sum of its vectors
-        self.register_buffer('cluster_size', torch.ones(num_codes))            # n: how many they are
+        self.register_buffer('cluster_size', torch.ones(num_codes).float())            # n: how many they are
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))   # steps so far; 0: codes not placed
 
     def _apply(self, fn, *args, **more):
@@ -1546,7 +1557,7 @@ class VectorQuantizer(nn.Module):
         flat = x.reshape(-1, x.size(-1)).float()                               # (n, C)
         if not len(flat):
             raise ValueError(f'wanted at least one vector, got {tuple(x.shape)}')
-        # Checkpointing computes this again while the gradient is computed, and wants what it had before.
+        # Checkpointing computes the last forward again in backward, and wants what it had before.
         learns = self.training and not ModuleTracker().is_bw
         first = learns and not self.calls                                      # waits for the device
         if first:
@@ -1680,7 +1691,7 @@ class FrameSelector(Budgeted):
         own = (torch.arange(K, device=device)[:, None] + 0.5) / K
         logits = self.sharpness[0] * self.affinity(wish[:, :K], frames, own, K)                # (B, K, T)
         if self.training:
-            self.calls += not ModuleTracker().is_bw            # checkpointing computes it again in backward
+            self.calls += not ModuleTracker().is_bw            # checkpointing repeats the last one
             index = torch.arange(logits.numel(), device=device).view_as(logits)
             noise = -(-chances(index + self.calls * index.numel()).log()).log()
             logits = logits + noise.to(logits.dtype)
@@ -1894,8 +1905,9 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
 
     merge_lora comes before save_checkpoint, which knows the LoRA of a configuration alone.
     """
+    names = (names,) if isinstance(names, str) else tuple(names)
     found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
-             if name.endswith(tuple(names)) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
+             if name.endswith(names) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
     if rank < 1 or not found and not any(isinstance(module, LoRA) for module in model.modules()):
         raise ValueError(f'no linear layer is named {" or ".join(names)}, or the rank is below 1: {rank}')
     for parent, name in found:
@@ -1906,7 +1918,7 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
 
 def merge_lora(model: nn.Module):
     """Fold what LoRA learned into the weights, W + B A: as fast as before, and every weight learns."""
-    if hasattr(model, 'config'):                               # a checkpoint of it has no LoRA, either
+    if hasattr(getattr(model, 'config', None), 'options'):     # a checkpoint of it has no LoRA, either
         model.config = copy.copy(model.config)
         model.config.options = {key: a for key, a in model.config.options.items() if key != 'lora_rank'}
     for name, part in list(model.named_modules()):

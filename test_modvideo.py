@@ -353,6 +353,10 @@ def test_exactly_k_tokens_a_frame_even_with_ties():
     route = mv.Router(8)(x, 3, 0.25, forced=torch.arange(24) % 8 == 7)
     best = route.logits.view(2, 3, 8)[..., :7].argmax(-1) + torch.tensor([0, 8, 16])
     assert torch.equal(route.index.view(2, 3, 2), torch.stack([best, last], -1))
+    router = mv.RaggedRouter(8)
+    for forced in (None, torch.arange(24) % 8 == 7, torch.arange(24) < 2):     # frames by number, by token
+        two = [router(x, group, 0.25, forced=forced) for group in (3, torch.arange(24) // 8)]
+        assert torch.equal(two[0].index, two[1].index)
 
 
 FRAMES = torch.tensor([[-2, -2, -1, 0, 0, 0, -1, 1, 1, 1, 1, -1, -1],
@@ -801,8 +805,8 @@ def test_segments_equal_holitoms_code_and_brute_force():
 
 
 def test_clusters_equal_holitoms_code():
-    """Catches a point that is not its own neighbour; k cut to the number of clusters: then every density is
-    one, and what stands alone is taken."""
+    """Catches a point that is not its own neighbour; densities of zero; k cut to
+    the number of clusters: then every density is one, and what stands alone is taken."""
     for name, g in golden('holitom', 'dpc/').items():
         m, k = g['m_k'].tolist()
         centers, assign = mv.dpc_knn(g['x'][None], m, k)
@@ -812,6 +816,13 @@ def test_clusters_equal_holitoms_code():
         both, inside = mv.dpc_knn(x, torch.tensor([m, 2]), k, mask)
         assert torch.equal(both[0], g['centres']) and (both[1, 2:] == x.size(1)).all()
         assert torch.equal(inside[0, :-5], assign[0]) and (inside[:, -5:] == -1).all()
+    for scale in (0.1, 1, 15):                                 # at 15 most densities are zero in float32
+        x = scale * torch.randn(1, 40, 8)
+        far = torch.cdist(x.double(), x.double())[0] / 8 ** 0.5                # the equation, in float64
+        density = (-far.topk(7, largest=False).values.square().mean(-1)).exp()
+        gap = far.masked_fill(density <= density[:, None], math.inf).amin(-1)
+        score = density * gap.where(gap < math.inf, far.max())
+        assert torch.equal(mv.dpc_knn(x, 6)[0][0], score.topk(6).indices.sort().values), scale
     x = torch.cat([torch.randn(1, 1, 8) + 40, torch.randn(1, 30, 8)], 1)        # one is an outlier
     for count, k in itertools.product((1, 2), (5, 7, 99)):
         centers = mv.dpc_knn(x, count, k)[0][0]
@@ -866,7 +877,14 @@ def test_holitom_inner_equals_its_authors_choice_and_is_a_true_mean():
 
 
 def test_decisions_are_float32_under_autocast():
-    """Catches merging by bfloat16, which differs between batch sizes and machines."""
+    """Catches merging by bfloat16, which differs between batch sizes and machines; TF32, by the newer switch
+    of torch, too, and a switch that is another one afterwards."""
+    matmul = torch.backends.cuda.matmul
+    for way in ('tf32', 'ieee', matmul.fp32_precision):
+        matmul.fp32_precision = way
+        with mv.exact():
+            assert matmul.fp32_precision == 'ieee'
+        assert matmul.fp32_precision == way
     x = torch.randn(3, 1, 64, 32).repeat(1, 6, 1, 1)           # half of it stands still, two clips have a cut
     x[::2, 3:] = torch.randn(3, 1, 64, 32)[::2]
     x[:, :, 32:] += torch.randn(3, 6, 32, 32)
@@ -1248,7 +1266,14 @@ SENTENCES = torch.tensor([[2, 3, 4, 1], [5, 6, 1, 0], [2, 3, 4, 1]])
 
 
 def test_lora_starts_as_the_model_and_merges_into_it():
-    """Catches LoRA that changes the model at once, freezes too little, or is slower when merged."""
+    """Catches LoRA that changes the model at once, freezes too little, or is slower when merged; one name
+    that is read as letters, a model whose configuration is another library's."""
+    other = nn.ModuleDict(dict(q=nn.Linear(4, 4), view=nn.Linear(4, 4)))
+    other.config = types.SimpleNamespace(name='x')
+    mv.add_lora(other, 2, names='view')
+    assert type(other['q']) is nn.Linear and type(other['view']) is mv.LoRA
+    mv.merge_lora(other)
+    assert type(other['view']) is nn.Linear and other.config.name == 'x'
     plain, lora, video = retriever(), retriever(1, lora_rank=2), sample(B=3)[0]
     told = lambda model: model(video, SENTENCES)[0]
     before = told(plain)
@@ -2042,6 +2067,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, monkeypatch):
     with monkeypatch.context() as patch:
         in_step(patch, 8, press_ctrl_c)
         status, _, said = called('--steps 12 --out', run)
+        patch.setattr(train_tiny.Run, 'begin', lambda *_: signal.raise_signal(signal.SIGINT))     # too early
+        assert pasted(called('--steps 14 --lr 0.003 --resume', run)[2])[-4:] == [
+            '--lr', '0.003', '--resume', str(run)]
     assert status == 130 and signal.getsignal(signal.SIGINT) is before
     assert not (run / 'result.json').exists() and len(losses(run)) == 8
     assert train_tiny.main(pasted(said)) == 0
@@ -2195,6 +2223,9 @@ def test_the_newest_model_of_a_kind_is_asked_and_watches(trained, streaming):
         shutil.copytree(run, f'out/{i}')
     Path('out/broken').mkdir()
     Path('out/broken/ckpt.pt').write_text('hello')
+    name = Path('電' * 80 + '.webp')                            # as long as a file's name may be
+    shutil.copy(COCKATOO, name)
+    assert '.png' in go('--ask', name, 'describe') and Path(f'out/0/ask-{"電" * 60}.gif').exists()
     out = go('--ask', COCKATOO, 'What shape is red?')
     assert re.search(r'What shape is red\? .*\d\.\d%', out) and str(Path('out/0/ask-cockatoo.png')) in out
     assert Path('out/0/ask-cockatoo.png').exists() and Image.open('out/0/ask-cockatoo.gif').n_frames == 4
@@ -2308,7 +2339,8 @@ def test_every_row_of_the_table_builds_and_costs_what_it_says():
     merges = lambda changes: changes.get('reducer', 'vq') not in ('vq', 'gaps') or 'encoder' in changes
     assert {*mv.REDUCERS} - {'none'} <= {*train_tiny.RECIPES}
     for name, recipe in train_tiny.RECIPES.items():
-        task, model = begun(f'--encoder-layers 2 --recipe {name}')             # at least, to merge
+        deep = '--encoder-layers 2 ' * (recipe.task.kind == 'questions')       # at least, to merge
+        task, model = begun(f'{deep}--recipe {name}')
         tokens = task.cost(model)['vision_by_layer']
         N = 64 if task.kind != 'retrieval' else 17 if task.single else 4 * 17
         assert (tokens[-1] < N) == merges(recipe.changes) and max(tokens) <= N, (name, tokens)
@@ -2455,6 +2487,8 @@ BAD_FLAGS = {
     '--recipe gamma-all --n-layer 1': 'routes no layer of 1', '--grid 4': '--grid wants COLUMNSxROWS',
     '--bench --rows stream': 'none has the task',
     '--question x how': 'number of a frame', '--theta 2': '--theta must be between',
+    '--theta 0.9': '--theta would do nothing', '--grid 3x3': '--grid is of clips of your own',
+    '--recipe lora --encoder-layers 2': 'would do nothing', '--reducer holitom --tau -2': 'at least -1',
     # the model, in the words of its own options
     '--recipe dense --keep-ratio 0.5': '--keep-ratio would do nothing', '--keep-ratio nan': 'must be finite',
     '--stage drop --stage-layer 3': 'stage_layer must be from 1 to 2', '--window 2': 'frames for streaming',
@@ -2521,10 +2555,24 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, monkeypatch):
         refused('exists; name another folder', f'--out {name}')
 
 
-def test_clip_folders_train():
-    """Catches recipes and datasets that only the default path was tried on."""
+def whole_precision(batch):
+    """A dataset's batch, which must not be drawn in bfloat16: it would move what is resampled."""
+    def drawn(*args, **more):
+        assert not torch.is_autocast_enabled('cpu')
+        return batch(*args, **more)
+    return drawn
+
+
+def test_clip_folders_train(monkeypatch):
+    """Catches recipes and datasets that only the default path was tried on, clips drawn under autocast, long
+    answers that are cut."""
+    story = ' '.join(f'word{i}' for i in range(20))
+    write_folder(Path('clips'), [dict(file=f'{i}.png', caption=story) for i in range(20)])
+    go('--steps 60 --data clips --out long')                   # every answer is read to its end
+    assert f'describe? {story} ' in go('--out long --ask clips/0.png describe')
     write_folder(Path('clips'), LEFT_OR_RIGHT)
-    go('--steps 2 --recipe dense --deterministic --data clips --out run')
+    monkeypatch.setattr(train_tiny.ClipFolder, 'batch', whole_precision(train_tiny.ClipFolder.batch))
+    go('--steps 2 --recipe dense --deterministic --dtype bfloat16 --data clips --out run')
     result = result_of('run')
     assert list(result['accuracy_by_type']) == ['which way'] and result['placement'] == 'none'
     assert result['vision_tokens'] == 8 * 16                   # twice the preset's frames, not all 16
@@ -2780,7 +2828,8 @@ HOST_WAITS = {      # how often the host waits in a training step, at most; neve
 def test_a_step_on_a_pretended_gpu(gpu, recipe):
     """Catches tensors left on the CPU, an index or generator of the other device, waits for numbers; cuDNN's
     attention, which plans anew for each number of tokens, where that changes from step to step."""
-    task, model = begun(f'--encoder-layers 2 --batch 2 --device cuda --recipe {recipe}')
+    deep = '--encoder-layers 2 ' * (train_tiny.RECIPES[recipe].task.kind == 'questions')       # to merge
+    task, model = begun(f'{deep}--batch 2 --device cuda --recipe {recipe}')
     s, optimizers = task.s, mv.configure_optimizer(model.train(), task.s.rate())
     cudnn, varies = [], recipe == 'gaps' or 'holitom' in recipe or 'adaptive' in recipe
     model.register_forward_pre_hook(lambda *_: cudnn.append(torch.backends.cuda.cudnn_sdp_enabled()))

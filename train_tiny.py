@@ -27,22 +27,24 @@ import re
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 from collections import Counter
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_args
 
 BEGAN = time.time()     # importing torch takes seconds, and they count
+as_typed = subprocess.list2cmdline if os.name == 'nt' else shlex.join      # words -> a line of the shell
 
 
 if __name__ == '__main__':
     def stopped_early(*_):      # Ctrl-C while torch is imported
-        print('train_tiny: stopped; go on with:', shlex.join(['python', *sys.argv]), file=sys.stderr)
+        print('train_tiny: stopped; go on with:', as_typed(['python', *sys.argv]), file=sys.stderr)
         os._exit(130)
 
     signal.signal(signal.SIGINT, stopped_early)
@@ -54,7 +56,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from data.clips import ClipFolder, read_clip, read_rows, save_clip, words
+from data.clips import LONGEST, ClipFolder, read_clip, read_rows, save_clip, words
 from data.shapes import PROMPT, Batch, ShapeWorld, check
 from modvideo import (EOS, IGNORE, PAD, PARTS, PRESETS, REDUCERS, ROUTINGS, ModVideoConfig,
                       choose_mod_layers, compose, configure_optimizer, count_flops, draw_tokens, init_from,
@@ -311,7 +313,7 @@ class Questions:
         video, asked, question, answer = self.liveliest()
         whole(run / 'clip.webp', lambda part: save_clip(video, part))
         draw_clip(model, video, asked[None], run / 'tokens', f'{question}? {answer}')
-        return shlex.join(['--ask', str(run / 'clip.webp'), question])
+        return as_typed(['--ask', str(run / 'clip.webp'), question])
 
 
 class Streams(Questions):
@@ -368,7 +370,7 @@ class Streams(Questions):
         print()
         narrate(model.cpu(), video, run / 'narration.png', self.s.theta, {})
         draw_clip(model, video, torch.tensor([[self.vocab.index(PROMPT)]]), run / 'tokens', PROMPT)
-        return shlex.join(['--stream', str(run / 'clip.webp')])
+        return as_typed(['--stream', str(run / 'clip.webp')])
 
 
 def turn_scores(logits, wanted, after, T: int, theta: float) -> dict:
@@ -413,7 +415,8 @@ class Retrieval(Questions):
     """Clips and sentences find each other. Accuracy: sentences whose clip is found first (R@1)."""
     kind, model, needs = 'retrieval', dict(model='retriever'), 'a sentence for every clip'
     source, words, single = ('captions', 'captions'), 'caption_vocab', False
-    without = 'dim n_head placement keep_ratio routing reducer stage window silence_weight gate'.split()
+    without = ('dim n_head encoder_layers placement keep_ratio routing reducer stage window silence_weight '
+               'gate').split()
     columns = 'accuracy r_sum direction_pairs order_pairs step_ms memory_mb encode_ms gflops'.split()
 
     def loss(self, model, batch):
@@ -656,7 +659,7 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
 
 def whole(path, make):
     """make(a temporary path), which then takes its place: a file is there whole or not at all."""
-    part = Path(path).with_name(f'train_tiny.part{os.getpid()}.{Path(path).name}')
+    part = Path(path).with_name(f'train_tiny.part{os.getpid()}{Path(path).suffix}')
     try:
         make(part)
         os.replace(part, path)
@@ -721,15 +724,16 @@ class Run:
                 settings_of(self.path)                         # killed before a checkpoint; not a stranger's
 
     def claim(self):
-        """Make the folder, for this process alone until it ends. ValueError: another one was faster."""
+        """Make the folder, for this process alone where files lock. ValueError: another one was faster."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / self.LOCK, 'w')
         try:
-            with suppress(ImportError):                        # Windows has no fcntl
-                import fcntl
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f'another process trains in {self.path}; name another folder') from None
+        except (ImportError, OSError):                         # Windows, a file system without locks
+            pass
         self.check_free()
         for path in [path for path in self.path.iterdir() if self.PART.fullmatch(path.name)]:
             path.unlink()                                      # of one that was killed while it wrote
@@ -819,19 +823,21 @@ def run_recipe(s, began: float = None):
     began = began or time.time()
     set_up(s)
     task, run = RECIPES[s.recipe].task(s, load_data(s)), Run(s)
+    model = run.begin(task)
+    if s.device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()                   # not of what it begins with
+    cost = task.cost(model)
+    if s.coarse_steps() and not s.resume:
+        task.loss(model, task.draw('train', 0, max(2, WORLD)))     # which half of the frames may refuse
+    if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
+        raise ValueError(f'reducer {model.config.reducer!r} has weights, and this row trains none; say '
+                         'untrained = False in its class, or --steps')
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.claim()                                                # not before the first pass, which may refuse
+    (run.path / 'result.json').unlink(missing_ok=True)         # it goes on: not finished
+    noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
+    write(run.path / 'config.json', noted)
     try:
-        model = run.begin(task)
-        cost = task.cost(model)
-        if s.coarse_steps() and not s.resume:
-            task.loss(model, task.draw('train', 0, max(2, WORLD)))     # which half of the frames may refuse
-        if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
-            raise ValueError(f'reducer {model.config.reducer!r} has weights, and this row trains none; say '
-                             'untrained = False in its class, or --steps')
-        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        run.claim()                                            # not before the first pass, which may refuse
-        (run.path / 'result.json').unlink(missing_ok=True)     # it goes on: not finished
-        noted = dict(settings=asdict(replace(s, resume='', out='')), model=asdict(model.config))
-        write(run.path / 'config.json', noted)
         print(f'{num_params(model):,} parameters, {learns:,} of them learn, layers process '
               f'{cost["vision_by_layer"]} vision tokens, {cost["gflops"]:.2f} GFLOPs a clip; {s.steps} steps '
               f'of {s.batch} clips -> {run.path}')
@@ -857,7 +863,7 @@ def run_recipe(s, began: float = None):
         raise KeyboardInterrupt(*['--resume', run.path] * (run.path / 'ckpt.pt').exists()) from None
     run.lock.close()
     (run.path / run.LOCK).unlink()
-    print(f'\ngo on with: python train_tiny.py {shlex.join(["--out", str(run.path)])} {go_on}\n'
+    print(f'\ngo on with: python train_tiny.py {as_typed(["--out", str(run.path)])} {go_on}\n'
           f'{result["seconds"]:.0f} s, {result["step_ms"]:.0f} ms a step. In {run.path}: '
           + ', '.join(sorted(path.name for path in run.path.iterdir())))
 
@@ -876,7 +882,10 @@ def finish(s) -> dict:
     path = Path(s.out)
     if not (path / 'result.json').exists():
         resumes = (path / 'ckpt.pt').exists()
-        run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
+        try:
+            run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None                  # what asked for this run goes on with it
     return read_json(path / 'result.json')
 
 
@@ -1206,7 +1215,7 @@ def command_of(s) -> str:
     for key, value in s.flags().items():
         if key not in ('model', 'out') and value != plain.get(key):
             command += [dashed(key)] + [str(value)] * (value is not True)
-    return shlex.join(command)
+    return as_typed(command)
 
 
 def run_compare(s):
@@ -1366,9 +1375,10 @@ class Settings:
 
     def coarse_steps(self) -> float:
         """How many of the first steps see coarse clips."""
+        row = RECIPES[self.recipe]
         if self.coarse is not None or not self.steps:
-            return self.steps * (self.coarse or 0)
-        shape, row = {**PRESETS[self.preset], 'encoder': 'plain', **self.model}, RECIPES[self.recipe]
+            return self.steps * (self.coarse or 0) * (row.task is not Frames)
+        shape = {**PRESETS[self.preset], 'encoder': 'plain', **self.model}
         whole = row.begins or self.data != 'shapes' or shape['frames'] < 8 or shape['encoder'] != 'plain'
         return 0 if whole else self.steps * self.plan().coarse
 
@@ -1451,7 +1461,7 @@ def check_flags(s: Settings, given: set):
     """ValueError: values out of range, and flags that would do nothing."""
     parse_grid(s.grid)
     for name, value in s.flags().items():
-        least = int(name in (*PRESETS['tiny'], 'patch_size'))
+        least = -1 if name == 'tau' else int(name in (*PRESETS['tiny'], 'patch_size'))
         if type(value) in (int, float) and not least <= value < 2 ** 31:       # NaN, too
             raise ValueError(f'{dashed(name)} must be finite, at least {least}, below 2**31, got {value}')
     check((s.coarse or 0) < 1, f'--coarse is a share of the steps, from 0 to below 1, got {s.coarse}')
@@ -1462,6 +1472,10 @@ def check_flags(s: Settings, given: set):
         raise ValueError(f'--theta must be between 0 and 1, --lr above 0, got {s.theta} and {s.lr}')
     if s.question and not s.question[0].isdecimal():
         raise ValueError(f'--question wants the number of a frame first, got {s.question[0]!r}')
+    check('theta' not in given or s.stream or s.rows or row.task is Streams, f'--theta would do nothing with '
+          f'--recipe {s.recipe}: it is no stream')
+    check('grid' not in given or s.data != 'shapes' or s.ask or s.stream, '--grid is of clips of your own; '
+          'name them with --data')
     check(not row.blind or s.batch != 1, '--recipe blind shows another clip; wanted --batch 2 or more')
     for name in [name for name in TOGETHER if name in given and not given & {*TOGETHER[name]}]:
         raise ValueError(f'{dashed(name)} goes with {" or ".join(map(dashed, TOGETHER[name]))}')
@@ -1512,8 +1526,6 @@ def set_up(s: Settings):
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_cudnn_sdp(False)            # its backward is not deterministic
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()                   # of this run alone
     print(f'{machine_name(s.device)}, {s.dtype}, torch {torch.__version__}, preset {s.preset}, '
           f'recipe {s.recipe}, seed {s.seed}')
 
@@ -1548,7 +1560,7 @@ def run_ask(s: Settings):
     run, model, video = open_model(s, '--ask', 'questions', s.ask[0])
     vocab, question = model.config.vocab, s.ask[1].rstrip('?')
     ids = torch.tensor(encode_question(question, vocab))                       # (L,)
-    answer = model.generate(video[None], ids[None, None], max_new_tokens=16)[0, 0]
+    answer = model.generate(video[None], ids[None, None], max_new_tokens=LONGEST + 1)[0, 0]
     answer = answer[:max(1, int((answer != PAD).sum()))]
     whole, asked = torch.cat([ids, answer])[None, None], torch.tensor([[len(ids)]])
     chances = F.softmax(model(video[None], whole, asked=asked)[0][0, 0, len(ids) - 1:], -1)  # (answer + 1, V)
@@ -1556,7 +1568,7 @@ def run_ask(s: Settings):
     title, best = f'{question}? {said}   {chance:.1%}', chances[0].topk(min(4, len(vocab))).indices.tolist()
     others = [f'{vocab[i]} {chances[0, i].item():.1%}' for i in best if i != answer[0]]
     print(f'{title}\ninstead of {said.split()[0]}: ' + ', '.join(others[:3]))
-    path = run / f'ask-{Path(s.ask[0]).stem}'
+    path = run / f'ask-{Path(s.ask[0]).stem[:60]}'
     draw_clip(model, video, ids[None], path, title)
     print(f'what was looked at: {path}.png, {path}.gif')
 
@@ -1567,7 +1579,7 @@ def run_stream(s: Settings):
     asked = {int(s.question[0]): s.question[1].rstrip('?')} if s.question else {}
     if not {*asked} <= {*range(1, len(video) + 1)}:
         raise ValueError(f'--question: the frames are 1 to {len(video)}, got {s.question[0]}')
-    path = run / f'stream-{Path(s.stream).stem}.png'
+    path = run / f'stream-{Path(s.stream).stem[:60]}.png'
     narrate(model, video, path, s.theta, asked)
     print(f'frames with the words below: {path}')
 
@@ -1611,15 +1623,16 @@ JOBS = dict(ask=run_ask, stream=run_stream, find=run_find, eval=run_eval, bench=
 
 
 def main(argv=None, began: float = None) -> int:
-    """Returns the exit status: 0, or 2 after one sentence about what was wrong."""
+    """Returns the exit status: 0, 2 after one sentence about what was wrong, 130 after Ctrl-C."""
     began, argv = began or time.time(), sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):                    # a console may lack letters of an answer
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
     status = 2
     try:
-        torch.set_float32_matmul_precision('high')
         s = parse(argv)
+        # TF32; in a compiled graph it would enter what `exact` keeps it out of.
+        torch.set_float32_matmul_precision('highest' if s.compile else 'high')
         job = next((job for name, job in JOBS.items() if getattr(s, name)), None)
         job(s) if job else run_recipe(s, began)
         return 0
@@ -1632,8 +1645,7 @@ def main(argv=None, began: float = None) -> int:
     except (ValueError, OSError) as error:
         message = error
     except KeyboardInterrupt as stop:
-        again = argv if '--compare' in argv else stop.args or argv     # which goes on with each of its runs
-        again = shlex.join(map(str, ['python', 'train_tiny.py', *again]))
+        again = as_typed(['python', 'train_tiny.py', *map(str, stop.args or argv)])
         status, message = 130, f'stopped; go on with: {again}'
     print(f'train_tiny: {message}', file=sys.stderr)
     return status

@@ -170,17 +170,16 @@ class ShapeWorld:
         at = torch.randint(1, T, (B, Q), generator=generator)     # (B, Q) each is asked after this frame
         kind = torch.randint(SUMMARY, (B, Q), generator=generator)
         at[:, -1], kind[:, -1] = T - 1, SUMMARY
-        question, answer, _ = self.questions_at(scene, generator, kind, at)
+        asked, _ = self.questions_at(scene, generator, kind, at)  # (B, Q, n)
         told = clauses(scene)                                     # (B, 2, 3) the first word asks for the rest
         decisions = torch.full((B, T), EOS).scatter(1, scene.time, told[..., 0])
-        rest = F.pad(F.pad(told[..., 1:], (0, answer.size(-1) - 3)), (0, 1), value=EOS)  # (B, 2, La)
-        question = torch.cat([F.pad(told[..., :1], (0, question.size(-1) - 1)), question], 1)
-        text, targets = join(question, torch.cat([rest, answer], 1))      # (B, 2 + Q, Lq + La)
-        after = torch.cat([scene.time, at], 1)[..., None].expand_as(text)
-        order = after.flatten(1).argsort(stable=True)             # told before asked
-        text, targets, after = drop_padding(*(a.flatten(1).gather(1, order) for a in (text, targets, after)))
-        text, after = F.pad(text, (1, 0), value=ID[PROMPT]), F.pad(after, (1, 0), value=-1)       # (B, L)
-        targets = F.pad(targets, (0, 1), value=IGNORE)            # (B, L) for the word after each
+        told = F.pad(told * torch.tensor([1, -1, -1]), (0, 1), value=-EOS)        # (B, 2, 4)
+        tokens = torch.cat([F.pad(told, (0, asked.size(-1) - 4)), asked], 1)      # (B, 2 + Q, n)
+        after = torch.cat([scene.time, at], 1)[..., None].expand_as(tokens).flatten(1)
+        order = after.argsort(stable=True)                        # told before asked
+        tokens, after = drop_padding(tokens.flatten(1).gather(1, order), after.gather(1, order))
+        tokens, after = F.pad(tokens, (1, 0), value=ID[PROMPT]), F.pad(after, (1, 0), value=-1)   # (B, L)
+        text, targets = text_and_targets(F.pad(tokens, (0, 1)))
         words = text[:, None], targets[:, None], torch.zeros(B, 1).long(), after, decisions
         return Batch(self.draw(scene, device, generator.initial_seed()), *(a.to(device) for a in words))
 
@@ -206,13 +205,13 @@ class ShapeWorld:
     def ask(self, scene: Scene, generator: torch.Generator):
         """Text, targets (B, Q, L) and kind (B, Q): Q questions about each whole scene, the types in turn."""
         kind = (torch.arange(self.questions) + torch.arange(len(scene.shape))[:, None]) % len(KINDS)  # (B, Q)
-        *text, kind = self.questions_at(scene, generator, kind, torch.full_like(kind, self.frames - 1))
-        return (*pack_text(*text), kind)
+        tokens, kind = self.questions_at(scene, generator, kind, torch.full_like(kind, self.frames - 1))
+        return (*text_and_targets(*drop_padding(tokens)), kind)
 
     def questions_at(self, scene: Scene, generator: torch.Generator, kind: torch.Tensor, at: torch.Tensor):
         """Questions of the types `kind` (B, Q) after the frames `at` (B, Q), about what was seen by then ->
-        question (B, Q, Lq) and answer (B, Q, La), padded anywhere, and kind (B, Q). A type that does not
-        apply (no flash, say) becomes shape or direction. Where nothing can be asked all is padding."""
+        ids (B, Q, n), the answer's below 0, padded anywhere, and kind (B, Q). A type that does not apply
+        (no flash, say) becomes shape or direction. Where nothing can be asked all is padding."""
         (B, Q), rows, q = kind.shape, torch.arange(len(kind))[:, None], torch.arange(kind.size(1))
         now, start, stop = at[..., None], scene.start[:, None], scene.stop[:, None]
         seen = scene.present[:, None] & (start <= now)            # (B, Q, O)
@@ -239,9 +238,8 @@ class ShapeWorld:
         story = torch.where((kind == SUMMARY)[..., None], story, PAD)     # (B, Q, 7)
         answer = F.pad(torch.cat([answer.gather(-1, kind[..., None]), story], -1), (0, 1), value=EOS)
         question = table([text.split() for text in QUESTIONS.values()], ID)[kind]  # (B, Q, longest)
-        question = torch.where(question == ID['_'], name, question)
-        nothing = ~able.any(-1, keepdim=True)                     # (B, Q, 1)
-        return question.masked_fill(nothing, PAD), answer.masked_fill(nothing, PAD), kind
+        tokens = torch.cat([torch.where(question == ID['_'], name, question), -answer], -1)
+        return torch.where(able.any(-1, keepdim=True), tokens, PAD), kind
 
 
 def side_by_side(*parts) -> torch.Tensor:
@@ -315,16 +313,9 @@ def table(texts, ids: dict) -> torch.Tensor:
     return pad_sequence([torch.tensor([ids[word] for word in text]) for text in texts], batch_first=True)
 
 
-def join(question: torch.Tensor, answer: torch.Tensor):
-    """Ids (..., Lq) and (..., La) -> both (..., Lq + La), and again with -1 for all but the answer."""
-    wanted = answer.masked_fill(answer == PAD, IGNORE)
-    return torch.cat([question, answer], -1), F.pad(wanted, (question.size(-1), 0), value=IGNORE)
-
-
-def pack_text(question: torch.Tensor, answer: torch.Tensor):
-    """Ids (..., Lq) and (..., La), padded anywhere -> text, targets (..., L) as in Batch."""
-    tokens, wanted = drop_padding(*join(question, answer))        # (..., L + 1)
-    return tokens[..., :-1], wanted[..., 1:]
+def text_and_targets(tokens: torch.Tensor):
+    """Ids (..., L + 1), those of answers below 0 -> text, targets (..., L) as in Batch."""
+    return tokens[..., :-1].abs(), torch.where(tokens < 0, -tokens, IGNORE)[..., 1:]
 
 
 def drop_padding(tokens: torch.Tensor, *others):

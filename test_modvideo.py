@@ -1897,6 +1897,18 @@ def test_clip_folder_batches(tmp_path, capsys):
     assert (made[0] - made[1]).abs().max() > 0.1 and (made - still / 255).abs().mean() > 0.02
 
 
+def test_all_questions_about_a_clip_are_measured_once():
+    """Catches a ninth question that nobody asks, one that counts twice where another clip has more."""
+    rows = [dict(row, split='test', qa=[[f'what is {i}', f'{i}'] for i in range(n)])
+            for row, n in zip(LEFT_OR_RIGHT, (2, 11))]
+    write_folder(Path('clips'), [*rows, *LEFT_OR_RIGHT[2:6]])
+    data = clips.ClipFolder('clips', frames=4, size=16)
+    batch = data.batch('test', 0, 2)
+    asked = [[data.vocab[i] for i in ids[targets > 1]] for ids, targets in zip(batch.text, batch.targets)]
+    assert asked == [[*map(str, [0, 1] * 5 + [0])]] + [[*map(str, range(11))]] and data.questions == 8
+    assert (batch.kind >= 0).sum(1).tolist() == [2, 11] and data.batch('test', 0, 1).text.size(1) == 2
+
+
 def test_donkeycar_import(capsys):
     """Catches mirrored clips with the original's label, clips across a gap, unsorted catalogs."""
     run, lines = lambda words: donkeycar.main(words.split()), []
@@ -2280,25 +2292,25 @@ def test_scores_of_streams_by_hand():
 def test_evaluation_by_hand():
     """Catches accuracy counted by word, or with padding and questions in it; an end mark among the words;
     balanced scores that weigh by frequency, a blind score that sees its clip, a wrong chance, facts of the
-    last clips alone."""
+    last clips alone, questions that count again."""
     targets = torch.tensor([[[-1, 3, 1, -1], [-1, 3, 1, -1]]])
     logits = F.one_hot(torch.tensor([[[0, 3, 1, 2], [0, 3, 2, 2]]]), 5).float()
     assert train_tiny.is_right(logits, targets).tolist() == [[True, False]]
     asked, told = train_tiny.split_question(torch.tensor([2, 3, 4, 1]), torch.tensor([-1, 4, 1, -1]))
     assert train_tiny.in_words(asked, ['<pad>', '<eos>', 'who', 'is']) == 'who is' and told.tolist() == [4]
-    answers = torch.tensor([[2, 4], [2, 5], [2, 5], [3, 5]])                 # (clips, kinds)
+    answers = torch.tensor([[2, 4, 2], [2, 5, 2], [2, 5, 2], [3, 5, 3]])     # (clips, kinds and one again)
     video = torch.tensor([2.0, 2, 3, 3]).view(4, 1, 1, 1, 1)
     targets = torch.stack([torch.full_like(answers, -1), answers], -1)         # (B, Q, L)
-    batch = shapes.Batch(video, targets.clamp(min=2), targets, torch.arange(2).expand(4, 2))
+    batch = shapes.Batch(video, targets.clamp(min=2), targets, torch.tensor([0, 1, -1]).expand(4, 3))
     data = types.SimpleNamespace(kinds=['colour', 'count'], vocab=[*'abcdef'], batch=lambda *_: batch)
 
     def seer(video, text, targets, asked):                     # colours it sees, counts are always 4
-        words = torch.stack([video.flatten().long(), torch.full((len(video),), 4)], 1)
+        words = F.pad(video.flatten(1).long(), (0, 2), value=4)
         logits = F.one_hot(words, 6)[:, :, None].expand(-1, -1, 2, -1).float()
         return logits, None, dict(reduced=mv.Reduced(None, info=dict(seen=video.flatten())))
 
     seer.reducer = types.SimpleNamespace(steady=True, facts=lambda info: dict(seen=info['seen'].tolist()))
-    task = train_tiny.Questions(train_tiny.Settings(batch=3, device='cpu'), data)
+    task = train_tiny.Questions(train_tiny.Settings(preset='tiny', batch=3, device='cpu'), data)
     scores = task.evaluate(seer, 'test', 4)
     assert scores['seen'] == [2, 2, 3, 3]                      # of all parts, of their own clips
     assert scores['accuracy_by_type'] == {'colour': 0.75, 'count': 0.25} and scores['accuracy'] == 0.5
@@ -2579,10 +2591,11 @@ def test_clip_folders_train(monkeypatch):
     go('--steps 1 --recipe holitom-trained --data clips --init-from run --out merged')
     go('--steps 2 --resume merged')
     before, rows = Path('run/ckpt.pt').read_bytes(), [dict(row, split='test') for row in LEFT_OR_RIGHT[:6]]
+    rows[1]['qa'] = rows[1]['qa'] * 9
     write_folder(Path('clips'), rows)                          # nothing to train on
     go('--eval run --data clips')
     found = result_of('run', 'eval-clips.json')
-    assert found['questions'] == 6 and found['blind_accuracy'] >= 0 and found['decoder_tokens'] == 128
+    assert found['questions'] == 14 and found['blind_accuracy'] >= 0 and found['decoder_tokens'] == 128
     assert Path('run/ckpt.pt').read_bytes() == before
     write_folder(Path('clips'), [dict(rows[0], qa=[['Which car ?', 'a tram']])])
     refused('the model never saw the words a, car, tram', '--eval run --data clips')

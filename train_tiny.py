@@ -243,15 +243,17 @@ class Questions:
             shown = [(batch.video, right)]
             if blind and len(batch.video) > 1:                 # the last batch may have no other clip to show
                 shown.append((batch.video.roll(len(batch.video) // 2, 0), guessed))
+            # As many clips at a time as training fits, fewer where more is asked about each.
+            asked = RUNS[self.s.preset]['asked']
+            size = max(1, self.s.batch * asked // max(asked, batch.text.size(1)))
             for video, found in shown:
-                # As many clips at a time as training fits.
-                for part in zip(*(a.split(self.s.batch) for a in (video, *batch[1:4]))):
+                for part in zip(*(a.split(size) for a in (video, *batch[1:4]))):
                     with self.s.autocast():
                         logits, _, aux = self.forward(model, Batch(*part))
-                    found += is_right(logits, part[2]).flatten().float().tolist()
+                    found += is_right(logits, part[2])[part[3] >= 0].float().tolist()
                     infos += [aux['reduced'].info] * (found is right)
             rows += [(kind, *answer[answer != IGNORE].tolist()) for kind, answer in
-                     zip(batch.kind.flatten().tolist(), batch.targets.flatten(0, 1).cpu())]
+                     zip(batch.kind.flatten().tolist(), batch.targets.flatten(0, 1).cpu()) if kind >= 0]
         kinds, by_answer, counts = [kind for kind, *_ in rows], means(right, rows), Counter(rows)
         most = {kind: max(n for row, n in counts.items() if row[0] == kind) for kind in sorted({*kinds})}
         types = dict(accuracy=means(right, kinds),

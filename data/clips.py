@@ -9,7 +9,7 @@ count as evenly spaced, whatever a file says. A folder of clips has a `clips.jso
 
 `file` is needed, and `qa` or a `caption`, which answers `describe`. `split` is train, val or test. A missing
 test or val split is the last tenth of the training clips. In training all values of `label` weigh alike.
-Of more than 8 questions about a clip (preset tiny: 4) a training step draws 8, val and test ask the first 8.
+Of more than 8 questions about a clip (preset tiny: 4) a training step draws 8, val and test ask them all.
 `grid` is [columns, rows] of this sheet. Words lose case and punctuation; answers then the same are refused.
 """
 import copy
@@ -226,16 +226,18 @@ class ClipFolder:
     def batch(self, split: str, step: int, batch_size: int, device='cpu') -> Batch:
         """Training: seeded random clips, augmented. val and test: in order, each once, then none."""
         generator, pick = seeded(self.seed, split, step), self.members(split)
-        order = torch.arange(self.questions)                      # (Q,)
         if split == 'train':
             pick = pick[torch.multinomial(self.weight[pick], batch_size, True, generator=generator)]
             order = torch.rand(batch_size, self.most, generator=generator).argsort(-1)[:, :self.questions]
         else:
             pick = pick[step * batch_size:(step + 1) * batch_size]        # (B,)
-        row = self.first[pick, None] + order % self.count[pick, None]     # (B, Q) a short list is asked again
+            order = torch.arange(max(self.count[pick].tolist(), default=0))       # (Q,)
+        count = self.count[pick, None]
+        row = self.first[pick, None] + order % count              # (B, Q) a short list is asked again,
+        kind = self.kind[row].masked_fill(order >= count, -1)     # which does not count
         video = self.video[pick].to(device)                       # (B, T, 3, size, size) uint8
         video = augmented(video, generator) if split == 'train' else video.float() / 255
-        return Batch(video, *(a[row].to(device) for a in (self.text, self.targets, self.kind)))
+        return Batch(video, *(a.to(device) for a in (self.text[row], self.targets[row], kind)))
 
 
 def augmented(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -1932,8 +1932,9 @@ def test_donkeycar_import(capsys):
     Path('tub/images/3.jpg').write_text('no picture')
     assert run('tub new') == 2
     assert {p.name for p in Path().iterdir()} == {'tub', 'out', 'new.part'}    # nothing half-written
-    Path('tub/catalog_1.catalog').write_text('{"user/angle": 1}')
-    assert run('tub new') == 2 and 'line 1' in capsys.readouterr().err
+    for odd in ({}, {'_timestamp_ms': None}, {'_timestamp_ms': 'noon'}, {'user/angle': 10 ** 400}):
+        Path('tub/catalog_1.catalog').write_text(json.dumps(odd and {**json.loads(lines[0]), **odd}))
+        assert run('tub new') == 2 and 'line 1' in capsys.readouterr().err, odd
 
 
 # ---- the training script -------------------------------------------------------------------------

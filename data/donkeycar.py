@@ -30,10 +30,11 @@ def read_tub(tub: Path) -> list:
         for number, line in enumerate(catalog.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
-                record = row['_timestamp_ms'], images / row['cam/image_array'], float(row['user/angle'])
+                when = float(row['_timestamp_ms'])
+                record = when, images / row['cam/image_array'], float(row['user/angle'])
                 if row.get('_index') not in deleted and record[1].exists():       # deleted ones stay listed
                     records.append(record)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise ValueError(f'{catalog}, line {number}: not a record ({error!r})') from None
     return sorted(records)
 

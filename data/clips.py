@@ -179,7 +179,7 @@ class ClipFolder:
 
     def __init__(self, folder, frames=8, size=32, questions=8, seed=0, grid=(4, 4), vocab=None):
         """vocab: of a model that is measured. Then only the test clips are read, if any are named so."""
-        folder, self.seed = Path(folder), seed
+        folder, self.seed, self.questions = Path(folder), seed, questions
         rows = read_rows(folder)
         rows = [row for row in rows if vocab and row.get('split') == 'test'] or rows
         clips = [read_clip(folder / row['file'], row.get('grid', grid), frames, size) for row in rows]
@@ -210,7 +210,6 @@ class ClipFolder:
         self.count = torch.tensor([len(row['qa']) for row in rows])       # (n,) questions about each clip
         self.first = self.count.cumsum(0) - self.count            # (n,) its first row of text
         self.most = int(self.count.max())                         # questions of one clip
-        self.questions = min(questions, self.most)                # Q
 
     def halved(self):
         """The same clips, every second frame of them."""

@@ -607,7 +607,7 @@ def play(model, video, prompt, questions, theta=0.0):
         said += [(t, words) for words in (moment['said'], question, moment['answer']) if words is not None]
     ids = torch.cat([words for _, words in said], 1)
     after = torch.cat([torch.full_like(words, t) for t, words in said], 1)
-    ids, after = shapes.drop_padding(ids, after)
+    ids, _, after = shapes.pack_text(ids, after)
     return torch.stack([m['silence'] for m in moments], 1), ids[:, None], after, moments
 
 

@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from data.shapes import SPLITS, Batch, check, drop_padding, seeded, table, text_and_targets
+from data.shapes import SPLITS, Batch, check, pack_text, seeded, table
 
 IMAGES = ['.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp']
 LIMIT = 2 ** 26            # pixels of a frame: 0.2 GB. A file, read frame by frame, may hold 8 times as many
@@ -203,7 +203,7 @@ class ClipFolder:
         check(not unknown, f'{folder}: the model never saw the words {", ".join(unknown[:9])}')
         ids = {word: i for i, word in enumerate(self.vocab)}
         tokens = torch.cat([table(asked, ids), -table(told, ids)], 1)     # (all rows of qa, L + 1)
-        self.text, self.targets = text_and_targets(*drop_padding(tokens))
+        self.text, self.targets = (a[:, :-1] for a in pack_text(tokens))
         names = [' '.join(text) for text in asked]
         self.kinds = list(dict.fromkeys(names)) if len(set(names)) <= 12 else ['question']
         self.kind = torch.tensor([self.kinds.index(n) if n in self.kinds else 0 for n in names])

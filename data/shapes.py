@@ -177,9 +177,9 @@ class ShapeWorld:
         tokens = torch.cat([F.pad(told, (0, asked.size(-1) - 4)), asked], 1)      # (B, 2 + Q, n)
         after = torch.cat([scene.time, at], 1)[..., None].expand_as(tokens).flatten(1)
         order = after.argsort(stable=True)                        # told before asked
-        tokens, after = drop_padding(tokens.flatten(1).gather(1, order), after.gather(1, order))
-        tokens, after = F.pad(tokens, (1, 0), value=ID[PROMPT]), F.pad(after, (1, 0), value=-1)   # (B, L)
-        text, targets = text_and_targets(F.pad(tokens, (0, 1)))
+        text, targets, after = pack_text(tokens.flatten(1).gather(1, order), after.gather(1, order))
+        text, targets, after = (F.pad(a, (1, 0), value=first) for a, first in (   # (B, L)
+            (text, ID[PROMPT]), (targets, IGNORE), (after, -1)))
         words = text[:, None], targets[:, None], torch.zeros(B, 1).long(), after, decisions
         return Batch(self.draw(scene, device, generator.initial_seed()), *(a.to(device) for a in words))
 
@@ -206,7 +206,8 @@ class ShapeWorld:
         """Text, targets (B, Q, L) and kind (B, Q): Q questions about each whole scene, the types in turn."""
         kind = (torch.arange(self.questions) + torch.arange(len(scene.shape))[:, None]) % len(KINDS)  # (B, Q)
         tokens, kind = self.questions_at(scene, generator, kind, torch.full_like(kind, self.frames - 1))
-        return (*text_and_targets(*drop_padding(tokens)), kind)
+        text, targets = pack_text(tokens)
+        return text[..., :-1], targets[..., :-1], kind
 
     def questions_at(self, scene: Scene, generator: torch.Generator, kind: torch.Tensor, at: torch.Tensor):
         """Questions of the types `kind` (B, Q) after the frames `at` (B, Q), about what was seen by then ->
@@ -294,7 +295,7 @@ def describe(scene: Scene, at: torch.Tensor = None) -> torch.Tensor:
     clause = torch.cat([side_by_side('and', 'a', colour, ID['circle'] + scene.shape), does], -1)
     text = torch.cat([torch.where(shown[..., None], clause, PAD).flatten(1), ending], 1)
     first = (text == ID['and']) & ((text != PAD).cumsum(1) == 1)  # no `and` in front
-    return drop_padding(F.pad(text.masked_fill(first, PAD), (0, 1), value=EOS))[0]
+    return pack_text(F.pad(text.masked_fill(first, PAD), (0, 1), value=EOS))[0]
 
 
 def check(fine, reason: str):
@@ -313,15 +314,13 @@ def table(texts, ids: dict) -> torch.Tensor:
     return pad_sequence([torch.tensor([ids[word] for word in text]) for text in texts], batch_first=True)
 
 
-def text_and_targets(tokens: torch.Tensor):
-    """Ids (..., L + 1), those of answers below 0 -> text, targets (..., L) as in Batch."""
-    return tokens[..., :-1].abs(), torch.where(tokens < 0, -tokens, IGNORE)[..., 1:]
-
-
-def drop_padding(tokens: torch.Tensor, *others):
-    """Move padding in ids (..., n) to their end, the others alike. Cut off what no row needs: (..., L)."""
+def pack_text(tokens: torch.Tensor, *others):
+    """Ids (..., n), padded anywhere, those of answers below 0 -> text, targets (..., L) as in Batch: padding
+    goes to the end, what no row needs of it away. The others move alike."""
     order = (tokens == PAD).long().argsort(dim=-1, stable=True)[..., :int((tokens != PAD).sum(-1).max())]
-    return [a.gather(-1, order) for a in (tokens, *others)]
+    tokens, *others = (a.gather(-1, order) for a in (tokens, *others))
+    targets = F.pad(torch.where(tokens < 0, -tokens, IGNORE), (0, 1), value=IGNORE)[..., 1:]
+    return tokens.abs(), targets, *others
 
 
 def outline(shape, x, y):

@@ -146,8 +146,8 @@ class ModVideoConfig:
             for key, option in own.items():
                 if option.default is option.empty and key not in self.options:
                     raise ValueError(f'{chosen[-1]} wants {key}: {get_args(option.annotation)[1]}')
-        if unknown := [key for key in self.options if key not in known]:
-            raise ValueError(f'{unknown[0]} is no option of {" or ".join(chosen or PARTS)}: {", ".join(known)}')
+        if other := [key for key in self.options if key not in known]:
+            raise ValueError(f'{other[0]} is no option of {" or ".join(chosen or PARTS)}: {", ".join(known)}')
 
     def build(self, part: str, *numbers):
         """The class chosen for a part, made from these numbers and its own options; None for stage none."""

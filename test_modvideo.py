@@ -1770,11 +1770,11 @@ def test_every_format_of_a_clip_gives_the_same_frames():
         assert np.array_equal(clips.read_clip(name).permute(0, 2, 3, 1), frames), name
     small = clips.read_clip('sheet.png', (2, 4), 5, 4)
     assert small.shape == (5, 3, 4, 4) and small.dtype == torch.uint8
-    for T in (1, 7, 8, 600):
+    for T, kept in ((1, 1), (7, 7), (8, 8), (600, 600), (1373, 1372)):         # 1373 is a prime
         video = torch.from_numpy(noise_frames(1, 12)).permute(0, 3, 1, 2).repeat(T, 1, 1, 1)
         video[T // 2:] = 255 - video[T // 2:]
         clips.save_clip(video / 255, 'saved.webp')
-        assert torch.equal(clips.read_clip('saved.webp'), video)
+        assert torch.equal(clips.read_clip('saved.webp'), video[:kept])
     credits = (ROOT / 'data/natural/CREDITS.md').read_text()
     for row in clips.read_rows(ROOT / 'data/natural'):
         assert clips.read_clip(ROOT / 'data/natural' / row['file']).shape == (16, 3, 64, 64)

@@ -115,9 +115,11 @@ def fit(frame: np.ndarray, size) -> torch.Tensor:
 
 
 def save_clip(video: torch.Tensor, path):
-    """Write (T, 3, height, width) in [0, 1] as a WebP sheet. Lossless: read_clip reads the very same."""
-    T, exif = len(video), Image.Exif()
-    rows = max(n for n in range(1, T + 1) if T % n == 0 and n * n <= T)       # no side too long for WebP
+    """Write (T, 3, height, width) in [0, 1] as a WebP sheet. Lossless: read_clip reads the very same. Where
+    no grid holds them all and has sides that WebP can have, as for 521 frames, the last ones are left out."""
+    rows_of = lambda n: max(rows for rows in range(1, n + 1) if n % rows == 0 and rows * rows <= n)
+    T = next(n for n in range(len(video), 0, -1) if n // rows_of(n) * video.size(3) < 2 ** 14)
+    video, rows, exif = video[:T], rows_of(T), Image.Exif()
     pixels = (video.cpu() * 255).round().byte().unflatten(0, (rows, -1)).permute(0, 3, 1, 4, 2)
     exif[GRID_TAG] = f'{T // rows}x{rows}'       # pixels: (rows, height, columns, width, 3)
     Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).numpy()).save(path, lossless=True, exif=exif)

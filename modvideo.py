@@ -1033,7 +1033,7 @@ class Gaps(Reducer):
             return pool(x, n, coarsest + int(finer * (finest + 1 - coarsest)))
         group = P if kind == 1 else 1                                          # whole frames, or patches
         score = torch.rand(T * P // group, generator=generator, device='cpu')
-        score = score.repeat_interleave(group).to(x.device)                    # (N,)
+        score = score.repeat_interleave(group).to(x.device, non_blocking=x.is_cuda)        # (N,)
         if kind == 3:     # drawn by the change since the frame before (Efraimidis & Spirakis, 2006)
             change = (x - F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]).detach().float().norm(dim=-1)  # (B, T, P)
             score = score.log() / change.flatten(1).clamp(min=1e-6)            # (B, N)

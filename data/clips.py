@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from data.shapes import SPLITS, Batch, check, pack_text, seeded, table
+from data.shapes import SPLITS, Batch, check, pack_text, seeded, send, table
 
 IMAGES = ['.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp']
 LIMIT = 2 ** 26            # pixels of a frame: 0.2 GB. A file, read frame by frame, may hold 8 times as many
@@ -236,16 +236,16 @@ class ClipFolder:
         count = self.count[pick, None]
         row = self.first[pick, None] + order % count              # (B, Q) a short list is asked again,
         kind = self.kind[row].masked_fill(order >= count, -1)     # which does not count
-        video = self.video[pick].to(device)                       # (B, T, 3, size, size) uint8
+        video, *words = send(device, self.video[pick], self.text[row], self.targets[row], kind)
         video = augmented(video, generator) if split == 'train' else video.float() / 255
-        return Batch(video, *(a.to(device) for a in (self.text[row], self.targets[row], kind)))
+        return Batch(video, *words)
 
 
 def augmented(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(B, T, 3, height, width) uint8 -> in [0, 1], on its device, all frames of a clip alike: moved, zoomed,
     blurred, its colours faded or strengthened, its contrast, tint and brightness changed."""
-    about = lambda middle, width, *shape: (
-        middle + width * (2 * torch.rand(len(video), *shape, generator=generator) - 1)).to(video.device)
+    about = lambda middle, width, *shape: send(
+        video.device, middle + width * (2 * torch.rand(len(video), *shape, generator=generator) - 1))[0]
     zoom, shift = about(1, 0.1, 1, 1), about(0, 0.16, 2, 1)       # half the frame is 1
     theta = torch.cat([zoom * torch.eye(2, device=video.device), shift], -1)      # (B, 2, 3)
     flat = video.flatten(1, 2).float() / 255                      # (B, T * 3, height, width)

@@ -95,7 +95,7 @@ class ShapeWorld:
         """The clips of one step. split: 'train', 'val' or 'test'. No two of them share a background."""
         generator = seeded(self.seed, split, step)
         scene = self.sample(split, batch_size, generator)
-        words = (a.to(device) for a in self.ask(scene, generator))
+        words = send(device, *self.ask(scene, generator))
         return Batch(self.draw(scene, device, generator.initial_seed()), *words)
 
     def sample(self, split: str, B: int, generator: torch.Generator) -> Scene:
@@ -149,8 +149,9 @@ class ShapeWorld:
         shape = F.pad(scene.shape, (0, 1), value=RING)[..., None, None, None]     # (B, 4, 1, 1, 1)
 
         axis = (torch.arange(size, device=device) + 0.5) / size   # (size,) pixel centres
-        centre, seen, colour, shape, after = (a.to(device) for a in (centre, seen, colour, shape, after))
-        ground = paint_background(scene.texture.to(device), axis, self.contrast)  # (B, 2, 3, size, size)
+        centre, seen, colour, shape, after, texture = send(
+            device, centre, seen, colour, shape, after, scene.texture)
+        ground = paint_background(texture, axis, self.contrast)   # (B, 2, 3, size, size)
         video = torch.where(after[..., None, None, None], ground[:, 1:], ground[:, :1])
         for o in range(4):                                        # video: (B, n, 3, size, size)
             x, y = ((axis - centre[:, :, o, i, None]) / self.radius for i in (0, 1))  # (B, n, size) radii
@@ -181,7 +182,7 @@ class ShapeWorld:
         text, targets, after = (F.pad(a, (1, 0), value=first) for a, first in (   # (B, L)
             (text, ID[PROMPT]), (targets, IGNORE), (after, -1)))
         words = text[:, None], targets[:, None], torch.zeros(B, 1).long(), after, decisions
-        return Batch(self.draw(scene, device, generator.initial_seed()), *(a.to(device) for a in words))
+        return Batch(self.draw(scene, device, generator.initial_seed()), *send(device, *words))
 
     def captions(self, split: str, step: int, batch_size: int, device='cpu') -> Captions:
         """Clips of one shape: i and i + batch_size // 2 differ in a direction or in the order of events."""
@@ -191,8 +192,8 @@ class ShapeWorld:
         scene = Scene(*(a[alone] for a in scene))
         turned = torch.rand(len(alone), generator=generator) < 0.5
         scene = Scene(*(torch.cat(a)[:batch_size] for a in zip(scene, twin_of(scene, turned, self.frames))))
-        return Captions(self.draw(scene, device, generator.initial_seed()), describe(scene).to(device),
-                        torch.cat([turned, turned])[:batch_size].to(device))
+        words = send(device, describe(scene), torch.cat([turned, turned])[:batch_size])
+        return Captions(self.draw(scene, device, generator.initial_seed()), *words)
 
     def captioned_frames(self, split: str, step: int, batch_size: int, device='cpu') -> Captions:
         """Single frames, T = 1: what they show and where. Nothing about direction or order."""
@@ -200,7 +201,7 @@ class ShapeWorld:
         scene = self.sample(split, batch_size, generator)
         at = torch.randint(self.frames, (batch_size, 1), generator=generator)     # (B, 1)
         video = self.draw(scene, device, generator.initial_seed(), at)
-        return Captions(video, describe(scene, at).to(device))
+        return Captions(video, *send(device, describe(scene, at)))
 
     def ask(self, scene: Scene, generator: torch.Generator):
         """Text, targets (B, Q, L) and kind (B, Q): Q questions about each whole scene, the types in turn."""
@@ -307,6 +308,12 @@ def check(fine, reason: str):
 def seeded(*what) -> torch.Generator:
     """A generator whose state is a function of the arguments (a CPU generator reads 32 bits of its seed)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(what).encode()))
+
+
+def send(device, *tensors) -> list:
+    """The tensors on a device. A GPU fetches them while the host goes on; elsewhere that is not safe."""
+    later = torch.device(device).type == 'cuda'
+    return [a.to(device, non_blocking=later) for a in tensors]
 
 
 def table(texts, ids: dict) -> torch.Tensor:

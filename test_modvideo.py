@@ -321,6 +321,19 @@ def test_every_way_runs_in_another_precision(way, dtype):
     assert model.eval().generate(video.to(dtype), text, 2).shape == (2, 2, 2)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_another_default_dtype_is_heeded(dtype):
+    """Catches angles, noise and codes in what a program has set as torch's default."""
+    torch.set_default_dtype(dtype)
+    try:
+        for reducer in ('gaps', 'vq', 'bvllm'):
+            model, (video, text) = make(reducer=reducer).train(), sample()
+            assert model(video.to(dtype), text, text)[1].isfinite()
+        assert mv.chances(torch.arange(999)).dtype == torch.float and mv.chances(torch.arange(999)).max() < 1
+    finally:
+        torch.set_default_dtype(torch.float)
+
+
 # ---- Mixture-of-Depths ---------------------------------------------------------------------------
 
 def test_exactly_k_tokens_a_frame_even_with_ties():
@@ -2112,8 +2125,9 @@ def test_the_seed_decides_everything_and_folders_are_not_shared():
     assert train_tiny.main(pasted(printed)) == 0 and (runs[1] / 'ask-clip.png').exists()
 
 
-def test_a_run_is_written_by_one_process_and_whole():
-    """Catches two processes in one folder, a full disk that costs a good file, a dead run in the way."""
+def test_a_run_is_written_by_one_process_and_whole(monkeypatch):
+    """Catches two processes in one folder, a full disk that costs a good file, a dead run in the way; no run
+    where files cannot be locked."""
     run = Path('run')
     other, late = (train_tiny.Run(train_tiny.parse(['--out', 'run'])) for _ in range(2))  # nothing is there
     other.claim()
@@ -2133,6 +2147,11 @@ def test_a_run_is_written_by_one_process_and_whole():
         with at_most(resource.RLIMIT_FSIZE, 1), pytest.raises(OSError):        # a disk that is full
             write()
     assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+    def unlocked(*_):
+        raise OSError(38, 'Function not implemented')
+    monkeypatch.setattr('fcntl.flock', unlocked)
+    go('--steps 1 --out free')
 
 
 def train_together(name):
@@ -2863,7 +2882,7 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
 @pytest.mark.parametrize('flags', [
     '--steps 1', '--steps 1 --recipe stream --window 2 --n-layer 2 --deterministic',
     '--steps 1 --recipe dense --stage drop --stage-layer 1',
-    '--steps 1 --recipe frames', '--bench --rows dense'])
+    '--steps 1 --recipe frames', '--bench --rows dense', f'--steps 1 --data {ROOT}/data/natural'])
 def test_the_script_on_a_pretended_gpu(gpu, flags):
     """Catches pictures, scores, checkpoints, answers, measurements that work on a CPU alone."""
     go(f'--device cuda {flags} --out run')

@@ -782,7 +782,7 @@ def reason_of(error: Exception) -> str:
 
 
 def load_checkpoint(path, device='cpu'):
-    """Read what save_checkpoint wrote -> model, extra. ValueError if the file is something else."""
+    """Read what save_checkpoint wrote -> model, extra (on the CPU). ValueError: it is something else."""
     content = Path(path).read_bytes()
     try:
         if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():          # torch checks no sums
@@ -1023,7 +1023,8 @@ class Gaps(Reducer):
             return super().forward(x)
         self.calls += not ModuleTracker().is_bw                # checkpointing repeats the last one
         generator, (_, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
-        luck, share, kind, finer = torch.rand(4, generator=generator, device='cpu').tolist()
+        rand = lambda n: torch.rand(n, generator=generator, device='cpu', dtype=torch.float)
+        luck, share, kind, finer = rand(4).tolist()
         if luck >= self.gaps:
             return super().forward(x)
         n, kind = math.ceil(self.least ** share * T * P), int(4 * kind)
@@ -1032,8 +1033,8 @@ class Gaps(Reducer):
             coarsest = min(finest, math.ceil((n / T) ** 0.5))
             return pool(x, n, coarsest + int(finer * (finest + 1 - coarsest)))
         group = P if kind == 1 else 1                                          # whole frames, or patches
-        score = torch.rand(T * P // group, generator=generator, device='cpu')
-        score = score.repeat_interleave(group).to(x.device, non_blocking=x.is_cuda)        # (N,)
+        score = rand(T * P // group).repeat_interleave(group)                  # (N,)
+        score = score.to(x.device, non_blocking=x.is_cuda)
         if kind == 3:     # drawn by the change since the frame before (Efraimidis & Spirakis, 2006)
             change = (x - F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]).detach().float().norm(dim=-1)  # (B, T, P)
             score = score.log() / change.flatten(1).clamp(min=1e-6)            # (B, N)
@@ -1048,7 +1049,7 @@ class RaggedRouter(Router):
                 most: int = None) -> Route:
         """x (B, S, C), group (S,) or (B, S): frame of each token, -1 = a word, -2 = padding; or an int.
 
-        most: K, if it is known; else the host waits for the device, as K is data.
+        forced (S,), of words too. most: K, if it is known; else the host waits for the device: K is data.
         """
         if not isinstance(group, Tensor):
             return super().forward(x, group, ratio, words, forced)
@@ -1282,9 +1283,9 @@ def merge_static(x: Tensor, frames: Tensor, static: Tensor, peaks: Tensor, rows:
         peak, group = dpc_knn(mean[row], peaks[row], k, static.view(B * S, P)[row], K)
         center[row] = look_up(peak, group, P)
     members = look_up(slot_sums(torch.ones_like(mean[..., 0]), center, P), center, 1)    # (B*S, P) in a group
-    beta, at_peak = 1 / members if beta is None else beta, center == torch.arange(P, device=device)
-    others = (1 - beta) / (members - 1).clamp(min=1)
-    share = torch.where(at_peak, beta, others).where(members > 1, 1.0)
+    own, at_peak = 1 / members if beta is None else beta, center == torch.arange(P, device=device)
+    others = (1 - own) / (members - 1).clamp(min=1)
+    share = torch.where(at_peak, own, others).where(members > 1, 1.0)
     begin, center = frames.argmax(1)[..., None], center.view(B, S, P)          # (B, S, 1) first frame
     return torch.where(center < P, begin * P + center, -1), share.view(B, S, P) / length
 
@@ -2044,7 +2045,9 @@ class UniformRouting(FrameRouting):
 
 class RandomRouting(UniformRouting):
     """Random tokens: by a hash of position and layer, so that whole sequence and stream agree."""
-    score = staticmethod(lambda i, position, place: hashed(position + i * 7919))
+
+    def score(self, i: int, position: Tensor, place: Tensor) -> Tensor:
+        return hashed(position + i * 7919)
 
 
 class SkipRouting(UniformRouting):

@@ -207,6 +207,11 @@ class Questions:
         batches = (self.draw(split, step, min(size, clips)) for step in range(math.ceil(clips / size)))
         return itertools.takewhile(lambda batch: len(batch.text), batches)
 
+    def few(self, batch):
+        """A batch with no more questions about a clip than a training step has."""
+        most = RUNS[self.s.preset]['asked']
+        return batch._replace(text=batch.text[:, :most], targets=batch.targets[:, :most])
+
     def liveliest(self):
         """Held-out clip that moves most (T, 3, height, width), a question's ids (L,), words, its answer."""
         batch = self.draw('test', 0, min(64, EVAL_CLIPS))
@@ -273,6 +278,7 @@ class Questions:
         c, found = model.config, []
         paper = lambda tokens: sum(24 * n * c.dim ** 2 + 4 * n * n * c.dim for n in tokens)
         for batch in self.held_out('test', COST_CLIPS, 1):
+            batch = self.few(batch)
             flops, (_, _, aux) = count_flops(model, lambda: self.forward(model.eval(), batch))
             (Q, L), N = batch.text.shape[1:], batch.video.size(1) * c.patches
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
@@ -302,7 +308,7 @@ class Questions:
 
     def show(self, model, run: Path) -> str:
         """Some answers, pictures of one held-out clip -> the flags that go on with it."""
-        batch, right, wrong = self.draw('test', 0, 8), [], []
+        batch, right, wrong = self.few(self.draw('test', 0, 8)), [], []
         pairs = [split_question(*pair) for pair in zip(batch.text.flatten(0, 1), batch.targets.flatten(0, 1))]
         asked, told = (torch.nn.utils.rnn.pad_sequence(a, True, PAD) for a in zip(*pairs))
         said = model.generate(batch.video, asked.view(*batch.text.shape[:2], -1), told.size(1) + 1)
@@ -1474,16 +1480,16 @@ def check_flags(s: Settings, given: set):
         raise ValueError(f'--theta must be between 0 and 1, --lr above 0, got {s.theta} and {s.lr}')
     if s.question and not s.question[0].isdecimal():
         raise ValueError(f'--question wants the number of a frame first, got {s.question[0]!r}')
-    check('theta' not in given or s.stream or s.rows or row.task is Streams, f'--theta would do nothing with '
-          f'--recipe {s.recipe}: it is no stream')
-    check('grid' not in given or s.data != 'shapes' or s.ask or s.stream, '--grid is of clips of your own; '
-          'name them with --data')
     check(not row.blind or s.batch != 1, '--recipe blind shows another clip; wanted --batch 2 or more')
     for name in [name for name in TOGETHER if name in given and not given & {*TOGETHER[name]}]:
         raise ValueError(f'{dashed(name)} goes with {" or ".join(map(dashed, TOGETHER[name]))}')
     for job in given & {*READS}:
         if idle := (given | {*s.model}) - {job, *READS[job].split()}:
             raise ValueError(f'--{job} takes no {", ".join(map(dashed, sorted(idle)))}')
+    check('theta' not in given or s.stream or s.rows or row.task is Streams, f'--theta would do nothing with '
+          f'--recipe {s.recipe}: it is no stream')
+    check('grid' not in given or s.data != 'shapes' or s.ask or s.stream, '--grid is of clips of your own; '
+          'name them with --data')
     for name, *_, other, why in [rule for rule in APART if {*rule[:-1]} <= given]:
         raise ValueError(f'{dashed(name)} {why}; leave {dashed(other)} away')
     check(not s.init_from or row.begins or s.resume, f'--recipe {s.recipe} begins from scratch; leave '
@@ -1571,7 +1577,7 @@ def run_ask(s: Settings):
     others = [f'{vocab[i]} {chances[0, i].item():.1%}' for i in best if i != answer[0]]
     print(f'{title}\ninstead of {said.split()[0]}: ' + ', '.join(others[:3]))
     path = run / f'ask-{Path(s.ask[0]).stem[:60]}'
-    draw_clip(model, video, ids[None], path, title)
+    draw_clip(model, video, ids[None], path, title[:200])      # a picture is as wide as its title
     print(f'what was looked at: {path}.png, {path}.gif')
 
 
@@ -1633,7 +1639,7 @@ def main(argv=None, began: float = None) -> int:
     status = 2
     try:
         s = parse(argv)
-        # TF32; in a compiled graph it would enter what `exact` keeps it out of.
+        # 'high' is TF32. In a compiled graph it would enter what `exact` keeps it out of.
         torch.set_float32_matmul_precision('highest' if s.compile else 'high')
         job = next((job for name, job in JOBS.items() if getattr(s, name)), None)
         job(s) if job else run_recipe(s, began)

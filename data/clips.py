@@ -235,7 +235,7 @@ class ClipFolder:
             order = torch.arange(max(self.count[pick].tolist(), default=0))       # (Q,)
         count = self.count[pick, None]
         row = self.first[pick, None] + order % count              # (B, Q) a short list is asked again,
-        kind = self.kind[row].masked_fill(order >= count, -1)     # which does not count
+        kind = self.kind[row].masked_fill(order >= count, -1)     # which is not measured
         video, *words = send(device, self.video[pick], self.text[row], self.targets[row], kind)
         video = augmented(video, generator) if split == 'train' else video.float() / 255
         return Batch(video, *words)

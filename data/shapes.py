@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     video: torch.Tensor     # (B, T, 3, height, width) float in [0, 1]
     text: torch.Tensor      # (B, Q, L) int64: question, then answer, then padding (0)
     targets: torch.Tensor   # (B, Q, L) int64: the next token where that belongs to the answer, else -1
-    kind: torch.Tensor      # (B, Q) int64: index into the dataset's list of question types, -1: asked before
+    kind: torch.Tensor      # (B, Q) int64: index into the dataset's list of question types, -1: not measured
     after: torch.Tensor = None      # streams, where Q is 1. (B, L) int64: each word comes after this frame
     decisions: torch.Tensor = None  # (B, T) int64: the word to say after each frame, EOS for silence
 

@@ -516,7 +516,7 @@ class Reducer(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor, saliency: Tensor = None, words: Tensor = None, known=None) -> Reduced:
-        """x (B, T, P, C), saliency (B, T, P), words (B, L, C) of which known (B, L) bool are no padding."""
+        """x (B, T, P, C), saliency (B, T, P), words (B, L, C), known (B, L) bool: no padding -> a Reduced."""
         return Reduced(x.flatten(1, 2), torch.arange(x.size(1) * x.size(2), device=x.device))
 
 

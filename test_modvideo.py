@@ -151,8 +151,9 @@ def test_later_frames_and_words_never_change_the_past(placement, training):
 
 
 STILL = dict(retain_ratio=0.4, tau=0.9)
-OPTIONS = {'holitom': STILL, 'bvllm': dict(budget=20, select_frames=4), 'vq': dict(codes=16),
-           'vqtoken': dict(codes=5), **dict.fromkeys(('uniform', 'prune', 'tome', 'pool'), dict(budget=20))}
+OPTIONS = {**{name: dict(budget=20) for name, cls in mv.REDUCERS.items() if issubclass(cls, mv.Budgeted)},
+           'holitom': STILL, 'bvllm': dict(budget=20, select_frames=4), 'vq': dict(codes=16),
+           'vqtoken': dict(codes=5)}
 NEEDED = dict(reducer=OPTIONS, stage=dict.fromkeys(('holitom', 'drop'), dict(stage_layer=1)))
 DENSE = {name: dict(reducer=name, placement='none', **OPTIONS.get(name, {})) for name in mv.REDUCERS}
 ROUTED = {f'{name} and mod': dict(changes, placement='all') for name, changes in DENSE.items()}
@@ -1588,6 +1589,38 @@ def test_a_section_needs_what_it_says_and_is_needed_by_no_other(number):
                 assert make('1', v=v, **{part: name}, **NEEDED.get(part, {}).get(name, {}))
 
 
+def test_pieces_are_lifted_as_the_readme_says():
+    """Catches a table of what to carry that leaves something out."""
+    def take(number, *names, until=None, kind=()):
+        """Define statements of a section: those before one, of these names, of a kind."""
+        body = ast.parse(SECTIONS[number]).body
+        named = [getattr(node, 'name', '') for node in body]
+        before = named.index(until) if until else 0
+        chosen = [node for i, node in enumerate(body)
+                  if i < before or named[i] in names or isinstance(node, kind)]
+        exec(compile(ast.Module(chosen, []), f'section {number}', 'exec'), v)
+    v, x, frame = build([]), torch.randn(2, 16, 8), torch.arange(16) // 4
+    take(4, until='mod_layers')
+    block, changed = lambda x, *_: 0 * x + 1, lambda y: (y != x).any(-1).sum()
+    assert changed(v['MoDBlock'](block)(x, v['Router'](8)(x, 4, 0.25), frame)) == 2 * 4
+    take(7, 'pack', 'RaggedRouter', 'RaggedBlock', until='pack')
+    assert changed(v['RaggedBlock'](block)(x, v['RaggedRouter'](8)(x, frame, 0.25), frame)) == 2 * 4
+    v = build([])
+    take(4, 'tokens_at')
+    take(7, 'pack', until='pack')
+    merged = v['from_clusters'](frame.expand(2, -1), 4)
+    means = x.unflatten(1, (4, 4)).mean(2).repeat_interleave(4, 1)
+    close(v['expand'](v['reduce_tokens'](x, merged), merged), means)
+    for number in (8, 9, 10):
+        take(number, 'VectorQuantizer', kind=ast.FunctionDef)
+    both = torch.ones(2, 16, dtype=torch.bool)
+    for made in (v['tome'](x, 5), v['holitom'](x.view(2, 4, 4, 8), torch.rand(2, 4, 4), 0.5),
+                 v['holitom_inner'](x, torch.rand(2, 16), both)):
+        assert v['reduce_tokens'](x, made).isfinite().all()
+    assert v['kmeans'](x, 3)[0].shape == (2, 3, 8) and v['select_k'](x, 2, 4)[0].shape == (2,)
+    assert v['VectorQuantizer'](4, 8).train()(x)[0].shape == x.shape
+
+
 def test_the_core_runs_alone():
     """Catches a core that needs what comes after it, by name or by string, or that outgrew a beginner."""
     core, v = SOURCE.split(END)[0], build(range(1, CORE + 1))
@@ -2429,7 +2462,7 @@ def test_a_row_first_trains_what_it_begins_with():
     run, a conversion without training that trains, costs of dense."""
     flags = '--recipe holitom --retain-ratio 0.5 --frames 6 --stage-layer 1 --out run --stage'
     said = go(f'{flags} holitom')
-    assert all(f'begins with {name}, trained before it' in said for name in ('gaps', 'dense'))
+    assert all(f'begins with {name}, which trains first' in said for name in ('gaps', 'dense'))
     a, b, c = map(weights_of, ('run', 'run-gaps', 'run-gaps-dense'))
     assert all(torch.equal(a[name], b[name]) for name in a) and any((c[name] != a[name]).any() for name in a)
     assert [result_of(name)['steps'] for name in ('run', 'run-gaps', 'run-gaps-dense')] == [0, 5, 5]

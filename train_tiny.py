@@ -758,7 +758,7 @@ class Run:
             return model
         if RECIPES[s.recipe].begins and not s.init_from:
             first = base_of(s, steps=0, out=f'{self.path}-{RECIPES[s.recipe].begins}')
-            print(f'--recipe {s.recipe} begins with {first.recipe}, trained before it in {first.out}')
+            print(f'--recipe {s.recipe} begins with {first.recipe}, which trains first, in {first.out}')
             untrained(s, task.data)                            # refuses what does not fit
             if Path(first.out, 'config.json').exists():        # begun by a run that was stopped
                 saved, own = settings_of(Path(first.out)), 'recipe preset data grid seed batch coarse lr'
@@ -1413,8 +1413,8 @@ def model_flags() -> dict:
     taken = {f.name for cls in (Settings, ModVideoConfig) for f in fields(cls)}
     for part, name, cls in ((part, *item) for part, classes in PARTS.items() for item in classes.items()):
         for key, option in options_of(cls).items():
-            if key in taken:
-                raise ValueError(f'{part} {name}: its option {key} has the name of another flag')
+            check(key not in taken, f'{part} {name}: its option {key} has the name of another flag')
+            check(get_args(option.annotation), f"{part} {name}: option {key} wants Annotated[type, 'help']")
             default = 'has to be given' if option.default is option.empty else option.default
             owners.setdefault((key, part, *get_args(option.annotation), default), []).append(name)
     for (key, part, kind, text, default), names in owners.items():             # several classes may have it

@@ -111,8 +111,8 @@ class ModVideoConfig:
         sizes = {name: value for name, value in vars(self).items()
                  if type(value) is int and name not in ('window', 'silence_weight')}
         weights = sum(n * max(dim, 256) ** 2 for n, dim in (
-            (self.n_layer, self.dim), (self.encoder_layers, self.encoder_dim)))        # a twelfth of them
-        wide = [1000 * n for n in self.options.values() if type(n) is int]
+            (self.n_layer, self.dim), (self.encoder_layers, self.encoder_dim)))    # a block has 12 * dim²
+        wide = [1000 * n for n in self.options.values() if type(n) is int]     # so 10**6 is the most
         if min(sizes.values()) < 1 or max(weights, self.frames * self.frame_size ** 2, *wide, 0) > 10 ** 9:
             raise ValueError('sizes must be at least 1, and a billion pixels, 12 billion weights, a million '
                              f'codes or tokens are the most; got {sizes | self.options}')
@@ -149,11 +149,11 @@ class ModVideoConfig:
         if other := [key for key in self.options if key not in known]:
             raise ValueError(f'{other[0]} is no option of {" or ".join(chosen or PARTS)}: {", ".join(known)}')
 
-    def build(self, part: str, *numbers):
-        """The class chosen for a part, made from these numbers and its own options; None for stage none."""
+    def build(self, part: str, *arguments):
+        """An object of the class chosen for a part, from these and its own options; None for stage none."""
         chosen = PARTS[part][getattr(self, part)]
         own = {name: self.options[name] for name in options_of(chosen) if name in self.options}
-        return chosen and chosen(*numbers, **own)
+        return chosen and chosen(*arguments, **own)
 
 # ---- 2. Transformer bricks ---------------------------------------------------------------------------------
 # One pre-norm block serves the encoder (sees everything) and the decoder (sees the past; rotary positions, Su
@@ -192,7 +192,7 @@ class KVCache:
     k = v = position = None                        # (B, H, S, D), (B, H, S, D), (B, S)
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor, mask: Tensor = None):
-        """Append -> all keys, all values, who sees whom: (B, 1, new, all) bool; mask, if nothing was held."""
+        """Append -> all keys, all values, mask (B, 1, new, all) bool; the mask given, if nothing was held."""
         position = position.expand(k.size(0), -1)
         if self.k is None:
             self.k, self.v, self.position = k, v, position
@@ -205,7 +205,7 @@ class KVCache:
         return self.k, self.v, visible(position, self.position)
 
     def trim(self, keep):
-        """Forget padding, and positions (B, S) where keep(positions) -> (B, S) bool says no."""
+        """Forget padding, and the positions that keep says no to: keep((B, S) int64) -> (B, S) bool."""
         if self.k is not None:
             kept = keep(self.position) & (self.position < NEVER)               # (B, S)
             column = kept.any(0).nonzero()[:, 0]              # held as long as one sample wants it
@@ -259,7 +259,7 @@ class Attention(nn.Module):
         """What project gave -> (B, S, C)."""
         look, n = F.scaled_dot_product_attention, self.unmasked(q.size(2), mask)
         if 0 < n < q.size(2):
-            first, last = q.split([n, q.size(2) - n], 2)       # backward copies once, of slices four times
+            first, last = q.split([n, q.size(2) - n], 2)       # slices would copy four times in backward
             past = look(first, k[:, :, :n], v[:, :, :n], is_causal=True)               # (B, H, n, D)
             y = torch.cat([past, look(last, k, v, mask)], 2)                           # (B, H, S, D)
         else:
@@ -291,7 +291,6 @@ class Reduced(NamedTuple):
     loss: Tensor = 0.0         # added to the model's
     info: dict = {}            # what else a reader would look at
 
-
 # ---- 3. Vision encoder -------------------------------------------------------------------------------------
 # A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is convolutional
 # (Xiao et al., arXiv 2106.14881) and also reads the change since the frame before: motion.
@@ -310,7 +309,7 @@ class VisionEncoder(nn.Module):
     merges = False       # True: forward returns fewer tokens than patches, with their position
 
     def __init__(self, dim: int, n_layer: int, n_head: int, patches: int, patch_size: int = 8,
-                 frames: int = None, channels: int = 6):                       # frames: T, where they join
+                 frames: int = None, channels: int = 6):           # frames: T, for encoders that join frames
         super().__init__()
         self.stem = nn.Sequential(                                             # of total stride patch_size
             nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
@@ -324,10 +323,10 @@ class VisionEncoder(nn.Module):
     def embed(self, video: Tensor, previous: Tensor = None) -> Tensor:
         """video (B, T, 3, height, width) -> (B*T, P, C). previous (B, 1, 3, ...): the frame before it."""
         frames = video - 0.45                            # (B, T, 3, height, width) less an ordinary mean
-        if self.stem[0].in_channels == 6:                # 3: without their changes
+        if self.stem[0].in_channels == 6:                # 3 channels: changes are left out
             before = video[:, :1] if previous is None else previous            # None: nothing changed
             frames = torch.cat([frames, video - torch.cat([before, video[:, :-1]], 1)], 2)
-        return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)
+        return self.stem(frames.flatten(0, 1) / 0.2).flatten(2).transpose(1, 2)    # 0.2: an ordinary spread
 
     def forward(self, video: Tensor, previous: Tensor = None, want_saliency: bool = False) -> Reduced:
         """video (B, T, 3, height, width), the frame before it -> tokens (B*T, P, C).
@@ -350,7 +349,7 @@ ENCODERS['plain'] = VisionEncoder
 # vision tokens frame by frame, never by a later one, so training, prefill and streaming choose alike.
 # needs sections 1, 2; MoDBlock works around any block(x, position, mask, cache) that returns its update
 
-# An update's factor. 'zero' is 1 at first, for trained layers (p-MoD, Zhang et al., arXiv 2412.04449).
+# An update's factor. 'zero': first r = 0, so 1, for trained layers (p-MoD, Zhang et al., arXiv 2412.04449).
 GATES = {'raposo': lambda r: r, 'zero': lambda r: 1 + 0.2 * r.tanh()}
 
 
@@ -365,7 +364,7 @@ class Route(NamedTuple):
 def tokens_at(x: Tensor, index: Tensor):
     """x (B, S, ...) at index (B, K): (B, K, ...), and which rows of x.flatten(0, 1) these are."""
     row = (index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]).flatten()   # (B*K,)
-    return x.flatten(0, 1).index_select(0, row).view(*index.shape, *x.shape[2:]), row  # gather saves x
+    return x.flatten(0, 1).index_select(0, row).view(*index.shape, *x.shape[2:]), row  # gather would keep x
 
 
 class MoDBlock(nn.Module):
@@ -393,7 +392,7 @@ class MoDBlock(nn.Module):
 
 
 def mask_of(mask: Tensor, index: Tensor, S: int):
-    """What tokens index (B, K) need of a mask (R, S) or (B, 1, R, S), R: all, or the words; None = causal."""
+    """Mask (R, S) or (B, 1, R, S), of all S rows or the words, at tokens index (B, K): (B, 1, R or K, K)."""
     if mask is None:
         return None
     B, R, last = len(index), mask.size(-2), min(mask.size(-2), index.size(1))
@@ -422,9 +421,9 @@ class Router(nn.Module):
     def forward(self, x: Tensor, group: int, ratio: float, words: int = 0, forced: Tensor = None) -> Route:
         """Select the best k = `capacity(ratio, n)` of each run of n vision tokens; words always go through.
 
-        x (B, S, C): so many (group) runs, equally long, then `words` of text. group = T: the best of each
-        frame; group = 1: of the clip (a later token can then push out an earlier one: offline use only).
-        forced (N,) bool: tokens that are selected, and count in their run's k. Ties: the earlier token.
+        x (B, S, C): `group` runs of vision tokens, equally long, then `words` of text. group = T: the best of
+        each frame; group = 1: of the clip (a later token can push out an earlier one: offline use only).
+        forced (N,) bool: selected whatever their score, within their run's k. Ties: the earlier token.
         """
         N = x.size(1) - words
         if isinstance(group, Tensor) or N % group:
@@ -466,12 +465,12 @@ def mod_layers(placement: str, depth: int) -> list:
 
 
 class FrameRouting(nn.Module):
-    """Who selects in the routed layers: a router each, the best of every frame. The base of other ways."""
+    """Each routed layer has a router, which selects the best of every frame. The base of other ways."""
     layer = MoDBlock       # what every decoder layer is
     whole_clip = False     # True: it looks at the whole clip, so a stream cannot have it
     ragged = False         # False: it wants all tokens of every frame
     last_layer = False     # True: the last layer may route even where no loss reads its vision tokens
-    kind = Router          # of the routers
+    kind = Router          # what every router is
     loss = staticmethod(lambda routes: 0.0)    # what the routes of all layers add to the model's loss
 
     def __init__(self, dim: int, layers: list, keep_ratio: float, patches: int, streaming: bool = False, *,
@@ -543,14 +542,14 @@ class ModVideo(nn.Module):
         self.embed = nn.Embedding(len(c.vocab), c.dim)
         self.reducer, self.stage = c.build('reducer', c.dim), c.build('stage', c.n_layer)
         routing, self.mod_layers = ROUTINGS[c.routing], mod_layers(c.placement, c.n_layer)
-        if not (c.streaming or routing.last_layer):    # no loss reads vision there, to teach a router
+        if not (c.streaming or routing.last_layer):    # no loss reads vision there: no router would learn
             self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
         self.blocks = nn.ModuleList(routing.layer(Block(c.dim, c.n_head)) for _ in range(c.n_layer))
         self.routing = c.build('routing', c.dim, self.mod_layers, c.keep_ratio, c.patches, c.streaming)
         self.final_norm = nn.LayerNorm(c.dim, bias=False)
         self.head = nn.Linear(c.dim, len(c.vocab), bias=False)
         small_updates(self, c.n_layer)
-        self.by_question = self.reducer.by_question or self.stage is not None  # each has vision of its own
+        self.by_question = self.reducer.by_question or self.stage is not None  # a question has its own vision
 
     def encode_video(self, video: Tensor, previous: Tensor = None, question: Tensor = None) -> Reduced:
         """video (B, T, 3, height, width) float -> the vision tokens that the decoder is given.
@@ -578,16 +577,16 @@ class ModVideo(nn.Module):
         tokens, place = reduced.tokens.to(x.dtype), reduced.position
         if self.stage is not None or place.size(-1) != T * self.config.patches:            # some are gone
             tokens, place = (a.repeat_interleave(again, 0) for a in (tokens, place.expand(tokens.shape[:2])))
-        return Reduced(tokens, place, reduced.reduction, reduced.loss, reduced.info)   # of B or B*Q clips
+        return reduced._replace(tokens=tokens, position=place)                 # of B or B*Q clips
 
     def forward(self, video: Tensor, text: Tensor, targets: Tensor = None, asked: Tensor = None,
                 after: Tensor = None, decisions: Tensor = None):
         """Predict the next word at every place of every question.
 
         video (B, T, 3, height, width) float, text, targets (B, Q, L) int64, -1 where nothing is to learn ->
-        logits (B, Q, L, V), loss (mean cross-entropy over the targets, or None), aux: 'routes' by layer, how
-        many 'tokens' each layer processed, 'position', what was 'reduced', by the 'stage', too. asked (B, Q):
-        words of each question without its answer, None: all. Streams: after (B, L), as in place_stream;
+        logits (B, Q, L, V), loss (mean cross-entropy and the methods' own, or None), aux: 'routes' by layer,
+        how many 'tokens' each layer processed, 'position', Reduced as 'reduced', 'stage'. asked (B, Q): how
+        many words each question has without its answer, None: all. Streams: after (B, L): see place_stream;
         decisions (B, T), with targets: what follows each frame; aux['decisions'] (B, T, V), their logits.
         """
         c, shape, T, L = self.config, text.shape, video.size(1), text.size(-1)
@@ -603,7 +602,7 @@ class ModVideo(nn.Module):
         x = torch.cat([reduced.tokens, self.embed(text).flatten(1, 2)], 1)     # (B, M + Q*L, C)
         arrange = self.place_stream if c.streaming else self.place_questions
         position, mask = arrange(place, text, T, after)                        # of S = M + Q*L tokens
-        x, aux = self.decode(x, position, M, mask, last=M - 1 + asked[:, 0])
+        x, aux = self.decode(x, position, M, mask, last=M - 1 + asked[:, 0])   # with a stage Q is 1
         aux.update(position=position, reduced=reduced)
         scores, wanted, weight = self.next_word(x[:, -text[0].numel():]), targets, 1.0         # (B, Q*L, V)
         logits = scores.view(*shape, -1)
@@ -626,9 +625,9 @@ class ModVideo(nn.Module):
         position = torch.cat([place, word.expand(*place.shape[:-1], -1)], -1)      # (S,) or (B, S)
         if Q == 1 and place.dim() == 1:
             return position, None                                              # plainly causal
-        owner, all_places = torch.arange(-M, Q * L, device=device) // L, position.view(-1, M + Q * L)  # (S,)
+        owner, all_places = torch.arange(-M, Q * L, device=device) // L, position.view(-1, M + Q * L)
         first = M if place.dim() == 1 else 0             # whole frames are plainly causal: no mask for them
-        same = (owner < 0) | (owner == owner[first:, None])                    # (R, S) below 0: vision
+        same = (owner < 0) | (owner == owner[first:, None])    # (R, S); owner (S,): question, or < 0: vision
         return position, visible(all_places[:, first:], all_places) & same     # (1 or B, 1, R, S)
 
     def place_stream(self, place: Tensor, text: Tensor, T: int, after: Tensor = None):
@@ -803,11 +802,11 @@ def load_checkpoint(path, device='cpu'):
 # ---- 7. Token reduction ------------------------------------------------------------------------------------
 # Pruning, merging, clustering, quantizing are one act: a token goes to one output slot with a weight, or is
 # dropped. A method decides, as a `Reduction`; `reduce_tokens` does it. Three baselines show how little a
-# reducer needs, and Mixture-of-Depths learns to route frames that lost tokens.
+# reducer needs; Gaps trains a model to read what is left; a router for frames that lost tokens follows.
 # needs sections 1, 2, 4, 5
 
 class Reduction(NamedTuple):
-    """Where each of N tokens goes. Padding is last; slots ascend by position unless it says otherwise."""
+    """Where each of N tokens goes. Padding is last; slots ascend by position where nothing else is said."""
     assign: Tensor      # (B, N) int64: output slot of each input token; -1 = dropped
     weight: Tensor      # (B, N) float32: its share of that slot; the shares of a slot sum to 1
     position: Tensor    # (B, M) int64: the input index at which the slot stands; N for padding
@@ -816,7 +815,7 @@ class Reduction(NamedTuple):
 
 @contextlib.contextmanager
 def exact(grad: bool = False):
-    """Without autocast, TF32 and (but for grad=True) gradients: what is alike is decided in float32.
+    """No autocast, TF32 or (but for grad=True) gradients, so that what is alike is decided in float32.
 
     A compiled graph drops such switches: inside torch.compile TF32 stays as the program has set it.
     """
@@ -857,7 +856,7 @@ def chances(index: Tensor) -> Tensor:
 
 
 def best_of(score: Tensor, count, among: Tensor) -> Tensor:
-    """The `count` highest scores of those that are `among`, both bool. Ties: the earlier one."""
+    """(..., n) bool: the `count` highest of score (..., n) where `among` is True. Ties: the earlier one."""
     score = score.float().masked_fill(~among, -math.inf)
     return among & (score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count)
 
@@ -979,8 +978,8 @@ class Pool(Budgeted):
 
 
 def pool(x: Tensor, budget: int, b: int = None) -> Reduced:
-    """Means of the cells of a grid, b to a side of the frame (None: so many that most cells fit) and of time
-    what the budget leaves: x (B, T, P, C) -> (B, M, C)."""
+    """Means over the cells of a grid, b to a side of the frame (None: such that most cells fit), and in time
+    as many as the budget allows: x (B, T, P, C) -> tokens (B, M, C)."""
     T, P = x.shape[1:3]
     b = b or max(range(1, math.isqrt(P) + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
     a = min(T, budget // b ** 2)
@@ -1021,7 +1020,7 @@ class Gaps(Reducer):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         if not self.training:
             return super().forward(x)
-        self.calls += not ModuleTracker().is_bw                # checkpointing repeats the last one
+        self.calls += not ModuleTracker().is_bw          # in backward, checkpointing repeats the last one
         generator, (_, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
         rand = lambda n: torch.rand(n, generator=generator, device='cpu', dtype=torch.float)
         luck, share, kind, finer = rand(4).tolist()
@@ -1035,7 +1034,7 @@ class Gaps(Reducer):
         group = P if kind == 1 else 1                                          # whole frames, or patches
         score = rand(T * P // group).repeat_interleave(group)                  # (N,)
         score = score.to(x.device, non_blocking=x.is_cuda)
-        if kind == 3:     # drawn by the change since the frame before (Efraimidis & Spirakis, 2006)
+        if kind == 3:  # chances grow with the change since the frame before (Efraimidis & Spirakis, 2006)
             change = (x - F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]).detach().float().norm(dim=-1)  # (B, T, P)
             score = score.log() / change.flatten(1).clamp(min=1e-6)            # (B, N)
         position = score.topk(max(1, n // group) * group).indices.sort().values        # (M,) or (B, M)
@@ -1079,7 +1078,7 @@ class RaggedBlock(MoDBlock):
             if mask.size(-2) < x.size(1):
                 raise ValueError(f'wanted a mask of all {x.size(1)} rows, got {mask.size(-2)}')
             least = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
-            mask = mask.where(route.mask[:, None, None] | eye, least)         # (B, 1, K, K) no empty row: NaN
+            mask = mask.where(route.mask[:, None, None] | eye, least)  # (B, 1, K, K); an empty row gives NaN
             if cache is not None:
                 position = torch.where(route.mask, position, NEVER)            # no later query sees padding
         return super().update(x, route, position, mask, cache)
@@ -1172,7 +1171,7 @@ REDUCERS['tome'] = ToMe
 # ---- 9. HoliTom --------------------------------------------------------------------------------------------
 # Merge what stands still, keep what is looked at, without training (Shao et al., arXiv 2505.21334). Dynamic
 # programming finds segments of still patches, each patch becomes one token, and density peaks (DPC-KNN, Du et
-# al., 2016) thin those out. It looks at the whole clip: for offline use only.
+# al., 2016) thin those out. A `Stage` acts inside the decoder. It looks at the whole clip: offline use only.
 # needs sections 1, 2, 4, 5, 7
 
 @exact()
@@ -1188,7 +1187,7 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int 
     count, both = mask.sum(1, keepdim=True), mask[:, :, None] & mask[:, None, :]       # (B, 1), (B, N, N)
     y = precise(x)
     square = y.square().sum(-1)                                                # (B, N)
-    # |a - b|² by products of matrices, which are fast; what is left of it by rounding alone is zero.
+    # |a - b|² / C by products of matrices, which are fast; what is left of it by rounding alone is zero.
     least = 8 * C * torch.finfo(y.dtype).eps * square[:, None]                 # (B, 1, N)
     far = torch.baddbmm(square[:, None], y, y.mT, alpha=-2) + square[..., None]        # (B, N, N)
     far = (far.where(far > least, 0) / C).sqrt().float().masked_fill(~both, math.inf)
@@ -1234,8 +1233,8 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
             beta: float = 0.6, k: int = 7, max_len: int = None) -> Reduction:
     """HoliTom before the decoder: merge what stands still, keep what is looked at. No training.
 
-    x (B, T, P, C), saliency (B, T, P): attention that each token receives. What time saves, space may spend:
-    of what time leaves, the share that makes retain_ratio of all. beta, k: as in merge_static, dpc_knn.
+    x (B, T, P, C), saliency (B, T, P): attention that each token receives. Of the tokens that merging over
+    time leaves, as many stay as make up retain_ratio of all T * P. beta, k: as in merge_static, dpc_knn.
     """
     (B, T, P, _), u = x.shape, unit(x)
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
@@ -1309,7 +1308,7 @@ class HoliTom(Reducer):
 
 
 class Stage(nn.Module):
-    """Drops inside the decoder what the question looks at least (FastV, Chen et al., arXiv 2403.06764).
+    """Drops inside the decoder what the question looks at the least (FastV, Chen et al., arXiv 2403.06764).
 
     The base of others: a subclass has its own decide(x, score, real) -> Reduction.
     """
@@ -1370,7 +1369,7 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
 
 
 class HoliTomStage(Stage):
-    """HoliTom's second stage: what is looked at least merges into what it resembles."""
+    """HoliTom's second stage: what the question looks at the least merges into what it resembles."""
 
     def decide(self, x: Tensor, score: Tensor, real: Tensor) -> Reduction:
         return holitom_inner(x, score, real, self.ratio, real, most=self.most(x))
@@ -1651,7 +1650,7 @@ class FrameSelector(Budgeted):
                  budget: Annotated[int, 'vision tokens of a clip, 0 = a quarter'] = 0,
                  select_frames: Annotated[int, 'queries that look for frames'] = 4,
                  hard: Annotated[bool, 'a query takes one frame whole in place of a mixture'] = False):
-        """num_tokens: learned queries for tokens; a frame that gives fewer or more takes each nearest one."""
+        """num_tokens: learned queries for tokens; a frame's tokens, more or fewer, spread over them."""
         super().__init__(dim, budget=budget)
         if select_frames < 1:
             raise ValueError(f'select_frames must be at least 1, got {select_frames}')
@@ -1674,8 +1673,8 @@ class FrameSelector(Budgeted):
             return F.linear(self.norm(both[:, :n]).float(), self.wish.weight.float())
 
     def affinity(self, wish: Tensor, x: Tensor, own: Tensor, width) -> Tensor:
-        """How much wish (..., K, C) is for each of x (..., S, C), less its mean -> (..., K, S): 1.5 * cosine,
-        and at most 1, so less, for a place near `own` (..., K, 1), from 0 to 1; width: how near."""
+        """How much wish (..., K, C) wants each of x (..., S, C) -> (..., K, S): 1.5 * cosine with x less its
+        mean, plus up to 1 near the place `own` (..., K, 1), from 0 to 1; a greater `width` is narrower."""
         place = (torch.arange(x.size(-2), device=x.device) + 0.5) / x.size(-2) # (S,) in (0, 1), as own
         with exact(grad=True):
             alike = 1.5 * (unit(wish) @ unit(x - x.mean(-2, keepdim=True)).mT) # (..., K, S)
@@ -1692,7 +1691,7 @@ class FrameSelector(Budgeted):
         own = (torch.arange(K, device=device)[:, None] + 0.5) / K
         logits = self.sharpness[0] * self.affinity(wish[:, :K], frames, own, K)                # (B, K, T)
         if self.training:
-            self.calls += not ModuleTracker().is_bw            # checkpointing repeats the last one
+            self.calls += not ModuleTracker().is_bw      # in backward, checkpointing repeats the last one
             index = torch.arange(logits.numel(), device=device).view_as(logits)
             noise = -(-chances(index + self.calls * index.numel()).log()).log()
             logits = logits + noise.to(logits.dtype)
@@ -1709,7 +1708,7 @@ class FrameSelector(Budgeted):
         return Reduced(tokens, position, info=dict(selector=selector, patches=P))
 
     def sample(self, mixed: Tensor, frame: Tensor, wish: Tensor, M: int, T: int):
-        """M tokens, as many of each of mixed (B, K, P, C) whose frame (B, K) is below T, and their places."""
+        """M tokens, evenly from those of mixed (B, K, P, C) with frame (B, K) below T, and their places."""
         (B, K, P, C), slot = mixed.shape, torch.arange(M, device=mixed.device)
         k = (frame < T).sum(1, keepdim=True)                                   # (B, 1) frames that differ
         home = slot * k // M                                                   # (B, M) the frame of a token,
@@ -1805,7 +1804,7 @@ def join_clips(x: Tensor, size, place: Tensor, M: int, r: int, c: int, pairing=N
     place (F, C): a vector for every clip, so that order is seen. pairing: None = from even clips to odd ones,
     as parity of place never pairs the same patch of two clips.
     """
-    patch = torch.arange(M * c, M * x.size(1), device=x.device).view(M, -1)    # places of each clip's
+    patch = torch.arange(M * c, M * x.size(1), device=x.device).view(M, -1)    # where each clip's patches are
     pairing = (patch[::2].flatten(), patch[1::2].flatten()) if pairing is None else pairing
     metric, size = gather_clips(x, M, c), size if size is None else gather_clips(size, M, c)
     x = (x.unflatten(0, (-1, len(place))) + place[:, None]).flatten(0, 1)      # (B*F, n, C)
@@ -1822,7 +1821,7 @@ class TempMeEncoder(VisionEncoder):
                      float, "share of a frame's patches that merge in each early layer"] = 0.07,
                  merge_cross: Annotated[float, 'share of all tokens that merge when clips are joined'] = 0.3,
                  merge_intra: Annotated[float, 'share that merges inside the joined clip'] = 0.1):
-        """frames: T, which the places of clips are made for. joins False: each frame alone."""
+        """frames: T, for the places of clips. joins False: each frame alone. 0.07: 1 of 16 patches merges."""
         super().__init__(dim, n_layer, n_head, patches, patch_size, frames, channels)
         shares = merge_image, merge_cross, merge_intra
         if not all(0 <= share < 1 for share in shares):
@@ -1872,7 +1871,7 @@ class TempMeEncoder(VisionEncoder):
         slot = torch.arange(1, P + 1, device=device).expand(B * T, P)          # of each patch in its clip
         for block, step in zip(self.blocks, self.steps):
             for M, r in step.joins:
-                n, before = x.size(1), torch.arange(len(slot), device=device)[:, None] % M     # clips
+                n, before = x.size(1), torch.arange(len(slot), device=device)[:, None] % M     # clips before
                 slot = (slot + (M - 1) * c + before * (n - c)).view(-1, M * slot.size(1))
                 x, size, slot = join_clips(x, size, next(places), M, r, c, slot=slot)
                 c *= M
@@ -1939,9 +1938,9 @@ class Retriever(nn.Module):
                  lora_rank: Annotated[int, 'learn so many directions of each qkv alone, 0 = everything'] = 0):
         super().__init__()
         self.config = c = config
-        C, merging = c.encoder_dim, options_of(TempMeEncoder).keys() & c.options.keys()
-        self.encoder = TempMeEncoder(C, c.n_layer, c.encoder_heads, c.patches, c.patch_size, c.frames, 3, 1.0,
-                                     c.encoder == 'tempme', **{name: c.options[name] for name in merging})
+        C, own = c.encoder_dim, {key: a for key, a in c.options.items() if key in options_of(TempMeEncoder)}
+        self.encoder = TempMeEncoder(C, c.n_layer, c.encoder_heads, c.patches, c.patch_size, c.frames,
+                                     channels=3, place_std=1.0, joins=c.encoder == 'tempme', **own)
         self.embed = nn.Embedding(len(c.vocab), C)
         self.blocks = nn.ModuleList(Block(C, c.encoder_heads) for _ in range(c.n_layer))
         self.final_norm = nn.LayerNorm(C, bias=False)
@@ -2095,7 +2094,7 @@ def init_from(model: nn.Module, dense: nn.Module):
     """Copy the weights of `dense` into a model that differs in method; what `dense` lacks stays new."""
     names = 'model vocab n_layer n_head dim encoder_layers encoder_heads frame_size patch_size'.split()
     pairs = [(name, getattr(dense.config, name), getattr(model.config, name)) for name in names]
-    bare, mine = lambda name: name.replace('.linear.', '.'), model.state_dict()        # bare: of LoRA
+    mine, bare = model.state_dict(), lambda name: name.replace('.linear.', '.')        # without LoRA's part
     plain = {bare(name): p for name, p in dense.state_dict().items()}
     if lost := [name for name in plain if 'lora_' in name and name not in mine]:
         raise ValueError(f'the new model has no {lost[0]}; merge_lora first, so that it is not lost')
@@ -2105,7 +2104,6 @@ def init_from(model: nn.Module, dense: nn.Module):
         if other != wanted:
             raise ValueError(f'the weights are of a model with another {name}: {other}, wanted {wanted}')
     model.load_state_dict(own, strict=False)
-
 
 # ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
 # What a pass costs: a multiply-add is two FLOPs, causal attention counts in full, element-wise work does not.

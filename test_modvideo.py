@@ -2535,7 +2535,7 @@ BAD_FOLDERS = [                                                # clips.jsonl, th
     (ROW[:9], 'not JSON'), (ROW + '"grid": ' + '[' * 500 + ']' * 500 + '}', 'grid must be'),
     (ROW + '"grid": [true, 4]}', 'grid must be'), (ROW + '"grid": "4x4"}', 'grid must be ['),
     (ROW[:9] + '""}', 'wanted'), (ROW + '"label": NaN}', 'got nan'), (ROW + '"\udce9"', 'not UTF-8'),
-    ('{"file": "a\\u0000", "caption": "a"}', 'split must be'), (GOOD, '0.png: no such file'),
+    ('{"file": "a\\u0000", "caption": "a"}', 'wanted an object'), (GOOD, '0.png: no such file'),
     ('{"file": "\\ud800", "caption": "a"}', 'no such file'), (ROW + '"label": ["a"]}', 'label must be'),
     ('{"file": "0.png", "caption": "' + 'a ' * 1001 + '"}', 'of 1 to 1000 words'),
     (ROW + f'"grid": [{"9" * 400}, 1]}}', 'does not divide', png(32, 32)), (GOOD, 'file is empty', b''),

@@ -41,7 +41,6 @@ from typing import Annotated, NamedTuple, get_args
 BEGAN = time.time()     # importing torch takes seconds, and they count
 as_typed = subprocess.list2cmdline if os.name == 'nt' else shlex.join      # words -> a line of the shell
 
-
 if __name__ == '__main__':
     def stopped_early(*_):      # Ctrl-C while torch is imported
         print('train_tiny: stopped; go on with:', as_typed(['python', *sys.argv]), file=sys.stderr)
@@ -83,8 +82,8 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optim
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; with several processes,
     parts that add up to both. report(row of the log) is called with each. optimizers: None: those of
-    configure_optimizer at lr. stop: a list; once something is in it, training ends with a row. One process
-    alone waits for its GPU at rows alone.
+    configure_optimizer at lr. stop: a list; once something is in it, training ends with a row. Without
+    torchrun only a row waits for the GPU.
     """
     optimizers = optimizers or configure_optimizer(model, lr)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -146,7 +145,7 @@ def finite_mean(recent: list, done: int, model) -> list:
     add_up([values])
     values = values.cpu()
     good = values.isfinite().all(1)
-    # Larger weights overflow in the next pass; of NaN no comparison is true.
+    # The square of a larger weight nears 3e38, float32's limit. A comparison with NaN is false.
     good[-1] &= torch.stack([(p.abs() < 1e18).all() for p in model.parameters()]).all().cpu()
     if not good.all():
         bad = done - len(recent) + 1 + int((~good).nonzero()[0])
@@ -172,7 +171,7 @@ def means(values: list, keys: list) -> dict:
 
 
 def average(values: list):
-    """Mean of numbers; of lists, rounded, and of dicts part by part; of anything else the first."""
+    """Mean of numbers, of lists place by place (to 0.1), of dicts key by key; of anything else the first."""
     first = values[0]
     if isinstance(first, dict):
         return {key: average([value[key] for value in values]) for key in first}
@@ -183,8 +182,8 @@ def average(values: list):
 
 class Questions:
     """Several questions about each clip. Accuracy: a question is right if its whole answer is."""
-    kind, model, needs = 'questions', {}, ''       # its name, its options of the model, what clips it needs
-    source, words = ('batch', 'batch'), 'vocab'    # of the dataset: held-out and training batches, the words
+    kind, model, needs = 'questions', {}, ''       # name, options of the model, what only ShapeWorld has
+    source, words = ('batch', 'batch'), 'vocab'    # of the dataset: methods (held-out, training), words
     without = 'window', 'silence_weight'           # options that would do nothing
     columns = 'accuracy step_ms memory_mb first_ms tokens_per_s decoder_gflops tok_density'.split()
 
@@ -231,8 +230,8 @@ class Questions:
             return model(batch.video, batch.text, targets, asked)
 
     def loss(self, model, batch):
-        """-> loss, share of what is right: 0-dim tensors. Of several processes, this one's part of both: each
-        weighs by its share of the words to learn."""
+        """-> loss, share of what is right: 0-dim tensors. Of several processes, this one's part of both: the
+        loss weighs by its share of the words to learn, what is right by its share of the clips."""
         own = Batch(*(a.tensor_split(WORLD)[RANK] for a in batch if a is not None))
         logits, loss, _ = self.forward(model, own, own.targets)
         right = is_right(logits, self.wanted(own)).float().mean()
@@ -283,7 +282,7 @@ class Questions:
             (Q, L), N = batch.text.shape[1:], batch.video.size(1) * c.patches
             layers = [n - L * (1 if model.by_question else Q) for n in aux['tokens']]
             found.append(dict(vision_by_layer=layers, decoder_tokens=aux['reduced'].tokens.size(1),
-                              cache_kb=8 * c.dim * sum(layers) / 1000,         # float32
+                              cache_kb=8 * c.dim * sum(layers) / 1000,         # keys, values, 4 bytes each
                               gflops=flops['total'] / 1e9, decoder_gflops=flops['blocks'] / 1e9,
                               paper_share=paper(layers) / paper([N] * c.n_layer)))
         return average(found)
@@ -325,7 +324,7 @@ class Questions:
 
 
 class Streams(Questions):
-    """Narration while the video plays, and questions between frames. Accuracy: turns without a mistake."""
+    """Narrate and answer while a video plays. Accuracy: faultless turns; in a training step, streams."""
     kind, model, needs = 'streams', dict(streaming=True), 'clips that say what happens when'
     source, without = ('stream', 'stream'), ()
     columns = 'accuracy fluency time_diff step_ms memory_mb frames_per_s cache_kb decoder_gflops'.split()
@@ -340,7 +339,7 @@ class Streams(Questions):
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
-        """Scores on held-out streams: teacher-forced, if asked blind (another clip's video), running free."""
+        """Scores on held-out streams: teacher-forced (once more with other videos if blind), running free."""
         rows, spoke, due = [], [], []
         for batch in self.held_out(split, clips):
             prompt, scores = torch.full_like(batch.text[:, 0, :1], self.vocab.index(PROMPT)), []
@@ -395,9 +394,9 @@ def turn_scores(logits, wanted, after, T: int, theta: float) -> dict:
     nll, shares, fluent = F.cross_entropy(logits[word], wanted[word]).item(), [], 0
     order = after.argsort(dim=1, stable=True)                                  # in time
     parts = chosen == wanted, word, word & (wanted == EOS), wanted != IGNORE   # (B, T + L) each
-    for right, word, ends, kept in zip(*(part.gather(1, order).cpu() for part in parts)):
+    for right, spoken, ends, kept in zip(*(part.gather(1, order).cpu() for part in parts)):
         cuts = ends[kept].nonzero()[:, 0] + 1
-        for fine, said in zip(right[kept].tensor_split(cuts), word[kept].tensor_split(cuts)):      # of a turn
+        for fine, said in zip(right[kept].tensor_split(cuts), spoken[kept].tensor_split(cuts)):    # of a turn
             fluent += int(fine.cumprod(0).sum())
             shares += [fine[said].cumprod(0).float().mean()] if said.any() else []
     share = torch.stack(shares)
@@ -429,7 +428,7 @@ class Retrieval(Questions):
 
     def loss(self, model, batch):
         """-> loss, share of sentences whose clip is found first among the batch."""
-        similarity, loss = model(batch.video, batch.text)
+        similarity, loss = model(batch.video, batch.text)      # (B, B) sentence by clip
         own = torch.arange(len(similarity), device=similarity.device)[:, None]
         return loss, is_right(similarity[:, None], own).float().mean()
 
@@ -451,9 +450,9 @@ class Retrieval(Questions):
             if len(seen) >= clips:
                 break
         video, text, turned = (torch.cat(a).cpu() for a in zip(*found))
-        similarity, other = text @ video.T, torch.arange(len(text)) ^ 1
+        similarity, own = text @ video.T, torch.arange(len(text))      # (n, n) sentence by clip, (n,)
         ways = {'sentence to clip': recall(similarity), 'clip to sentence': recall(similarity.T)}
-        right = (similarity.diag() > similarity[other, other ^ 1]).float()
+        right = (similarity.diag() > similarity[own ^ 1, own]).float()     # own ^ 1: its twin
         return dict(accuracy=ways['sentence to clip']['R@1'] / 100, recall=ways, clips=len(text),
                     r_sum=sum(way[f'R@{k}'] for way in ways.values() for k in (1, 5, 10)),
                     direction_pairs=right[turned].mean().item(), order_pairs=right[~turned].mean().item())
@@ -588,12 +587,12 @@ RUNS = {'tiny': dict(questions=Plan(8, 100), streams=Plan(8, 100), retrieval=Pla
 
 
 def load_data(s, vocab: list = None):
-    """The dataset that --data names. vocab: a model's words; ValueError: the folder has others."""
+    """The dataset of --data; sets s.model['frames']. vocab: of a trained model; ValueError: other words."""
     preset, grid = {**PRESETS[s.preset], **s.model}, parse_grid(s.grid)
     shape = dict(size=preset['frame_size'], questions=RUNS[s.preset]['asked'], seed=s.seed)
     if s.data == 'shapes':
         return ShapeWorld(frames=preset['frames'], **shape)
-    if 'frames' not in s.model:                              # real motion is fast: keep every frame
+    if 'frames' not in s.model:      # real motion is fast: all frames of the first clip, up to a limit
         first = read_rows(Path(s.data))[0]
         frames = len(read_clip(Path(s.data, first['file']), first.get('grid', grid), size=1))
         s.model = dict(s.model, frames=min(frames, 2 * preset['frames']))
@@ -713,7 +712,7 @@ class Run:
     PART = re.compile(r'train_tiny\.part\d+\..+|ckpt\.pt\.part\d+')   # of whole(), save_checkpoint, if killed
 
     def __init__(self, s):
-        self.s, self.log, self.before, self.optimizers, self.done = s, [], 0.0, None, 0
+        self.s, self.log, self.before, self.optimizers, self.done = s, [], 0.0, None, 0    # before: seconds
         name = f'out/{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
         free = (Path(name + (f'-{i}' if i > 1 else '')) for i in itertools.count(1))
         self.path = Path(s.resume or s.out or next(path for path in free if not path.exists()))
@@ -747,7 +746,7 @@ class Run:
             path.unlink()                                      # of one that was killed while it wrote
 
     def begin(self, task):
-        """The model, new or as an interrupted run left it."""
+        """The model: as an interrupted run left it, or new; what its row begins with is trained first."""
         s = self.s
         if s.resume:
             model, extra = load_checkpoint(Path(s.resume, 'ckpt.pt'), s.device)
@@ -812,16 +811,16 @@ class Run:
         def pressed(*_):
             """Ctrl-C ends training after the step, so that none is cut in two; a second one stops at once."""
             stop.append(True)
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, usual)
             os.write(2, b'\nstopping after this step\n')       # a signal may come while stderr is written
 
-        before = signal.signal(signal.SIGINT, pressed)
+        usual = signal.signal(signal.SIGINT, pressed)
         try:
             train(model.train(), lambda step: task.draw('train', step, s.batch),
                   s.autocast()(lambda _, batch: task.loss(fast, batch)), s.steps, s.rate(), self.done,
                   self.optimizers, report, stop, s.recipe)
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, usual)
         if stop:
             raise KeyboardInterrupt
 
@@ -836,7 +835,7 @@ def run_recipe(s, began: float = None):
         torch.cuda.reset_peak_memory_stats()                   # not of what it begins with
     cost = task.cost(model)
     if s.coarse_steps() and not s.resume:
-        task.loss(model, task.draw('train', 0, max(2, WORLD)))     # which half of the frames may refuse
+        task.loss(model, task.draw('train', 0, max(2, WORLD)))     # fails here if coarse clips do not fit
     if not (s.steps or s.resume) and task.kind == 'questions' and num_params(model.reducer):
         raise ValueError(f'reducer {model.config.reducer!r} has weights, and this row trains none; say '
                          'untrained = False in its class, or --steps')
@@ -921,7 +920,7 @@ def encode_question(question: str, vocab: list) -> list:
 
 
 def table(lines: list, bar: str = '') -> str:
-    """Columns as wide as their cells, words or shares; with bars in Markdown, its head is the first line."""
+    """Aligned columns; numbers become shares. bar '|': a table in Markdown, its head is the first line."""
     lines = [[cell if isinstance(cell, str) else f'{cell:.1%}' for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines[1:1] = [['-' * max(3, width) for width in widths]] if bar else []
@@ -942,14 +941,14 @@ def stack(rows: list) -> Image.Image:
 def draw_big(video, what=None):
     """Frames (T, 3, height, width), at least 128 pixels high, with what became of their patches."""
     T, size = len(video), video.size(-1)
-    what = what or pack(torch.ones(1, T * (size // 8) ** 2, dtype=torch.bool))
+    what = what or pack(torch.ones(1, T * (size // 8) ** 2, dtype=torch.bool))     # all, of 8 x 8 pixels
     side = math.isqrt(what.assign.size(1) // T)
     return draw_tokens(video.cpu(), what, scale=max(1, 128 // size), grid=(side, side))
 
 
 @torch.no_grad()
 def draw_clip(model, video, text, path: Path, title: str):
-    """What reducer, stage and routed layers made of a clip: path.png has all frames, path.gif one each."""
+    """Draw what a model made of video (T, 3, height, width), text (1, L): path.png, and moving: path.gif."""
     _, _, aux = model(video[None], text[None])
     T, N, reduced, shown = len(video), len(video) * model.config.patches, aux['reduced'], {}
     kept = torch.isin(torch.arange(N, device=video.device), reduced.position)[None]            # (1, N)
@@ -1153,8 +1152,8 @@ def run_bench(s):
           'rounds in turn; in brackets: of the first row')
 
 
-# What a paper says of its method: paper, row here, the row it is compared with, what, the paper's figure, how
-# it is measured (see MEASURES), on which key of the rows' results, and the bound of what reaches it.
+# How the claims of papers are tested: paper, row here, row it is compared with, what, the paper's figure, how
+# the two are compared (see MEASURES), by which key of their results, and the bound that ours must reach.
 # VideoLLM-MoD: by the best placement here, not its own, which is the row mod-interleaved.
 CLAIMS = [
     ('VideoLLM-MoD', 'mod-all-deep', 'dense', 'time, all-deep', '-42 %', 'change', 'step_ms', -0.42),
@@ -1342,11 +1341,11 @@ class Settings:
     preset: Annotated[str, 'size of model and video'] = 'auto'
     init_from: Annotated[str, 'run folder whose weights to begin with'] = ''
     grid: Annotated[str, 'columns x rows of a clip that is a sheet of frames'] = '4x4'
-    steps: Annotated[int, "optimizer steps, 0 = the preset's share that the recipe says"] = 0
+    steps: Annotated[int, "optimizer steps, 0 = the recipe's share of the preset's"] = 0
     batch: Annotated[int, "clips a step, 0 = the preset's"] = 0
     coarse: Annotated[float, 'share of the steps, the first ones, that see clips of half as many frames '
                       "[the preset's, in rows from scratch]"] = None
-    lr: Annotated[float, "learning rate of matrices, else the preset's, of LoRA 0.03; rest: 3 % of it"] = 0.0
+    lr: Annotated[float, "of matrices, else the preset's, with LoRA 0.03; LoRA: 30 % of it, rest: 3 %"] = 0.0
     seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
     device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
     dtype: Annotated[str, 'of the matrix products'] = 'auto'
@@ -1355,7 +1354,7 @@ class Settings:
     deterministic: Annotated[bool, 'the same numbers on every run, on CUDA too (slower)'] = False
     out: Annotated[str, 'run folder, to write or to read the model from'] = ''
     resume: Annotated[str, 'run folder to go on with, under its own settings'] = ''
-    ask: Annotated[list, 'about a GIF, WebP, sheet or folder of images; on the CPU'] = ()
+    ask: Annotated[list, 'a question about a GIF, WebP, PNG, sheet or folder of images; on the CPU'] = ()
     stream: Annotated[str, 'a clip for a stream model to narrate, on the CPU'] = ''
     question: Annotated[list, 'with --stream: asked after a frame, from 1 on'] = ()
     theta: Annotated[float, 'of streams: stay silent while P(silence) is at least this'] = 0.5
@@ -1369,7 +1368,7 @@ class Settings:
     model: dict = field(default_factory=dict)      # options of the model that were given
 
     def flags(self) -> dict:
-        """All of them, the options of the model beside the others."""
+        """All of them, and the options of the model, in one dict."""
         return {**vars(self), **self.model}
 
     def plan(self) -> Plan:
@@ -1387,8 +1386,8 @@ class Settings:
         if self.coarse is not None or not self.steps:
             return self.steps * (self.coarse or 0) * (row.task is not Frames)
         shape = {**PRESETS[self.preset], 'encoder': 'plain', **self.model}
-        whole = row.begins or self.data != 'shapes' or shape['frames'] < 8 or shape['encoder'] != 'plain'
-        return 0 if whole else self.steps * self.plan().coarse
+        never = row.begins or self.data != 'shapes' or shape['frames'] < 8 or shape['encoder'] != 'plain'
+        return 0 if never else self.steps * self.plan().coarse
 
     def autocast(self):
         """The context, or decorator, of forward passes."""
@@ -1398,13 +1397,13 @@ class Settings:
 CHOICES = dict(PARTS, recipe=RECIPES, preset=['auto', *PRESETS], device=['auto', 'cuda', 'mps', 'cpu'],
                dtype=['auto', 'float32', 'bfloat16'])
 METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream='CLIP', find='SENTENCE')
-TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])
-READS = dict(ask='grid out', stream='grid out question theta', find='grid out data seed',      # no other flag
+TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])      # wants one of these
+READS = dict(ask='grid out', stream='grid out question theta', find='grid out data seed',      # and no other
              eval='data grid device batch dtype')
 APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
          ('compare', 'init_from', 'begins by itself'), ('bench', 'coarse', 'times whole clips'),
          ('compare', 'resume', 'goes on by itself'), ('bench', 'resume', 'times new models'),
-         ('rows', 'compare', 'recipe', 'says which rows')]
+         ('rows', 'compare', 'recipe', 'says which rows')]     # given together, the last flag is refused
 
 
 def model_flags() -> dict:
@@ -1570,8 +1569,8 @@ def run_ask(s: Settings):
     ids = torch.tensor(encode_question(question, vocab))                       # (L,)
     answer = model.generate(video[None], ids[None, None], max_new_tokens=LONGEST + 1)[0, 0]
     answer = answer[:max(1, int((answer != PAD).sum()))]
-    whole, asked = torch.cat([ids, answer])[None, None], torch.tensor([[len(ids)]])
-    chances = F.softmax(model(video[None], whole, asked=asked)[0][0, 0, len(ids) - 1:], -1)  # (answer + 1, V)
+    text, asked = torch.cat([ids, answer])[None, None], torch.tensor([[len(ids)]])     # (1, 1, L), (1, 1)
+    chances = F.softmax(model(video[None], text, asked=asked)[0][0, 0, len(ids) - 1:], -1)   # (answer + 1, V)
     chance, said = chances[:-1].gather(1, answer[:, None]).prod().item(), in_words(answer, vocab)
     title, best = f'{question}? {said}   {chance:.1%}', chances[0].topk(min(4, len(vocab))).indices.tolist()
     others = [f'{vocab[i]} {chances[0, i].item():.1%}' for i in best if i != answer[0]]
@@ -1602,15 +1601,15 @@ def run_find(s: Settings):
         video, names = batch.video, [in_words(ids, c.vocab) for ids in batch.text]
     else:
         rows, grid = read_rows(Path(s.data)), parse_grid(s.grid)
-        names, grids = [row['file'] for row in rows], [row.get('grid', grid) for row in rows]
-        video = torch.stack([read_clip(Path(s.data, name), grid, c.frames, c.frame_size)
-                             for name, grid in zip(names, grids)]).float() / 255
+        names = [row['file'] for row in rows]
+        video = torch.stack([read_clip(Path(s.data, row['file']), row.get('grid', grid), c.frames,
+                                       c.frame_size) for row in rows]).float() / 255
     rank_clips(model, video, names, s.find, run / 'find.png')
     print(f'the best of {len(names)} clips: {run / "find.png"}')
 
 
 def run_eval(s: Settings):
-    """The table of a run's end for other clips: printed, and written beside the run."""
+    """The table at the end of a run, for other clips: printed, and written into the run's folder."""
     run, saved = Path(s.eval), settings_of(Path(s.eval))
     s = replace(saved, data=s.data, grid=s.grid, device=s.device, eval=s.eval, batch=s.batch or saved.batch,
                 dtype=saved.dtype if s.dtype == 'auto' else s.dtype)
@@ -1661,7 +1660,7 @@ def main(argv=None, began: float = None) -> int:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with tempfile.TemporaryDirectory() if RANK else nullcontext() as tempfile.tempdir:
+    with tempfile.TemporaryDirectory() if RANK else nullcontext() as tempfile.tempdir:     # for Run.path
         status = main(began=BEGAN)
     if WORLD > 1:       # threads of its group now and then abort a process that ends in the usual way
         sys.stdout.flush()

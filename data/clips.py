@@ -10,7 +10,7 @@ count as evenly spaced, whatever a file says. A folder of clips has a `clips.jso
 `file` is needed, and `qa` or a `caption`, which answers `describe`. `split` is train, val or test. A missing
 test or val split is the last tenth of the training clips. In training all values of `label` weigh alike.
 Of more than 8 questions about a clip (preset tiny: 4) a training step draws 8, val and test ask them all.
-`grid` is [columns, rows] of this sheet. Words lose case and punctuation; answers then the same are refused.
+`grid` is [columns, rows] of this sheet. Words lose case and punctuation; texts that then agree are refused.
 """
 import copy
 import json
@@ -149,10 +149,10 @@ def read_rows(folder: Path) -> list:
 
 def check_row(row, where: str):
     """ValueError: a line of clips.jsonl that is not as the top of this file says. `qa` is filled in."""
-    check(isinstance(row, dict) and isinstance(row.get('file'), str) and row['file'].strip('\0'),
-          f'{where}: wanted an object with "file", got {short(row)}')
-    check('\0' not in row['file'] and row.get('split', 'train') in SPLITS,
-          f'{where}: split must be train, val or test, got {short(row.get("split", row["file"]))}')
+    check(isinstance(row, dict) and type(row.get('file')) is str and row['file'] and '\0' not in row['file'],
+          f'{where}: wanted an object with "file", the name of a clip, got {short(row)}')
+    check(row.get('split', 'train') in SPLITS,
+          f'{where}: split must be train, val or test, got {short(row.get("split"))}')
     grid = row.get('grid', [4, 4])
     check(isinstance(grid, list) and [type(n) for n in grid] == [int, int] and min(grid) > 0,
           f'{where}: grid must be [columns, rows], got {short(grid)}')
@@ -191,8 +191,7 @@ class ClipFolder:
         for i, name in enumerate(SPLITS):
             train = self.members('train')
             if not len(self.members(name)) and (name == 'test' or not vocab):     # cut off the training clips
-                check(len(train) > 1,
-                      f'{folder}: no clip for the {name} split, it holds {len(rows)} clips in all')
+                check(len(train) > 1, f'{folder}: no clip for the {name} split, {len(rows)} clips in all')
                 self.split[train[-max(1, len(train) // 10):]] = i
         count = Counter(rows[i].get('label') for i in self.members('train'))      # all labels weigh alike
         self.weight = torch.tensor([1 / max(1, count[row.get('label')]) for row in rows])     # (n,)
@@ -204,8 +203,8 @@ class ClipFolder:
         unknown = [word for word in used if word not in self.vocab]
         check(not unknown, f'{folder}: the model never saw the words {", ".join(unknown[:9])}')
         ids = {word: i for i, word in enumerate(self.vocab)}
-        tokens = torch.cat([table(asked, ids), -table(told, ids)], 1)     # (all rows of qa, L + 1)
-        self.text, self.targets = (a[:, :-1] for a in pack_text(tokens))
+        tokens = torch.cat([table(asked, ids), -table(told, ids)], 1)     # (rows of qa, longest + longest)
+        self.text, self.targets = (a[:, :-1] for a in pack_text(tokens))  # (rows of qa, L)
         names = [' '.join(text) for text in asked]
         self.kinds = list(dict.fromkeys(names)) if len(set(names)) <= 12 else ['question']
         self.kind = torch.tensor([self.kinds.index(n) if n in self.kinds else 0 for n in names])
@@ -236,9 +235,9 @@ class ClipFolder:
         count = self.count[pick, None]
         row = self.first[pick, None] + order % count              # (B, Q) a short list is asked again,
         kind = self.kind[row].masked_fill(order >= count, -1)     # which is not measured
-        video, *words = send(device, self.video[pick], self.text[row], self.targets[row], kind)
+        video, *texts = send(device, self.video[pick], self.text[row], self.targets[row], kind)
         video = augmented(video, generator) if split == 'train' else video.float() / 255
-        return Batch(video, *words)
+        return Batch(video, *texts)
 
 
 def augmented(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-FRAMES, STRIDE, SIZE, STEP_MS = 16, 8, 64, 100
+FRAMES, STRIDE, SIZE, STEP_MS = 16, 8, 64, 100     # STRIDE: frames between starts. SIZE: pixels of a side
 
 
 def read_tub(tub: Path) -> list:

@@ -83,8 +83,7 @@ class ShapeWorld:
     vocab, kinds, caption_vocab = VOCAB, KINDS, CAPTION_VOCAB
 
     def __post_init__(self):
-        check(self.frames >= 4, 'a clip of shapes needs at least 4 frames for its two events, '
-                                f'got {self.frames}')
+        check(self.frames > 3, f'a clip of shapes needs at least 4 frames for two events, got {self.frames}')
 
     def halved(self):
         """The same world in half as many frames."""
@@ -123,8 +122,8 @@ class ShapeWorld:
         turn = torch.arange(T) * 2 // T * (each == 1)[:, None]    # (O, T) steps on the wheel so far
         colour = (base[..., None] + turn) % 6                     # (B, O, T) index into COLOURS
         direction = torch.stack([randint(4), torch.full((B,), STILL), randint(4)], 1)  # (B, O) of STEPS
-        cell = torch.stack([shuffle(4), shuffle(4)], 1)           # (B, 2, 4) quadrants before, after the cut:
-        jitter = 0.06 * (rand(4, 2) - 0.5)                        # (B, 4, 2) and way off, flash last
+        cell = torch.stack([shuffle(4), shuffle(4)], 1)           # (B, 2, 4) quadrants before, after the cut
+        jitter = 0.06 * (rand(4, 2) - 0.5)                        # (B, 4, 2) x, y from its middle. Flash last
         digit = 2 + randint(8, 2) if split == 'train' else SPLITS.index(split)  # (B, 2) tells the split
         texture = 10 * randint(10 ** 5, 2) + digit                # (B, 2) grounds before, after the cut
         shape = shuffle(4)[:, :3]                                 # (B, O) index into SHAPES, all different
@@ -188,7 +187,7 @@ class ShapeWorld:
         """Clips of one shape: i and i + batch_size // 2 differ in a direction or in the order of events."""
         generator = seeded(self.seed, split, step, 'captions')
         scene = self.sample(split, 64 + 4 * batch_size, generator)
-        alone = (scene.present.sum(1) == 1).nonzero()[:(batch_size + 1) // 2, 0]  # over a quarter of them
+        alone = (scene.present.sum(1) == 1).nonzero()[:(batch_size + 1) // 2, 0]  # 28 % of all
         scene = Scene(*(a[alone] for a in scene))
         turned = torch.rand(len(alone), generator=generator) < 0.5
         scene = Scene(*(torch.cat(a)[:batch_size] for a in zip(scene, twin_of(scene, turned, self.frames))))

@@ -1543,9 +1543,9 @@ class VectorQuantizer(nn.Module):
         if num_codes < 1:
             raise ValueError(f'a codebook wants at least 1 code, got {num_codes}')
         self.decay, self.commitment, self.revive, self.eps = decay, commitment, revive, eps
-        self.register_buffer('codebook', torch.randn(num_codes, dim).float())          # (K, C)
+        self.register_buffer('codebook', torch.randn(num_codes, dim).float())  # (K, C)
         self.register_buffer('embed_avg', self.codebook.clone())               # m: sum of its vectors
-        self.register_buffer('cluster_size', torch.ones(num_codes).float())            # n: how many they are
+        self.register_buffer('cluster_size', torch.ones(num_codes).float())    # n: how many they are
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))   # steps so far; 0: codes not placed
 
     def _apply(self, fn, *args, **more):

@@ -376,6 +376,8 @@ def test_exactly_k_tokens_a_frame_even_with_ties():
     for forced in (None, torch.arange(24) % 8 == 7, torch.arange(24) < 2):     # frames by number, by token
         two = [router(x, group, 0.25, forced=forced) for group in (3, torch.arange(24) // 8)]
         assert torch.equal(two[0].index, two[1].index)
+    with pytest.raises(ValueError, match='a mask of all 6 rows, got 1'):       # it would serve every row
+        mv.RaggedBlock(mv.Block(8, 2))(x, two[1], torch.arange(24), torch.ones(1, 24, dtype=torch.bool))
 
 
 FRAMES = torch.tensor([[-2, -2, -1, 0, 0, 0, -1, 1, 1, 1, 1, -1, -1],
@@ -673,6 +675,7 @@ def test_window_forgets_all_but_the_prompt():
 
 def test_streaming_loss_is_the_papers_and_every_router_learns_from_it():
     """Catches silence weighted twice or not at all, another mean, a last router that nothing trains."""
+    assert streamer('all', silence_weight=0).config.silence_weight == 0        # a legal weight
     model, (video, text) = streamer('all', silence_weight=0.3).train(), sample(Q=1)
     after = torch.tensor([[-1, 0, 1, 1, 2]]).expand(2, -1)
     decisions, targets = torch.tensor([[1, 3, 1, 1], [4, 1, 1, -1]]), text.roll(-1, -1)
@@ -2360,7 +2363,8 @@ def test_evaluation_by_hand():
     video = torch.tensor([2.0, 2, 3, 3]).view(4, 1, 1, 1, 1)
     targets = torch.stack([torch.full_like(answers, -1), answers], -1)         # (B, Q, L)
     batch = shapes.Batch(video, targets.clamp(min=2), targets, torch.tensor([0, 1, -1]).expand(4, 3))
-    data = types.SimpleNamespace(kinds=['colour', 'count'], vocab=[*'abcdef'], batch=lambda *_: batch)
+    data = types.SimpleNamespace(kinds=['colour', 'count'], vocab=[*'abcdef'], questions=2)
+    data.batch = lambda *_: batch
 
     def seer(video, text, targets, asked):                     # colours it sees, counts are always 4
         words = F.pad(video.flatten(1).long(), (0, 2), value=4)
@@ -2368,7 +2372,7 @@ def test_evaluation_by_hand():
         return logits, None, dict(reduced=mv.Reduced(None, info=dict(seen=video.flatten())))
 
     seer.reducer = types.SimpleNamespace(steady=True, facts=lambda info: dict(seen=info['seen'].tolist()))
-    task = train_tiny.Questions(train_tiny.Settings(preset='tiny', batch=3, device='cpu'), data)
+    task = train_tiny.Questions(train_tiny.Settings(batch=3, device='cpu'), data)
     scores = task.evaluate(seer, 'test', 4)
     assert scores['seen'] == [2, 2, 3, 3]                      # of all parts, of their own clips
     assert scores['accuracy_by_type'] == {'colour': 0.75, 'count': 0.25} and scores['accuracy'] == 0.5

@@ -208,8 +208,8 @@ class Questions:
 
     def few(self, batch):
         """A batch with no more questions about a clip than a training step has."""
-        most = RUNS[self.s.preset]['asked']
-        return batch._replace(text=batch.text[:, :most], targets=batch.targets[:, :most])
+        text, targets = (a[:, :self.data.questions] for a in (batch.text, batch.targets))
+        return batch._replace(text=text, targets=targets)
 
     def liveliest(self):
         """Held-out clip that moves most (T, 3, height, width), a question's ids (L,), words, its answer."""
@@ -248,7 +248,7 @@ class Questions:
             if blind and len(batch.video) > 1:                 # the last batch may have no other clip to show
                 shown.append((batch.video.roll(len(batch.video) // 2, 0), guessed))
             # As many clips at a time as training fits, fewer where more is asked about each.
-            asked = RUNS[self.s.preset]['asked']
+            asked = self.data.questions
             size = max(1, self.s.batch * asked // max(asked, batch.text.size(1)))
             for video, found in shown:
                 for part in zip(*(a.split(size) for a in (video, *batch[1:4]))):
@@ -520,6 +520,10 @@ class Recipe(NamedTuple):
     task: type = Questions
     aside: bool = False        # --compare runs it only where --rows names it
     blind: bool = False        # trained with another clip's video: what words alone can tell
+
+    def steps(self, whole: int) -> int:
+        """Its share of so many steps, one at least if it trains."""
+        return max(int(self.share > 0), round(self.share * whole))
 
 
 HALF = lambda preset: max(1, preset['n_layer'] // 2)
@@ -1209,8 +1213,8 @@ def summarize(results: list) -> dict:
 def row_of(s, name: str, seed: int, folder: Path):
     """Settings of a row of a comparison: of the model's options those that mean something to its task."""
     row, here = RECIPES[name], folder / f'seed{seed}'
-    steps = round(row.share * (s.steps or RUNS[s.preset][row.task.kind].steps))
-    return replace(s, recipe=name, seed=seed, steps=max(steps, int(row.share > 0)), out=str(here / name),
+    steps = row.steps(s.steps or RUNS[s.preset][row.task.kind].steps)
+    return replace(s, recipe=name, seed=seed, steps=steps, out=str(here / name),
                    init_from=str(here / row.begins) if row.begins else '', compare=False, rows='', seeds=0,
                    coarse=None if row.begins or row.task is Frames else s.coarse,
                    model={key: value for key, value in s.model.items() if key not in row.task.without})
@@ -1513,7 +1517,7 @@ def set_up(s: Settings):
     shape = {**PRESETS[s.preset], **s.model}
     if not s.compare:
         s.batch = s.batch or s.plan().batch
-        s.steps = s.steps or max(1 if recipe.share else 0, round(recipe.share * s.plan().steps))
+        s.steps = s.steps or recipe.steps(s.plan().steps)
     pixels = s.batch * shape['frames'] * shape['frame_size'] ** 2
     check(pixels <= 2 ** 32, f'a step of --batch {s.batch} has {pixels:,} pixels, wanted at most 2**32')
     if WORLD > 1:                                              # torchrun: the first process alone speaks

@@ -1641,15 +1641,23 @@ def test_the_core_runs_alone():
 # ---- the synthetic world -------------------------------------------------------------------------
 
 def test_world_is_seeded_and_balanced_and_splits_share_nothing():
-    """Catches unseeded draws, batches that repeat, test clips that were trained on, a world in which the most
-    frequent answer is right far above chance."""
+    """Catches unseeded draws, batches that repeat, backgrounds that were trained on, noise that tells what
+    happens, a world in which the most frequent answer is right far above chance."""
     world, generator = shapes.ShapeWorld(size=16), torch.Generator().manual_seed(0)
     a, b = world.batch('train', 3, 4), world.batch('train', 3, 4)
     assert all(torch.equal(x, y) for x, y in zip(a[:4], b))
     assert not torch.equal(a.video, world.batch('train', 4, 4).video)
-    grounds = [set(world.sample(split, 2000, torch.Generator().manual_seed(0)).texture.flatten().tolist())
-               for split in shapes.SPLITS]
-    assert not any(a & b for a, b in itertools.combinations(grounds, 2))
+    axis, grounds = torch.arange(4) / 4, []
+    for split in shapes.SPLITS:
+        numbers = world.sample(split, 500, torch.Generator().manual_seed(0)).texture
+        painted = shapes.paint_background(numbers.flatten(), axis, 0.05).flatten(1)
+        grounds.append(set(map(tuple, painted.tolist())))
+    assert not any(a & b for a, b in itertools.combinations(grounds, 2)) and len(grounds[2]) > 900
+    scene, tell = world.sample('train', 4, shapes.seeded(0)), lambda video: (video - video.mean(1, True))[0]
+    seed = shapes.seeded(0).initial_seed()
+    noise = shapes.ShapeWorld(size=16, noise=1.0).draw(scene, seed=seed)
+    drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed))
+    assert abs(torch.corrcoef(torch.stack([tell(noise).flatten(), tell(drawn).flatten()]))[0, 1]) < 0.1
     _, targets, kind = world.ask(world.sample('train', 4000, generator), generator)
     for name, answers in dict(colour=6, shape=4, direction=4, count=3, order=4, moment=6, forecast=6).items():
         words = targets[kind == shapes.KINDS.index(name)].amax(-1)
@@ -1952,15 +1960,21 @@ def test_clip_folder_batches(tmp_path, capsys):
 
 
 def test_all_questions_about_a_clip_are_measured_once():
-    """Catches a ninth question that nobody asks, one that counts twice where another clip has more."""
+    """Catches a ninth question that nobody asks, one that counts twice where another clip has more; training
+    that draws some of them twice and others half as often."""
     rows = [dict(row, split='test', qa=[[f'what is {i}', f'{i}'] for i in range(n)])
-            for row, n in zip(LEFT_OR_RIGHT, (2, 11))]
-    write_folder(Path('clips'), [*rows, *LEFT_OR_RIGHT[2:6]])
+            for row, n in zip(LEFT_OR_RIGHT, (2, 11, 9))]
+    write_folder(Path('clips'), [*rows, *LEFT_OR_RIGHT[3:7]])
     data = clips.ClipFolder('clips', frames=4, size=16)
     batch = data.batch('test', 0, 2)
     asked = [[data.vocab[i] for i in ids[targets > 1]] for ids, targets in zip(batch.text, batch.targets)]
     assert asked == [[*map(str, [0, 1] * 5 + [0])]] + [[*map(str, range(11))]] and data.questions == 8
     assert (batch.kind >= 0).sum(1).tolist() == [2, 11] and data.batch('test', 0, 1).text.size(1) == 2
+    data.split[2] = shapes.SPLITS.index('train')
+    data.weight = (torch.arange(len(data.split)) == 2).float()         # training draws this clip alone
+    drawn = data.batch('train', 0, 400).targets.amax(-1)       # (400, 8) a word tells the question
+    assert all(len(row.unique()) == 8 for row in drawn)
+    assert drawn.flatten().unique(return_counts=True)[1].float().sub(400 * 8 / 9).abs().max() < 60
 
 
 def test_donkeycar_import(capsys):
@@ -1980,12 +1994,16 @@ def test_donkeycar_import(capsys):
         ('right-then-left', 'test'), ('left-then-right', 'test')]
     first = clips.read_clip(Path('out', rows[4]['file']))
     assert first.shape == (16, 3, 64, 64) and first[:, 0].float().mean((1, 2)).diff().gt(-2).all()
+    assert run('tub late --test-from 0.7') == 0
+    assert [r['split'] for r in clips.read_rows(Path('late'))] == ['train'] * 4 + ['val'] * 2
+    for flags in ('--test-from 80', '--test-from nan', '--threshold -1'):
+        assert run(f'tub odd {flags}') == 2 and not Path('odd').exists()
     assert run('tub out') == 2                                     # never over an existing folder
     assert run('. new') == 2 and not Path('new').exists()
     Path('new.part').mkdir()                                       # somebody else's
     Path('tub/images/3.jpg').write_text('no picture')
     assert run('tub new') == 2
-    assert {p.name for p in Path().iterdir()} == {'tub', 'out', 'new.part'}    # nothing half-written
+    assert {p.name for p in Path().iterdir()} == {'tub', 'out', 'late', 'new.part'}    # none half-written
     for odd in ({}, {'_timestamp_ms': None}, {'_timestamp_ms': 'noon'}, {'user/angle': 10 ** 400}):
         Path('tub/catalog_1.catalog').write_text(json.dumps(odd and {**json.loads(lines[0]), **odd}))
         assert run('tub new') == 2 and 'line 1' in capsys.readouterr().err, odd

@@ -2,14 +2,14 @@
 """Real clips: read one clip of any size and length, or a folder of them with their questions.
 
 A clip is an animated GIF, WebP or PNG, a folder of images, or a sheet. The images of a folder follow in the
-order of their names, digits as numbers. A sheet is one still image: its frames in a grid, row by row. Frames
-count as evenly spaced, whatever a file says. A folder of clips has a `clips.jsonl`, one object a line:
+order of their names, digits as numbers. A sheet is a still image, no GIF: frames in a grid, row by row.
+Frames count as evenly spaced, whatever a file says. A folder of clips has a `clips.jsonl`, one object a line:
 
     {"file": "0.webp", "split": "train", "label": "left", "qa": [["which way does the car turn ?", "left"]]}
 
-`file` is needed, and `qa` or a `caption`, which answers `describe`. `split` is train, val or test. A missing
-test or val split is the last tenth of the training clips. In training all values of `label` weigh alike.
-Of more than 8 questions about a clip (preset tiny: 4) a training step draws 8, val and test ask them all.
+`file` is needed, and `qa` or else a `caption`, which answers `describe`. `split` is train, val or test. A
+missing test or val split is the last tenth of the training clips. In training all values of `label` weigh
+alike. Of more than 8 questions about a clip (preset tiny: 4) a training step draws 8, val and test ask all.
 `grid` is [columns, rows] of this sheet. Words lose case and punctuation; texts that then agree are refused.
 """
 import copy
@@ -78,47 +78,42 @@ def read_image(path: Path, grid, pick, size) -> list:
                 return [fit(as_shown(image, i + poster), size) for i in pick(count)]
             noted = re.fullmatch(r'([1-9]\d{0,3})x([1-9]\d{0,3})', str(image.getexif().get(GRID_TAG, '')))
             sheet, (columns, rows) = as_shown(image, poster), map(int, noted.groups()) if noted else grid
-            height, width, _ = sheet.shape
+            width, height = sheet.size
             check(width % columns == height % rows == 0,
                   f'a sheet of {width}x{height} pixels does not divide into {columns}x{rows} frames; '
                   'say how it is laid out with --grid, or "grid" in clips.jsonl')
-            cells = [cell for row in np.split(sheet, rows) for cell in np.split(row, columns, axis=1)]
-            return [fit(cells[i], size) for i in pick(len(cells))]
+            w, h = width // columns, height // rows
+            cells = [(x, y, x + w, y + h) for y in range(0, height, h) for x in range(0, width, w)]
+            return [fit(sheet.crop(cells[i]), size) for i in pick(len(cells))]
     except Exception as error:                                    # Pillow raises many kinds
         raise ValueError(f'{path}: not a readable image ({error})') from None
 
 
-def as_shown(image: Image.Image, i: int) -> np.ndarray:
-    """Frame i as a viewer shows it: (height, width, 3) uint8, upright, on black, 16 bits of grey as 8."""
+def as_shown(image: Image.Image, i: int) -> Image.Image:
+    """Frame i in RGB as a viewer shows it: upright, on black, 16 bits of grey as 8."""
     image.seek(i)
     frame = ImageOps.exif_transpose(image)
     if frame.mode[0] in 'IF':
         grey = np.asarray(frame).astype(np.int64)
         grey = np.where(grey == frame.info.get('transparency'), 0, grey >> 8)
         frame = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if frame.has_transparency_data:
-        frame = frame.convert('RGBA')
-        frame = Image.alpha_composite(Image.new('RGBA', frame.size, (0, 0, 0, 255)), frame)
-    return np.array(frame.convert('RGB'))
+    black = Image.new('RGBA', frame.size, 'black')
+    return Image.alpha_composite(black, frame.convert('RGBA')).convert('RGB')
 
 
-def fit(frame: np.ndarray, size) -> torch.Tensor:
-    """(height, width, 3) -> (3, height, width), or its largest central square as (3, size, size), uint8."""
-    frame = torch.from_numpy(frame).permute(2, 0, 1)
-    if not size:
-        return frame
-    side = min(frame.shape[1:])
-    top, left = ((n - side) // 2 for n in frame.shape[1:])
-    square = frame[None, :, top:top + side, left:left + side].float()
-    square = F.interpolate(square, (size, size), mode='bilinear', antialias=True)
-    return square[0].round().clamp(0, 255).byte()
+def fit(frame: Image.Image, size) -> torch.Tensor:
+    """An RGB image, or its largest central square in this size -> (3, height, width) uint8."""
+    frame = ImageOps.fit(frame, (size, size), Image.Resampling.BILINEAR) if size else frame
+    return torch.from_numpy(np.array(frame)).permute(2, 0, 1)
 
 
 def save_clip(video: torch.Tensor, path):
     """Write (T, 3, height, width) in [0, 1] as a WebP sheet. Lossless: read_clip reads the very same. Where
     no grid holds them all and has sides that WebP can have, as for 521 frames, the last ones are left out."""
     rows_of = lambda n: max(rows for rows in range(1, n + 1) if n % rows == 0 and rows * rows <= n)
-    T = next(n for n in range(len(video), 0, -1) if n // rows_of(n) * video.size(3) < 2 ** 14)
+    fits = lambda n: max(rows_of(n) * video.size(2), n // rows_of(n) * video.size(3)) < 2 ** 14
+    T = next(filter(fits, range(len(video), 0, -1)), 0)
+    check(T, f'a frame of {tuple(video.shape[2:])} is more than WebP holds, or there is none')
     video, rows, exif = video[:T], rows_of(T), Image.Exif()
     pixels = (video.cpu() * 255).round().byte().unflatten(0, (rows, -1)).permute(0, 3, 1, 4, 2)
     exif[GRID_TAG] = f'{T // rows}x{rows}'       # pixels: (rows, height, columns, width, 3)
@@ -130,20 +125,18 @@ def read_rows(folder: Path) -> list:
     path, rows = folder / 'clips.jsonl', []
     check(folder.is_dir(), f'--data {folder}: no such folder')
     check(path.is_file(), f'--data {folder}: the folder holds no clips.jsonl')
-    try:
-        lines = path.read_bytes().decode('utf-8-sig').split('\n')  # some editors put a mark in front
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 text ({error})') from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b'\n'), 1):
         if not line.strip():
             continue
         where = f'{path}, line {number}'
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line.decode('utf-8-sig')))     # some editors put a mark in front
         except (ValueError, RecursionError) as error:
-            raise ValueError(f'{where}: not JSON ({error})') from None
+            raise ValueError(f'{where}: not JSON, or not UTF-8 ({error})') from None
         check_row(rows[-1], where)
     check(rows, f'{path}: no clip is listed')
+    file, times = Counter(row['file'] for row in rows).most_common(1)[0]
+    check(times == 1, f'{path}: {file} stands on {times} lines; wanted one a clip, with all its questions')
     return rows
 
 
@@ -228,7 +221,9 @@ class ClipFolder:
         generator, pick = seeded(self.seed, split, step), self.members(split)
         if split == 'train':
             pick = pick[torch.multinomial(self.weight[pick], batch_size, True, generator=generator)]
-            order = torch.rand(batch_size, self.most, generator=generator).argsort(-1)[:, :self.questions]
+            each, count = torch.arange(self.most), self.count[pick, None]     # (most,), (B, 1)
+            luck = torch.rand(batch_size, self.most, generator=generator) + (each >= count)
+            order = luck.argsort(-1).gather(1, each % count)[:, :self.questions]      # its own, in turn
         else:
             pick = pick[step * batch_size:(step + 1) * batch_size]        # (B,)
             order = torch.arange(max(self.count[pick].tolist(), default=0))       # (Q,)

@@ -53,12 +53,11 @@ def cut_clips(records: list) -> list:
 
 
 def describe(angles: list, threshold: float) -> dict:
-    """Label, caption and questions of a clip whose halves have these mean angles."""
+    """Label and questions of a clip whose halves have these mean angles."""
     turns = ['left' if angle < 0 else 'right' for angle in angles if abs(angle) >= threshold]
     turns = list(dict.fromkeys(turns)) or ['straight']
     way = ' then '.join(turns)
-    text = 'the car drives straight on' if way == 'straight' else 'the car turns ' + ' and then '.join(turns)
-    return {'label': way.replace(' ', '-'), 'caption': text, 'qa': [
+    return {'label': way.replace(' ', '-'), 'qa': [
         ['which way does the car turn ?', way], ['which way does it turn first ?', turns[0]],
         ['which way does it turn last ?', turns[-1]]]}
 
@@ -68,8 +67,9 @@ def write_clips(clips: list, out: Path, args) -> list:
     rows, half, seen = [], FRAMES // 2, set()
     out.mkdir()
     for i, clip in enumerate(clips):
-        split = 'train' if i < args.test_from * len(clips) else 'test'
-        if split == 'test' and seen.intersection(clip):           # shares frames with a training clip
+        share = i / len(clips) / args.test_from
+        split = 'train' if share < 0.9 else 'val' if share < 1 else 'test'
+        if split != 'train' and seen.intersection(clip):          # shares frames with a training clip
             continue
         seen.update(clip if split == 'train' else ())
         images = [ImageOps.fit(Image.open(image).convert('RGB'), (SIZE, SIZE)) for _, image, _ in clip]
@@ -93,6 +93,8 @@ def main(argv=None) -> int:
     parser.add_argument('--test-from', type=float, default=0.8, help='share at which test clips begin [0.8]')
     args = parser.parse_args(argv)
     try:
+        if not 0 < args.test_from < 1 or not args.threshold >= 0:
+            raise ValueError('--test-from is a share between 0 and 1, --threshold at least 0')
         if args.out.exists():
             raise ValueError(f'{args.out} exists; name a folder that does not')
         clips = cut_clips(read_tub(args.tub))

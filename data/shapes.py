@@ -43,7 +43,7 @@ COLOUR, SHAPE, SUMMARY = map(KINDS.index, ('colour', 'shape', 'summary'))
 VOCAB = ['<pad>', '<eos>', *COLOURS, *SHAPES, *DIRECTIONS, *COUNTS, *EVENTS]
 PROMPT = 'narrate'                                                # stands before every stream
 VOCAB += sorted({'then', PROMPT, *' '.join(QUESTIONS.values()).split()} - {'_', *VOCAB})
-CAPTION_VOCAB = [*VOCAB, 'a', 'and', 'far', 'moves', 'near', 'stays']  # of sentences to find clips by
+CAPTION_VOCAB = [*VOCAB, 'a', 'and', 'far', 'moves', 'near']  # of sentences to find clips by
 ID = {word: i for i, word in enumerate([*CAPTION_VOCAB, '_'])}    # '_' never leaves this file
 PAD, EOS, IGNORE = 0, 1, -1
 
@@ -157,8 +157,8 @@ class ShapeWorld:
             depth = -outline(shape[:, o], x[:, :, None], y[..., None]) * self.radius * size  # in pixels
             cover = (depth + 0.5).clamp(0, 1) * seen[:, o, :, None, None]         # (B, n, size, size)
             video = torch.lerp(video, colour[:, o, :, :, None, None], cover[:, :, None])
-        noise = torch.randn(video.shape, device=device, generator=torch.Generator(device).manual_seed(seed))
-        return (video + self.noise * noise).clamp(0, 1)
+        other = torch.Generator(device).manual_seed(seed + 1)     # the scene's own would give it away
+        return (video + self.noise * torch.randn(video.shape, device=device, generator=other)).clamp(0, 1)
 
     def stream(self, split: str, step: int, batch_size: int, device='cpu') -> Batch:
         """The clips of one step as they would be watched. Each event is told after the frame that first
@@ -184,14 +184,19 @@ class ShapeWorld:
         return Batch(self.draw(scene, device, generator.initial_seed()), *send(device, *words))
 
     def captions(self, split: str, step: int, batch_size: int, device='cpu') -> Captions:
-        """Clips of one shape: i and i + batch_size // 2 differ in a direction or in the order of events."""
+        """Clips of one shape, `a red circle moves left then flash then cut`; i and i + (batch_size + 1) // 2
+        differ in a direction or in the order of events."""
         generator = seeded(self.seed, split, step, 'captions')
         scene = self.sample(split, 64 + 4 * batch_size, generator)
         alone = (scene.present.sum(1) == 1).nonzero()[:(batch_size + 1) // 2, 0]  # 28 % of all
         scene = Scene(*(a[alone] for a in scene))
         turned = torch.rand(len(alone), generator=generator) < 0.5
         scene = Scene(*(torch.cat(a)[:batch_size] for a in zip(scene, twin_of(scene, turned, self.frames))))
-        words = send(device, describe(scene), torch.cat([turned, turned])[:batch_size])
+        colour, shape, way = ID['red'] + scene.colour[:, 0, 0], ID['circle'] + scene.shape, scene.direction
+        first, second = (ID['appears'] + scene.event).unbind(1)   # (B,)
+        text = side_by_side('a', colour, shape[:, 0], 'moves', ID['left'] + way[:, 0], 'then', first,
+                            'then', second, '<eos>')              # (B, 10)
+        words = send(device, text, torch.cat([turned, turned])[:batch_size])
         return Captions(self.draw(scene, device, generator.initial_seed()), *words)
 
     def captioned_frames(self, split: str, step: int, batch_size: int, device='cpu') -> Captions:
@@ -274,26 +279,20 @@ def when(scene: Scene, event: int) -> torch.Tensor:
     return torch.where(scene.event == event, scene.time, scene.colour.size(2)).amin(1, keepdim=True)
 
 
-def describe(scene: Scene, at: torch.Tensor = None) -> torch.Tensor:
-    """(B, L): `a red circle moves left and a blue square stays then flash then cut`, colours as first seen.
-    Of frame `at` (B, 1) alone: `a red circle up far left and a blue flash`, far from a quarter's middle."""
-    if at is None:
-        shown, t = scene.present, scene.start                     # (B, O)
-        does = table([*(['moves', way] for way in DIRECTIONS), ['stays']], ID)[scene.direction]   # (B, O, 2)
-        ending = side_by_side('then', ID['appears'] + scene.event).flatten(1)     # (B, 4)
-    else:
-        shown, t = (scene.start <= at) & (at < scene.stop), at.expand(-1, 3)      # (B, O)
-        cell = torch.where(at >= when(scene, CUT), scene.cell[:, 1], scene.cell[:, 0])[:, :3]     # (B, O)
-        side = torch.stack([cell % 2, cell // 2], -1)             # (B, O, 2) x, y
-        way = 2 * at[..., None] / (scene.colour.size(2) - 1) - 1  # (B, 1, 1) from -1 to 1
-        off = way * STEPS[scene.direction] * (2 * side - 1)       # (B, O, 2) outwards
-        x, y = torch.where(off > 1 / 3, ID['far'], torch.where(off < -1 / 3, ID['near'], PAD)).unbind(-1)
-        does = side_by_side(y, ID['up'] + side[..., 1], x, ID['left'] + side[..., 0])     # (B, O, 4)
-        flash = side_by_side('and', 'a', ID['red'] + scene.flash, 'flash')        # (B, 4)
-        ending = torch.where(at == when(scene, FLASH), flash, PAD)
+def describe(scene: Scene, at: torch.Tensor) -> torch.Tensor:
+    """(B, L): what frame `at` (B, 1) shows: `a red circle up far left and a blue flash`, each one's quarter,
+    and whether it has moved out (`far`) or in (`near`) from its middle."""
+    shown, t = (scene.start <= at) & (at < scene.stop), at.expand(-1, 3)          # (B, O)
+    cell = torch.where(at >= when(scene, CUT), scene.cell[:, 1], scene.cell[:, 0])[:, :3]     # (B, O)
+    side = torch.stack([cell % 2, cell // 2], -1)                 # (B, O, 2) x, y
+    way = 2 * at[..., None] / (scene.colour.size(2) - 1) - 1      # (B, 1, 1) from -1 to 1
+    off = way * STEPS[scene.direction] * (2 * side - 1)           # (B, O, 2) outwards
+    x, y = torch.where(off > 1 / 3, ID['far'], torch.where(off < -1 / 3, ID['near'], PAD)).unbind(-1)
     colour = ID['red'] + scene.colour.gather(2, t[..., None])[..., 0]     # (B, O)
-    clause = torch.cat([side_by_side('and', 'a', colour, ID['circle'] + scene.shape), does], -1)
-    text = torch.cat([torch.where(shown[..., None], clause, PAD).flatten(1), ending], 1)
+    clause = side_by_side('and', 'a', colour, ID['circle'] + scene.shape, y, ID['up'] + side[..., 1], x,
+                          ID['left'] + side[..., 0]).where(shown[..., None], PAD)             # (B, O, 8)
+    flash = side_by_side('and', 'a', ID['red'] + scene.flash, 'flash')    # (B, 4)
+    text = torch.cat([clause.flatten(1), flash.where(at == when(scene, FLASH), PAD)], 1)
     first = (text == ID['and']) & ((text != PAD).cumsum(1) == 1)  # no `and` in front
     return pack_text(F.pad(text.masked_fill(first, PAD), (0, 1), value=EOS))[0]
 
@@ -311,8 +310,7 @@ def seeded(*what) -> torch.Generator:
 
 def send(device, *tensors) -> list:
     """The tensors on a device. A GPU fetches them while the host goes on; elsewhere that is not safe."""
-    later = torch.device(device).type == 'cuda'
-    return [a.to(device, non_blocking=later) for a in tensors]
+    return [a.to(device, non_blocking=torch.device(device).type == 'cuda') for a in tensors]
 
 
 def table(texts, ids: dict) -> torch.Tensor:
@@ -342,7 +340,7 @@ def outline(shape, x, y):
 def paint_background(texture, axis, contrast):
     """Numbers (...,) -> still grey textures (..., 3, size, size): six plane waves that the numbers choose."""
     i, k = torch.arange(3, device=axis.device)[:, None], torch.arange(1, 7, device=axis.device)
-    bits = texture[..., None, None] * (2 * i + 3) * (k * k + 40) * 7919 % 1009 / 1009  # (..., 3, 6) in [0, 1)
+    bits = texture[..., None, None] * (2 * i + 3) * (k * k + 40) * 7919 % 1000003 / 1000003  # (..., 3, 6)
     fx, fy, phase = bits[..., None, None].unbind(-4)              # (..., 6, 1, 1)
     wave = torch.cos(2 * torch.pi * (8 * (fx - 0.5) * axis + 8 * (fy - 0.5) * axis[:, None] + phase))
     grey = 0.42 + contrast * wave.mean(-3) * 2                    # (..., size, size)

@@ -50,9 +50,8 @@ from torch.nn import functional as F
 from torch.utils.module_tracker import ModuleTracker
 
 # ---- 1. Configuration --------------------------------------------------------------------------------------
-# All that decides the model's shape, its vocabulary too, so that a checkpoint explains itself. Five parts are
-# chosen by name. A class enters itself in these dictionaries where it is defined; its options are its
-# keyword-only arguments, `name: Annotated[type, 'one line of help'] = default`.
+# All that decides the model's shape, so that a checkpoint explains itself. Five parts are classes that enter
+# themselves here by name; options are keyword-only arguments, `name: Annotated[type, 'a line of help'] = 1`.
 # stands alone
 
 PAD, EOS, IGNORE = 0, 1, -1     # '<pad>', '<eos>' in every vocabulary; the target that the loss skips
@@ -94,12 +93,12 @@ class ModVideoConfig:
     n_layer: Annotated[int, 'layers of the decoder; of retrieval, of both towers'] = 4
     dim: Annotated[int, 'channels of the decoder'] = 96
     n_head: Annotated[int, 'attention heads of the decoder'] = 3
-    placement: Annotated[str, 'which layers route: (interleaved, all)[-deep], none, or such as 1,3'] = 'none'
+    placement: Annotated[str, 'which layers route: (interleaved, all)[-deep], none, or such as 1,2'] = 'none'
     keep_ratio: Annotated[float, 'share of the vision tokens that a routed layer takes, rounded up'] = 0.2
     routing: Annotated[str, 'who selects: a router for each frame (frame), or another way'] = 'frame'
     reducer: Annotated[str, 'what makes vision tokens fewer before the decoder'] = 'none'
     stage: Annotated[str, 'what makes vision tokens fewer inside the decoder'] = 'none'
-    window: Annotated[int, 'frames that a stream remembers besides the prompt (generate: all), 0 = all'] = 0
+    window: Annotated[int, 'frames that a stream remembers, the prompt aside; 0 = all (generate: all)'] = 0
     silence_weight: Annotated[float, 'weight of silent frames in the loss of a stream'] = 1.0
     streaming: bool = False          # text stands between frames, a frame's last token decides about speech
     model: str = 'modvideo'
@@ -165,8 +164,9 @@ NEVER = 2 ** 40     # position of padding: later than any query, so no query see
 
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     """Turn pairs 2i, 2i + 1 of x (B, S, H, D) by position * base**(-2i/D); position (S,) or (B, S)."""
-    half = x.size(-1) // 2
-    angle = position[..., None, None] * base ** (-torch.arange(half, device=x.device).float() / half)
+    half, wide = x.size(-1) // 2, torch.float if x.device.type == 'mps' else torch.double     # beyond 2**24
+    turns = base ** (-torch.arange(half, dtype=wide, device=x.device) / half) / (2 * math.pi)
+    angle = 2 * math.pi * (position[..., None, None] * turns).frac().float()
     turn = torch.polar(torch.ones_like(angle), angle)                # (S, 1, D/2) or (B, S, 1, D/2) complex
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (half, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)     # (B, S, H, D)
@@ -182,8 +182,7 @@ def additive(mask: Tensor, x: Tensor):
     """A bool mask as what is added to the scores of x, 0 or -inf. None and float masks stay as they are."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
 
 
@@ -192,7 +191,7 @@ class KVCache:
     k = v = position = None                        # (B, H, S, D), (B, H, S, D), (B, S)
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor, mask: Tensor = None):
-        """Append -> all keys, all values, mask (B, 1, new, all) bool; the mask given, if nothing was held."""
+        """Append k, v (B, H, new, D) -> all keys, values, who sees whom (B, 1, new, all); at first, mask."""
         position = position.expand(k.size(0), -1)
         if self.k is None:
             self.k, self.v, self.position = k, v, position
@@ -214,7 +213,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. `causal`: a token for which no mask is set sees itself and the past."""
+    """Multi-head self-attention. `causal`: tokens before the mask's rows see themselves and the past."""
 
     def __init__(self, dim: int, n_head: int, causal: bool = True):
         super().__init__()
@@ -314,7 +313,7 @@ class VisionEncoder(nn.Module):
         self.stem = nn.Sequential(                                             # of total stride patch_size
             nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.GELU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU(),
-            nn.Conv2d(64, dim, 3, stride=patch_size // 4, padding=1))
+            nn.Conv2d(64, dim, max(3, patch_size // 4), patch_size // 4, padding=int(patch_size < 12)))
         keep_scale(self.stem)
         self.place = nn.Parameter(0.2 * torch.randn(patches, dim))             # (P, C)
         self.blocks = nn.ModuleList(Block(dim, n_head, causal=False) for _ in range(n_layer))
@@ -337,7 +336,7 @@ class VisionEncoder(nn.Module):
         for block in self.blocks:
             before, x = x, x + block(x)
         if want_saliency:
-            info['saliency'] = block.attention.weights(block.norm1(before).detach()).mean((1, 2))
+            info['saliency'] = block.attention.weights(block.norm1(before)).mean((1, 2)).detach()
         return Reduced(self.final_norm(x), info=info)
 
 
@@ -452,15 +451,15 @@ def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor = None)
 
 
 def mod_layers(placement: str, depth: int) -> list:
-    """The layers that route, by the names of VideoLLM-MoD, table 2, or '1,3,4'. ValueError: another name."""
+    """Which of `depth` layers route, by the names of VideoLLM-MoD, table 2, or '1,2'. ValueError: others."""
     layers = {'none': [], 'interleaved': range(1, depth, 2), 'interleaved-deep': range(3, depth, 2),
               'all': range(depth), 'all-deep': range(2, depth)}
     if placement in layers:
         return list(layers[placement])
     chosen = [number.strip() for number in placement.split(',')]
     if not all(number.isdecimal() and int(number) < depth for number in chosen):
-        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,3 of the {depth} '
-                         f'layers from 0 on; got {placement!r}')
+        raise ValueError(f'placement must be one of {", ".join(layers)}, or such as 1,2 of the {depth} '
+                         f'layers from 0 on that may route; got {placement!r}')
     return sorted({int(number) for number in chosen})
 
 
@@ -541,9 +540,9 @@ class ModVideo(nn.Module):
         keep_scale(self.projector)
         self.embed = nn.Embedding(len(c.vocab), c.dim)
         self.reducer, self.stage = c.build('reducer', c.dim), c.build('stage', c.n_layer)
-        routing, self.mod_layers = ROUTINGS[c.routing], mod_layers(c.placement, c.n_layer)
-        if not (c.streaming or routing.last_layer):    # no loss reads vision there: no router would learn
-            self.mod_layers = [i for i in self.mod_layers if i < c.n_layer - 1]
+        routing = ROUTINGS[c.routing]
+        last = c.streaming or routing.last_layer       # else no loss reads vision there: no router learns
+        self.mod_layers = mod_layers(c.placement, c.n_layer - (not last))
         self.blocks = nn.ModuleList(routing.layer(Block(c.dim, c.n_head)) for _ in range(c.n_layer))
         self.routing = c.build('routing', c.dim, self.mod_layers, c.keep_ratio, c.patches, c.streaming)
         self.final_norm = nn.LayerNorm(c.dim, bias=False)
@@ -558,13 +557,13 @@ class ModVideo(nn.Module):
         if vision depends on it, tokens and positions have B * Q rows.
         """
         size, (B, T) = self.config.frame_size, video.shape[:2]
-        if video.dim() != 5 or video.shape[2:] != (3, size, size) or not video.is_floating_point():
+        if video.shape[2:] != (3, size, size) or not video.numel() or not video.is_floating_point():
             raise ValueError(f'video must be (B, T, 3, {size}, {size}), float in [0, 1], '
                              f'got {tuple(video.shape)}, {video.dtype}')
         again = len(question) // B if self.by_question else 1                  # questions of each clip
         encoded = self.encoder(video, previous, self.reducer.wants_saliency)
         x = self.projector(encoded.tokens).to(self.embed.weight.dtype)     # as text; (B*T, P, C) or (B, M, C)
-        if not self.training and not x.isfinite().all():
+        if not (self.training or torch.compiler.is_compiling() or x.isfinite().all()):
             raise ValueError('vision tokens are not finite: NaN or infinite numbers in the video, or weights')
         if encoded.position is not None:                                       # the encoder merged already
             reduced = encoded._replace(tokens=x)
@@ -590,7 +589,7 @@ class ModVideo(nn.Module):
         decisions (B, T), with targets: what follows each frame; aux['decisions'] (B, T, V), their logits.
         """
         c, shape, T, L = self.config, text.shape, video.size(1), text.size(-1)
-        if len(shape) != 3 or not text.numel() or c.streaming and shape[1] > 1:
+        if len(shape) != 3 or len(text) != len(video) or not text.numel() or c.streaming and shape[1] > 1:
             raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(shape)}; a stream has '
                              'one line of text')
         asked = (text != PAD).sum(-1) if asked is None else asked              # (B, Q)
@@ -619,7 +618,7 @@ class ModVideo(nn.Module):
         return logits, loss + reduced.loss + aux['routing_loss'], aux
 
     def place_questions(self, place: Tensor, text: Tensor, T: int, after=None):
-        """Where vision, at place (M,) or (B, M), and text (B, Q, L) stand, who sees whom: position, mask."""
+        """Vision at place (M,) or (B, M), text (B, Q, L) -> position; mask, who sees whom, None: the past."""
         (_, Q, L), M, device = text.shape, place.size(-1), text.device
         word = T * self.config.patches + torch.arange(L, device=device).repeat(Q)  # (Q*L,) all start alike
         position = torch.cat([place, word.expand(*place.shape[:-1], -1)], -1)      # (S,) or (B, S)
@@ -684,7 +683,7 @@ class ModVideo(nn.Module):
         return x[:, -words.size(1):].take_along_dim((count - 1).clamp(min=0)[..., None], 1), position + count
 
     def speak(self, state: Tensor, position: Tensor, caches: list, most: int, ended: Tensor, must=False):
-        """Say the most probable next word until the end mark, at most so many; the caches get them, too.
+        """Say the most probable next word, again and again, to the end mark or `most`; caches get them, too.
 
         state (B, 1, C): of the last token read. ended (B, 1) bool: samples that say nothing. must: the others
         say a word at least. -> said (B, n) int64, 0 after the end; the next position (B, 1).
@@ -702,6 +701,8 @@ class ModVideo(nn.Module):
     @torch.no_grad()
     def generate(self, video: Tensor, text: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy answers: text (B, Q, L), with 0 after its end -> (B, Q, max_new_tokens), 0 after the end."""
+        if text.dim() != 3 or len(text) != len(video) or not text.numel():
+            raise ValueError(f'wanted text (B, Q, L) with words for {len(video)} clips, got {text.shape}')
         (B, Q, _), caches, words = text.shape, [KVCache() for _ in self.blocks], text.flatten(0, 1)
         start = torch.full_like(words[:, :1], video.size(1) * self.config.patches)         # (B*Q, 1)
         reduced = self.encode_video(video, question=words)
@@ -761,8 +762,8 @@ def save_checkpoint(path, model: nn.Module, **extra):
     """
     model, data = getattr(model, '_orig_mod', model), io.BytesIO()             # of torch.compile
     try:
-        torch.save(dict(extra, config=asdict(model.config), model=model.state_dict()), data)
-        torch.load(io.BytesIO(data.getvalue()), weights_only=True)
+        torch.save(dict(config=asdict(model.config), model=model.state_dict(), **extra), data)
+        torch.load(io.BytesIO(data.getvalue()), map_location='meta', weights_only=True)
     except Exception as error:
         raise ValueError(f'{path} is not written: {reason_of(error)}') from None
     part = Path(f'{path}.part{os.getpid()}')                                   # of this process alone
@@ -777,7 +778,7 @@ def reason_of(error: Exception) -> str:
     """What an error of torch says, in one line, without the control characters that files smuggle in."""
     if isinstance(error, pickle.PickleError):
         return 'there is more than tensors, numbers, strings, lists and dicts in it'
-    return ascii(next(iter(str(error).strip().splitlines()), type(error).__name__)[:160])[1:-1]
+    return ascii((' '.join(str(error).split()) or type(error).__name__)[:160])[1:-1]
 
 
 def load_checkpoint(path, device='cpu'):
@@ -788,12 +789,12 @@ def load_checkpoint(path, device='cpu'):
             raise ValueError(f'{damaged} is damaged')
         data = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         config, weights = ModVideoConfig(**data.pop('config')), data.pop('model')
-        model = config.build('model', config).to(device, weights['embed.weight'].dtype)
+        model = config.build('model', config).to(weights['embed.weight'].dtype)
         model.load_state_dict(weights)
     except Exception as error:      # torch.load raises a dozen types for a damaged file
         raise ValueError(f'{path} is not a checkpoint of this model, or of an earlier version: '
                          f'{reason_of(error)}') from None
-    return model, data
+    return model.to(device), data
 
 
 # ==== the core ends here ====================================================================================
@@ -815,7 +816,7 @@ class Reduction(NamedTuple):
 
 @contextlib.contextmanager
 def exact(grad: bool = False):
-    """No autocast, TF32 or (but for grad=True) gradients, so that what is alike is decided in float32.
+    """Switches off autocast, TF32 and, unless grad=True, gradients, so that choices are made in float32.
 
     A compiled graph drops such switches: inside torch.compile TF32 stays as the program has set it.
     """
@@ -857,7 +858,7 @@ def chances(index: Tensor) -> Tensor:
 
 def best_of(score: Tensor, count, among: Tensor) -> Tensor:
     """(..., n) bool: the `count` highest of score (..., n) where `among` is True. Ties: the earlier one."""
-    score = score.float().masked_fill(~among, -math.inf)
+    score = score.float().clamp(min=-3e38).masked_fill(~among, -math.inf)
     return among & (score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count)
 
 
@@ -883,8 +884,8 @@ def first_members(assign: Tensor, K: int) -> Tensor:
 
 
 def reduce_tokens(x: Tensor, reduction: Reduction) -> Tensor:
-    """Weighted sum of each slot's tokens, in float32: x (B, N, C) -> (B, M, C); padding is zero."""
-    rows = x.float() * reduction.weight[..., None]                             # (B, N, C)
+    """Weighted sum of each slot's tokens, in float32 at least: x (B, N, C) -> (B, M, C); padding is zero."""
+    rows = x.to(torch.promote_types(x.dtype, torch.float)) * reduction.weight[..., None]   # (B, N, C)
     return slot_sums(rows, reduction.assign, reduction.position.size(1)).to(x.dtype)
 
 
@@ -902,17 +903,17 @@ def compose(first: Reduction, second: Reduction) -> Reduction:
 
 
 def from_clusters(assign: Tensor, num_clusters: int) -> Reduction:
-    """The means of clusters, by first member: assign (B, N) int64 below num_clusters, -1 = dropped."""
+    """Each cluster's mean, in order of first members: assign (B, N) int64 below num_clusters, -1 = none."""
     position, order = first_members(assign, num_clusters).sort(dim=1, stable=True)     # (B, K) empty last
     return mean_of(look_up(order.argsort(1), assign, -1), position)
 
 
 def mean_of(assign: Tensor, position: Tensor, size: Tensor = None) -> Reduction:
     """Slots that are the mean of their members: assign (B, N), position (B, M), N at padding; size (B, N):
-    what a member counts, None = one."""
+    how many tokens a member stands for, None = one."""
     size = torch.ones_like(assign, dtype=torch.float) if size is None else size.float()
     total = look_up(slot_sums(size, assign, position.size(1)), assign, math.inf)           # (B, N)
-    return Reduction(assign, size / total.clamp(min=1e-6), position, position < assign.size(1))
+    return Reduction(assign, size / total.clamp(min=1e-30), position, position < assign.size(1))
 
 
 def pack(keep: Tensor, M: int = None) -> Reduction:
@@ -1000,19 +1001,19 @@ class Gaps(Reducer):
 
     Patches (PatchDropout, Liu et al., arXiv 2208.07220), what repeats the frame before (after Run-Length
     Tokenization, Choudhury et al., arXiv 2411.05222), whole frames, or detail: means over a coarse grid of
-    time or space. So do images and clips of every length in the training of large models.
+    time or space. Large models learn the same from images and from clips of every length.
     """
     steady = False
 
     def __init__(self, dim: int, *,
                  gaps: Annotated[float, 'share of the training batches that lose tokens'] = 0.9,
                  least: Annotated[float, 'share of the tokens that a gap leaves at least, rounded to frames '
-                                  'and grids; half of the gaps leave less than its root'] = 0.05):
+                                  'and grids; half of the gaps leave less than its square root'] = 0.05):
         super().__init__(dim)
         if not 0 <= gaps <= 1 or not 0 < least <= 1:
             raise ValueError(f'gaps must be from 0 to 1, least above 0 and at most 1, got {gaps} and {least}')
         self.gaps, self.least = gaps, least
-        self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds what is lost
+        self.register_buffer('calls', torch.zeros((), dtype=torch.long, device='cpu'))   # seeds what is lost
 
     def _apply(self, fn, *args, **more):
         return self                                            # the counter stays on the host: nothing waits
@@ -1087,7 +1088,7 @@ class RaggedBlock(MoDBlock):
 class RaggedRouting(FrameRouting):
     """FrameRouting that also takes clips whose frames have unequal numbers of tokens left."""
     layer, kind, ragged = RaggedBlock, RaggedRouter, True
-    seen = None, None, None     # of the layer before: positions, what else decides K, and K: reading it waits
+    seen = None, None, None     # what the layer before had: positions, what else decides K, K, read once
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
         if N == 0 or self.streaming or position.dim() == 1:                    # whole frames
@@ -1126,7 +1127,9 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0, size: Te
     if r <= 0 or not len(targets):                                             # nothing to merge
         return pack(every, N)
     u = unit(metric)
-    best, choice = (u[:, sources] @ u[:, targets].mT).max(-1)                # (B, A) the most similar target
+    ends = u[:, targets].mT                                                    # (B, C, D)
+    found = [(some @ ends).max(-1) for some in u[:, sources].split(1024, 1)]   # all at once would be N² / 4
+    best, choice = (torch.cat(a, 1) for a in zip(*found))                    # (B, A) the most similar target
     gone = best_of(best, r, every[:, sources])                                 # (B, A) sources that merge
     stays = every.index_copy(1, sources, ~gone)                              # (B, N) with a slot of their own
     front = torch.cat([torch.arange(protected, device=device), sources, targets])      # (N,) in slot order
@@ -1138,7 +1141,8 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0, size: Te
 def merge_tokens(x: Tensor, size, metric: Tensor, r: int, protected: int, pairing='parity', slot=None):
     """ToMe on x (B, n, C), tokens that stand for size (B, n), None = one each -> x, size, slot.
 
-    slot (B, N): where each of N older tokens is among the n, and then is; None, where r > 0: they are the n.
+    slot (B, N): which of the n tokens each of N earlier ones is part of, None: the n are the earlier ones;
+    returned for the new tokens (r = 0: as given).
     """
     if r == 0:
         return x, size, slot
@@ -1187,15 +1191,16 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int 
     count, both = mask.sum(1, keepdim=True), mask[:, :, None] & mask[:, None, :]       # (B, 1), (B, N, N)
     y = precise(x)
     square = y.square().sum(-1)                                                # (B, N)
-    # |a - b|² / C by products of matrices, which are fast; what is left of it by rounding alone is zero.
+    # |a - b|² / C by a matrix product, which is fast; a rest that is rounding alone becomes zero.
     least = 8 * C * torch.finfo(y.dtype).eps * square[:, None]                 # (B, 1, N)
     far = torch.baddbmm(square[:, None], y, y.mT, alpha=-2) + square[..., None]        # (B, N, N)
     far = (far.where(far > least, 0) / C).sqrt().float().masked_fill(~both, math.inf)
     near = far.square().topk(min(k, N), largest=False).values                  # (B, N, k)
     density = -near.where(near < math.inf, 0).sum(-1) / count.clamp(1, near.size(-1))  # (B, N) its logarithm
-    gap = far.where(density[:, None] > density[..., None], math.inf).amin(-1)  # (B, N) to a denser one
+    rank = density.argsort(dim=1, descending=True, stable=True).argsort(1)     # (B, N) ties: the earlier one
+    gap = far.where(rank[:, None] < rank[..., None], math.inf).amin(-1)        # (B, N) to a denser one
     widest = far.where(both, 0).amax((1, 2))[:, None]                          # (B, 1)
-    score = density + torch.where(gap.isinf(), widest, gap).log().clamp(min=-1e30)     # (B, N) its logarithm
+    score = density + gap.minimum(widest).log().clamp(min=-1e30)               # (B, N) its logarithm
     wanted = torch.as_tensor(num_clusters, device=x.device).view(-1, 1)        # (B or 1, 1)
     centers = pack(best_of(score, wanted, mask), most).position                # (B, K)
     reach = F.pad(far, (0, 1), value=math.inf).take_along_dim(centers[:, None], 2)     # (B, N, K)
@@ -1234,7 +1239,8 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     """HoliTom before the decoder: merge what stands still, keep what is looked at. No training.
 
     x (B, T, P, C), saliency (B, T, P): attention that each token receives. Of the tokens that merging over
-    time leaves, as many stay as make up retain_ratio of all T * P. beta, k: as in merge_static, dpc_knn.
+    time leaves, as many stay as make up retain_ratio of all T * P. tau, max_len: as in temporal_segments;
+    beta: as in merge_static; k: as in dpc_knn.
     """
     (B, T, P, _), u = x.shape, unit(x)
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
@@ -1247,7 +1253,7 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     # 2. Of the others keep the most looked-at of each frame.
     own = segment[..., None].expand(B, T, P)                                   # the segment of each token
     still = static.gather(1, own)                                              # (B, T, P)
-    quota = ((P - static.sum(-1)) * ratio).ceil().gather(1, segment)           # (B, T)
+    quota = ((P - static.sum(-1)) * ratio - 1e-9).ceil().gather(1, segment)    # (B, T)
     kept = best_of(saliency, quota[..., None], ~still)                         # (B, T, P)
     # 3. Merge what stands still over time, and around density peaks in space.
     peaks = (static.sum(-1) * ratio).round().long()                            # (B, S)
@@ -1355,16 +1361,18 @@ def holitom_inner(h: Tensor, score: Tensor, vision: Tensor, drop_ratio: float = 
     False. What goes joins the one that stays and resembles it most (cosine), `rows` at once, in a plain mean.
     most: the most tokens of a sample that stay, if it is known.
     """
+    if not 0 <= drop_ratio <= 1:
+        raise ValueError(f'drop_ratio must be from 0 to 1, got {drop_ratio}')
     if not h.size(1):
         return pack(vision, 0)
     keep = (precise(vision.sum(1, keepdim=True)) * (1 - drop_ratio)).round()   # (B, 1) half to even
     kept = best_of(score, keep, vision)                                        # (B, S)
     goes, u = vision & ~kept, unit(h)
     slots = pack(~goes if mask is None else ~goes & mask, most)
-    host = torch.empty_like(slots.assign)      # made first: between the products it would split free memory
-    for part, found in zip(u.split(rows, 1), host.split(rows, 1)):
+    into = torch.empty_like(slots.assign)      # made first: between the products it would split free memory
+    for part, found in zip(u.split(rows, 1), into.split(rows, 1)):
         found.copy_((part @ u.mT).masked_fill_(~kept[:, None], -math.inf).argmax(-1))
-    joined = slots.assign.where(kept, -1).gather(1, host)                      # (B, S) -1: nobody stays
+    joined = slots.assign.where(kept, -1).gather(1, into)                      # (B, S) -1: nobody stays
     return mean_of(torch.where(goes, joined, slots.assign), slots.position)
 
 
@@ -1397,8 +1405,8 @@ def spread_centers(x: Tensor, K: int, trials: int = 8) -> Tensor:
     """k-means++ (Arthur & Vassilvitskii, 2007), greedy: x (B, N, C) -> (B, K, C).
 
     The chance of a token to be the next centre is in proportion to its squared distance to the nearest so
-    far; of `trials` such tokens the one stays that leaves the smallest sum of them. Chances are the same for
-    each sample of a batch, and the first k centres are what K = k would give.
+    far; of `trials` tokens drawn so, the one that leaves the smallest sum of these is taken. All samples of a
+    batch use the same random numbers, and the first k centres are what K = k would give.
     """
     luck = precise(chances(torch.arange(K * trials, device=x.device).view(K, trials)))
     square, rows = x.square().sum(-1), torch.arange(len(x), device=x.device)   # (B, N), (B,)
@@ -1408,8 +1416,8 @@ def spread_centers(x: Tensor, K: int, trials: int = 8) -> Tensor:
         edge = (far / far.amax(1, keepdim=True).clamp(min=1e-30) * 2 ** 30).long().cumsum(1)        # (B, N)
         pick = torch.searchsorted(edge, (luck[k] * edge[:, -1:]).long(), right=True).clamp(max=x.size(1) - 1)
         tried = x[rows[:, None], pick]                                         # (B, trials, C)
-        gap = square[..., None] - 2 * x @ tried.mT + square.gather(1, pick)[:, None]
-        gap = torch.minimum(gap.clamp(min=0), far[..., None] if k else gap.new_tensor(math.inf))
+        gap = (square[..., None] - x @ (2 * tried).mT + square.gather(1, pick)[:, None]).clamp(min=0)
+        gap = gap.minimum(far[..., None]) if k else gap
         best = gap.sum(1).argmin(-1)                                           # (B,)
         far = gap[rows, :, best]
         chosen.append(tried[rows, best])
@@ -1426,9 +1434,9 @@ def kmeans(x: Tensor, num_clusters: int, iters: int = 10, init: Tensor = None, m
     if metric not in ('l2', 'cosine'):
         raise ValueError(f"metric must be 'l2' or 'cosine', got {metric!r}")
     K, x = num_clusters, unit(x) if metric == 'cosine' else x.float()
-    centers = spread_centers(x, K) if init is None else init.float()
+    centers, rows = spread_centers(x, K) if init is None else init.float(), F.pad(x, (0, 1), value=1.0)
     for _ in range(iters):
-        sums = slot_sums(F.pad(x, (0, 1), value=1.0), nearest(x, centers, metric), K)      # the last: counts
+        sums = slot_sums(rows, nearest(x, centers, metric), K)         # (B, K, C + 1) counts are last
         centers = torch.where(sums[..., -1:] > 0, sums[..., :-1] / sums[..., -1:].clamp(min=1), centers)
     assign = nearest(x, centers, metric)                                       # (B, N)
     order = first_members(assign, K).argsort(dim=1, stable=True)               # (B, K)
@@ -1457,8 +1465,8 @@ def silhouette(x: Tensor, assign: Tensor, K: int) -> Tensor:
 def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
     """k-means by cosine with the number of clusters that has the best silhouette, for each sample.
 
-    x (B, N, C) -> count (B,) int64, centroids (B, most, C), assign (B, N). All fits begin with the first of
-    the same k-means++ centres, so few iterations do.
+    x (B, N, C) -> count (B,) int64, centroids (B, most, C), assign (B, N). The fit with k clusters begins
+    with the first k of the same k-means++ centres, so few iterations do.
     """
     u, fits = unit(x), []
     init = spread_centers(u, most)
@@ -1506,9 +1514,9 @@ class VQToken(Reducer):
 
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         """x (B, T, P, C) -> tokens (B, K, C), in order of their first patch; the map: reduction.assign."""
-        flat = x.flatten(1, 2)                                                 # (B, N, C)
-        assign = kmeans(flat, self.codes, metric='cosine')[1] if self.codes else select_k(flat)[2]
-        K = self.codes or int(assign.max()) + 1                              # waits for the device: K is data
+        flat, K = x.flatten(1, 2), min(self.codes, x.size(1) * x.size(2))      # (B, N, C)
+        assign = kmeans(flat, K, metric='cosine')[1] if K else select_k(flat)[2]
+        K = K or int(assign.max()) + 1                                       # waits for the device: K is data
         reduced = reduced_by(x, from_clusters(assign, K))
         mask, codes = reduced.reduction.mask, reduced.tokens                   # (B, K), (B, K, C)
         near, index_map = self.norm(codes), reduced.reduction.assign.view(x.shape[:3])
@@ -1550,7 +1558,8 @@ class VectorQuantizer(nn.Module):
 
     def _apply(self, fn, *args, **more):
         """Moves as every module does, but codes and averages stay float32 in a half-precision model."""
-        return super()._apply(lambda buffer: buffer.to(fn(buffer).device), *args, **more)
+        same = lambda b: new if (new := fn(b)).dtype == b.dtype else b.to(new.device)
+        return super()._apply(same, *args, **more)
 
     def forward(self, x: Tensor):
         """x (..., C) -> quantized (..., C), indices (...), commitment * mean (x - sg(code))²."""
@@ -1570,7 +1579,7 @@ class VectorQuantizer(nn.Module):
         loss = self.commitment * F.mse_loss(flat, code)
         if learns:
             self.learn(flat, indices, 0.0 if first else self.decay)
-        quantized = (flat + (code - flat).detach()).to(x.dtype)              # straight-through: gradient of x
+        quantized = (code + (flat - flat.detach())).to(x.dtype)              # straight-through: gradient of x
         return quantized.view_as(x), indices.view(x.shape[:-1]), loss
 
     @torch.no_grad()
@@ -1640,8 +1649,8 @@ def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
 class FrameSelector(Budgeted):
     """B-VLLM: a clip and a question -> `budget` tokens of the frames that matter, neither more nor fewer.
 
-    Two departures from the paper. Queries lean towards places evenly spread over frames and patches, as alike
-    at first they would be one after de-duplication; the question outweighs that. And each frame is asked for
+    Two departures from the paper. Each query leans towards a place of its own in time or in a frame, as new
+    queries are alike, and alike ones become one; the question outweighs that. And each frame is asked for
     as many tokens as the budget leaves it, means of patches, where the paper merges what is too many.
     """
     by_question, untrained, in_place = True, False, False
@@ -1657,7 +1666,7 @@ class FrameSelector(Budgeted):
         self.temperature, self.hard, self.K = temperature, hard, select_frames
         # Small, so that what a query wants is mostly what it reads.
         self.queries = nn.Parameter(0.1 * torch.randn(select_frames + num_tokens, dim))        # (K + n, C)
-        self.blocks = nn.ModuleList([Block(dim, n_head, causal=False)])
+        self.blocks = nn.ModuleList([Block(dim, math.gcd(n_head, dim // 2), causal=False)])
         self.norm, self.wish = nn.LayerNorm(dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.sharpness = nn.Parameter(torch.tensor([3.0, 6.0]))        # of the choice of frames, of patches
         self.register_buffer('calls', torch.zeros((), dtype=torch.long))       # seeds the noise
@@ -1683,8 +1692,8 @@ class FrameSelector(Budgeted):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         """x (B, T, P, C), words (B, L, C) with mask known (B, L) -> M tokens, info 'selector' (B, K, T).
 
-        selector: what each query takes of each frame. A token stands in the strongest frame of its mixture.
-        Training adds Gumbel noise, seeded by the number of calls.
+        selector: what each query takes of each frame. A token's position is in the frame of which its mixture
+        takes the most. Training adds Gumbel noise, seeded by the number of calls.
         """
         (B, T, P, C), K, device = x.shape, self.K, x.device
         wish, frames = self.ask(words, known), x.mean(2)                       # (B, K + n, C), (B, T, C)
@@ -1889,6 +1898,9 @@ class LoRA(nn.Module):
         self.lora_b = nn.Parameter(like.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
+    weight = property(lambda self: self.linear.weight + self.lora_b @ self.lora_a)     # some layers read it
+    bias = property(lambda self: self.linear.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
@@ -1896,7 +1908,7 @@ class LoRA(nn.Module):
     def merged(self) -> nn.Linear:
         """The same map as one matrix, W + B A; this LoRA stays as it is."""
         linear = copy.deepcopy(self.linear).requires_grad_(True)
-        linear.weight += self.lora_b @ self.lora_a
+        linear.weight += (self.lora_b.cpu().double() @ self.lora_a.cpu().double()).to(linear.weight)
         return linear
 
 
@@ -1905,7 +1917,7 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
 
     merge_lora comes before save_checkpoint, which knows the LoRA of a configuration alone.
     """
-    names = (names,) if isinstance(names, str) else tuple(names)
+    names, learns = ((a,) if isinstance(a, str) else tuple(a) for a in (names, learns))
     found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
              if name.endswith(names) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
     if rank < 1 or not found and not any(isinstance(module, LoRA) for module in model.modules()):
@@ -1947,8 +1959,8 @@ class Retriever(nn.Module):
         self.see, self.read = (nn.Linear(C, C, bias=False) for _ in range(2))
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))            # of the similarities
         small_updates(self, c.n_layer)
-        if lora_rank:
-            add_lora(self, lora_rank)
+        if rank := lora_rank or c.options.get('lora_rank', 0):
+            add_lora(self, rank)
 
     def encode_video(self, video: Tensor) -> Tensor:
         """video (B, T, 3, height, width) -> (B, C) of length one: the mean of the frames' summaries."""
@@ -2061,7 +2073,7 @@ def attention_rank(attention: Tensor):
     """gamma-MoD's ARank, and the effective rank: attention (B, H, S, S) -> two of (H,), mean over B.
 
     ARank: how many singular values of the map below its diagonal are above S * 2**-23 * the largest. A
-    *uniform* map has S - 1, the most: it tells how far attention sinks stretch the values, not redundancy.
+    *uniform* map has S - 1, the most, so ARank is no redundancy: it tells how far sinks stretch the values.
     Effective rank: exp(entropy of the normalized singular values).
     """
     values = torch.linalg.svdvals(attention.float().tril(-1))                  # (B, H, S)
@@ -2072,9 +2084,10 @@ def attention_rank(attention: Tensor):
 
 
 def choose_mod_layers(ranks: Tensor, num_dense: int) -> list:
-    """Which layers to convert: ranks (layers,) -> all but the num_dense highest, lowest first."""
-    if not 0 <= num_dense < len(ranks):
-        raise ValueError(f'num_dense must be 0 to {len(ranks) - 1}, got {num_dense}')
+    """Which layers to convert: ranks (layers,), as layer_ranks(...)[0] -> all but the num_dense highest."""
+    if ranks.dim() != 1 or not 0 <= num_dense < len(ranks):
+        raise ValueError(f'wanted one rank a layer, and num_dense of 0 to {len(ranks) - 1} of them, '
+                         f'got ranks {tuple(ranks.shape)} and num_dense {num_dense}')
     return ranks.argsort(stable=True)[:len(ranks) - num_dense].tolist()
 
 
@@ -2102,7 +2115,8 @@ def init_from(model: nn.Module, dense: nn.Module):
     pairs += [(name, tuple(p.shape), tuple(mine[name].shape)) for name, p in own.items()]
     for name, other, wanted in pairs:
         if other != wanted:
-            raise ValueError(f'the weights are of a model with another {name}: {other}, wanted {wanted}')
+            raise ValueError(f'the weights are of a model with another {name}: {str(other)[:60]}, '
+                             f'wanted {str(wanted)[:60]}')
     model.load_state_dict(own, strict=False)
 
 # ---- 14. Accounting, pictures, optimizer -------------------------------------------------------------------
@@ -2117,7 +2131,11 @@ def num_params(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, run):
-    """FLOPs of run(), which calls the model -> of each part, of the 'rest', the 'total'; what run gave."""
+    """FLOPs of run(), which calls the model -> of each part, of the 'rest', the 'total'; what run gave.
+
+    A part counts where its forward is called from the model's; of other methods, such as generate, all is
+    'rest'. torch counts nothing for nn.LSTM, nor for nn.MultiheadAttention in eval mode.
+    """
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
     aten, matrix_vector = torch.ops.aten, lambda a, b, **more: 2 * math.prod(a)
     attention = lambda q, k, v, *args, **more: sdpa_flop_count(q, k, v)
@@ -2146,7 +2164,7 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, grid=Non
         chosen = tokens.index if tokens.mask is None else tokens.index.where(tokens.mask, -1)
         slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, chosen, 'amax')
     N, slot = T * rows * columns, slot[sample]
-    if len(slot) < N or not route and len(slot) > N:
+    if len(slot) < N or (slot[N:] < 0).any() or not route and len(slot) > N:       # words are never skipped
         raise ValueError(f'{len(slot)} tokens are not {T} frames of {rows} x {columns} patches; say grid=')
     slot = slot[:N, None].cpu()                                                # (N, 1) words stand after them
     shared = (slot + 1).flatten().bincount()[slot + 1] > 1                     # (N, 1) with another patch
@@ -2156,8 +2174,9 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, grid=Non
     light, tint = (F.interpolate(a.view(T, rows, columns, 3).movedim(-1, 1), (height * scale, width * scale))
                    for a in (light, tint))                                     # (T, 3, height, width) * scale
     frames = light * F.interpolate(video.float().cpu().clamp(0, 1), scale_factor=scale) + tint
-    frames[:, :, ::height * scale // rows] *= 0.6                              # the grid of patches
-    frames[..., ::width * scale // columns] *= 0.6
+    edges = lambda n, pixels: (torch.arange(n) * pixels + n - 1) // n          # where patches begin
+    frames[:, :, edges(rows, height * scale)] *= 0.6
+    frames[..., edges(columns, width * scale)] *= 0.6
     frames = F.pad(frames, (0, 2), value=1.0)                                  # a white gap after each frame
     picture = frames.permute(2, 0, 3, 1).flatten(1, 2)[:, :-2]                 # (height, width of all, 3)
     return Image.fromarray((picture * 255).round().byte().numpy())
@@ -2171,6 +2190,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float = 0.01, momentum: float = 0.95, weight_decay: float = 0.05):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        for p in [p for group in self.param_groups for p in group['params'] if p.dim() != 2]:
+            raise ValueError(f'Muon is for matrices, got a parameter of shape {tuple(p.shape)}')
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -2216,7 +2237,8 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float = 0.05) -> list:
-    """Muon at lr for matrices of blocks, AdamW at 3 % of lr for the rest, 30 % for LoRA, places of clips."""
+    """Muon at lr, with weight_decay, for matrices of blocks; AdamW, without, at 30 % of lr for LoRA and for
+    places of clips, at 3 % for the rest."""
     # The small share matters: at 10 % the stem outruns the attention that reads it, and training stalls.
     learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in learns if 'blocks' in name and p.dim() == 2 and 'lora_' not in name]

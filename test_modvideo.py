@@ -116,7 +116,8 @@ def at_most(kind, limit):
 
 def test_attention_equals_torchs_own_layer_whatever_the_mask():
     """Catches a wrong split of qkv into heads, a wrong scale, a missing causal mask; float and bool masks
-    that differ, rows above a mask that see ahead, NaN in an empty row, weights without positions."""
+    that differ, rows above a mask that see ahead, NaN in an empty row, weights without positions; positions
+    that blur after hours of a stream."""
     theirs, x = nn.MultiheadAttention(32, 4, bias=False, batch_first=True), torch.randn(2, 9, 32)
     every, past = torch.ones(9, 9, dtype=torch.bool), torch.ones(9, 9, dtype=torch.bool).tril()
     mask, place = past & (torch.arange(9) != 3), 3 * torch.arange(9)
@@ -133,6 +134,10 @@ def test_attention_equals_torchs_own_layer_whatever_the_mask():
         close(weights, looks.nan_to_num(), 1e-6)
         assert not weights.masked_select(~seen).any()
         close(mine(x, place, part), mine.out((turned @ v).transpose(1, 2).flatten(2)))
+    a, b = torch.randn(2, 1, 1, 4, 32)
+    turned = lambda a, place: mv.rotary(a, torch.tensor([place]))
+    dot = lambda begin: (turned(a, begin) * turned(b, begin + 3)).sum(-1)
+    close(dot(0), dot(2 ** 30), 1e-4)
 
 
 @pytest.mark.parametrize('placement', ['none', 'interleaved', 'all', 'all-deep'])
@@ -296,7 +301,8 @@ def test_some_patches_of_each_frame_are_routed_frame_by_frame():
 
 
 @pytest.mark.parametrize('way', [
-    dict(), dict(streaming=True), WAYS['gamma'], dict(encoder='tempme', placement='none'),
+    dict(), dict(streaming=True), dict(WAYS['gamma'], placement='0,1'),
+    dict(encoder='tempme', placement='none'),
     dict(reducer='vqtoken', codes=5, placement='none', stage='drop', stage_layer=2)], ids=str)
 def test_a_training_step_is_one_graph(way):
     """Catches what splits a compiled model: a number that is data, an object it cannot trace; recompiling."""
@@ -308,6 +314,7 @@ def test_a_training_step_is_one_graph(way):
         answer = fast(video, text, text, decisions=text[:, 0, :4])
         close(answer[1], model(video, text, text, decisions=text[:, 0, :4])[1])
     assert len(graphs) == 1
+    torch.compile(model.eval(), backend='eager', fullgraph=True)(video, text)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
@@ -721,7 +728,8 @@ def members_mean(x, assign):
 
 def test_reductions_sum_expand_and_compose():
     """Catches slots that are off by one, weights that do not multiply, dropped tokens that come back,
-    bfloat16 sums (256 + 1 = 256 on a GPU), gradients other than each token's share."""
+    bfloat16 sums (256 + 1 = 256 on a GPU), gradients other than each token's share; float64 that is rounded,
+    small sizes that do not count, tokens that lose to those that take no part."""
     assign, x = torch.randint(-1, 8, (3, 20)), torch.randn(3, 20, 5)
     first = mv.from_clusters(assign, 8)
     y = mv.reduce_tokens(x, first)
@@ -742,6 +750,13 @@ def test_reductions_sum_expand_and_compose():
     x = torch.randn(1, 6, 2, requires_grad=True)
     mv.reduce_tokens(x, mv.from_clusters(torch.tensor([[0, 0, 1, -1, 0, 1]]), 2)).sum().backward()
     close(x.grad[0, :, 0], torch.tensor([1 / 3, 1 / 3, 1 / 2, 0, 1 / 3, 1 / 2]), 1e-6)
+    pairs, place = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 2]])
+    assert torch.autograd.gradcheck(lambda x: mv.reduce_tokens(x, mv.mean_of(pairs, place)), (
+        torch.randn(1, 3, 2, dtype=torch.double, requires_grad=True),))
+    small = mv.mean_of(pairs, place, torch.tensor([[1e-8, 3e-8, 1.0]]))
+    close(small.weight, torch.tensor([[0.25, 0.75, 1.0]]))
+    among = torch.tensor([False, True, True])
+    assert torch.equal(mv.best_of(torch.tensor([-math.inf, -math.inf, 1.0]), 2, among), among)
 
 
 def test_gaps_take_tokens_away_in_training_alone():
@@ -771,6 +786,8 @@ def test_gaps_take_tokens_away_in_training_alone():
     copied.load_state_dict(reducer.state_dict())
     assert copied.calls == 250 and torch.equal(copied.train()(x).tokens, reducer(x).tokens)
     assert not torch.equal(made[0].tokens[:, :1], made[1].tokens[:, :1])
+    with torch.device('meta'):                                 # the counter is for the host
+        assert mv.Gaps(8).calls.device.type == 'cpu'
     with pytest.raises(ValueError, match='least above 0'):
         mv.Gaps(8, least=0.0)
 
@@ -827,8 +844,8 @@ def test_segments_equal_holitoms_code_and_brute_force():
 
 
 def test_clusters_equal_holitoms_code():
-    """Catches a point that is not its own neighbour; densities of zero; k cut to
-    the number of clusters: then every density is one, and what stands alone is taken."""
+    """Catches a point that is not its own neighbour; densities of zero; k cut to the number of clusters: then
+    every density is one, and what stands alone is taken; copies of one token that take every centre."""
     for name, g in golden('holitom', 'dpc/').items():
         m, k = g['m_k'].tolist()
         centers, assign = mv.dpc_knn(g['x'][None], m, k)
@@ -850,6 +867,10 @@ def test_clusters_equal_holitoms_code():
         centers = mv.dpc_knn(x, count, k)[0][0]
         densest = torch.cdist(x[0], x[0]).square().topk(min(k, 31), largest=False).values.sum(1).argmin()
         assert densest in centers and (count == 2 or 0 not in centers)
+    x = torch.randn(1, 30, 8)
+    x[:, 5:13] = x[:, 5:6]
+    centers, assign = mv.dpc_knn(x, 6)
+    assert len(x[0, centers[0]].unique(dim=0)) == len(assign.unique()) == 6
 
 
 def released_dpc_knn(x, count, k, mask, most, dpc_knn=mv.dpc_knn):
@@ -861,12 +882,13 @@ def released_dpc_knn(x, count, k, mask, most, dpc_knn=mv.dpc_knn):
 
 def test_holitom_equals_its_authors_code(monkeypatch):
     """Catches ratios rounded elsewhere, beta on the wrong side, salient tokens by another order; crashes and
-    NaN at one frame, no token, zero vectors; 0.2 * 275 / 275 above 0.2."""
+    NaN at one frame, no token, zero vectors; 0.2 * 275 / 275 above 0.2, 0.07 * 100 above 7."""
     same = torch.randn(1, 1, 9, 8).expand(1, 6, 9, 8)
     x = torch.cat([same[:, :, :4], torch.randn(1, 6, 5, 8)], 2)
     for clip, ratio, wanted in ((x[:, :1], 0.34, 4), (same, 1.0, 9), (same, 0.05, 3), (x, 0.0, 0),
                                 (torch.zeros(1, 6, 9, 8), 0.5, 30), (torch.randn(1, 6, 9, 64), 1.0, 54),
-                                (torch.randn(1, 11, 25, 64), 0.2, 55)):
+                                (torch.randn(1, 11, 25, 64), 0.2, 55),
+                                (torch.randn(1, 8, 100, 64), 0.07, 56)):
         reduction = mv.holitom(clip, torch.rand(clip.shape[:3]), ratio)
         assert reduction.position.size(1) == wanted, (ratio, reduction.position.shape)
         assert mv.reduce_tokens(clip.flatten(1, 2), reduction).isfinite().all()
@@ -950,13 +972,27 @@ def test_bipartite_matching_equals_tomes_code():
     assert mv.reduce_tokens(zero, step).isfinite().all() and (step.assign[0] == step.assign[0, 3]).sum() < 4
     assert mv.bipartite_soft_matching(torch.randn(2, 1, 4), 1).assign.tolist() == [[0], [0]]
     assert torch.equal(mv.bipartite_soft_matching(zero, 0).assign[0], torch.arange(8))      # left in order
+    many = torch.randn(1, 3000, 4)                             # more than are compared at once
+    alike, target = (mv.unit(many)[0, ::2] @ mv.unit(many)[0, 1::2].T).max(1)
+    gone, slot = alike.topk(100).indices, mv.bipartite_soft_matching(many, 100).assign[0]
+    assert torch.equal(slot[::2][gone], slot[1::2][target[gone]]) and len(slot.unique()) == 2900
+
+
+@pytest.mark.parametrize('patch', [4, 8, 12, 16, 32])
+def test_every_pixel_is_seen(patch):
+    """Catches pixels between the strides of the stem."""
+    encoder, video = mv.VisionEncoder(32, 1, 2, 4, patch), torch.rand(1, 2, 3, 2 * patch, 2 * patch)
+    tokens = encoder(video.requires_grad_()).tokens
+    tokens.square().sum().backward()
+    assert tokens.shape == (2, 4, 32) and (video.grad.abs().amax(2) > 0).all()
 
 
 def test_saliency_is_the_attention_received():
-    """Catches attention given in place of received, and an encoder that saliency changes."""
+    """Catches attention given in place of received, an encoder that saliency changes, its gradient."""
     encoder, (video, _) = make(encoder_layers=1).encoder, sample()
     made, plain, block = encoder(video, want_saliency=True), encoder(video), encoder.blocks[0]
     assert torch.equal(made.tokens, plain.tokens) and not plain.info
+    assert not made.info['saliency'].requires_grad
     looks = block.attention.weights(block.norm1(encoder.embed(video) + encoder.place))
     close(made.info['saliency'], looks.mean((1, 2)))
 
@@ -1045,6 +1081,7 @@ def test_vector_quantizer_equals_a_widely_used_library():
         close(vq.cluster_size, g['cluster_size2'])
         assert torch.equal(indices, g['eval_indices_after2'])
         close(quantized, g['eval_quantized_after2'])
+        assert torch.equal(quantized, vq.codebook[indices])                    # bit by bit
     x, codes = torch.randn(200, 8), torch.cat([torch.randn(9, 8), torch.full((1, 8), 1e3)])
     vq = mv.VectorQuantizer(10, 8, decay=0.0, revive=0.0, eps=0.5)
     vq.codebook.copy_(codes)
@@ -1074,6 +1111,10 @@ def test_codes_start_at_clusters_and_dead_ones_revive():
     copy.load_state_dict(vq.state_dict())
     assert copy.calls == vq.calls > 30 and torch.equal(copy(x)[1], vq(x)[1])
     assert copy.half().codebook.dtype == torch.float32                         # codes stay float32
+    with torch.device('meta'):
+        empty = mv.VectorQuantizer(8, 4)
+    empty.to_empty(device='cpu').load_state_dict(vq.state_dict())
+    assert torch.equal(empty.eval()(x)[1], vq.eval()(x)[1])
 
 
 @pytest.mark.parametrize('reentrant', [True, False])
@@ -1094,7 +1135,8 @@ def test_checkpointing_changes_neither_codes_nor_gradients(reentrant):
 
 
 def test_vqtoken_at_its_edges():
-    """Catches ids that change the tokens, padding that is attended to, K that depends on T."""
+    """Catches ids that change the tokens, padding that is attended to, K that depends on T; codes that no
+    patch is left for."""
     x = torch.randn(3, 5, 16, 32)
     x[1, :, 3:] = x[1, :1, 3:4]                                       # few different tokens
     x[2] = x[2, :1, :1]                                               # one
@@ -1107,6 +1149,7 @@ def test_vqtoken_at_its_edges():
             close(tokens[b, :n], alone.tokens[0, :n])
             assert torch.equal(alone.reduction.assign[0], made.assign[b])
     assert {vq(torch.randn(2, T, 16, 32)).tokens.shape for T in (1, 2, 11)} == {(2, 6, 32)}
+    assert mv.VQToken(32, codes=500)(x).tokens.shape == (3, 80, 32)
     # Other ids for the same clusters are the same tokens in another order; shares of a cell sum to one.
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     for T, cells in ((5, 80), (16, 128)):                             # fewer frames than cells, two in each
@@ -1160,7 +1203,7 @@ def test_frames_are_chosen_by_the_question():
         x = torch.cat([shown[what][:, :, None], number], 3) + 0.3 * torch.randn(32, 16, 4, 32)
         told = selector(x, None, words[asked][:, None], known).tokens[..., 16:].mean(1)
         here = what == asked[:, None]                                          # (32, 16) the frame asked for
-        train_tiny.learn(selector, optimizers, (told - number[here][:, 0]).square().mean())
+        train_tiny.learn(optimizers, (told - number[here][:, 0]).square().mean())
     look = lambda asked: selector.eval()(x, None, words[asked][:, None], known).info['selector']
     weight, other = look(asked), look((asked + 1) % 16)                        # (32, K, 16)
     assert weight.mean(1)[here].mean() > 0.5 > 0.2 > other.mean(1)[here].mean()
@@ -1184,6 +1227,7 @@ def test_gumbel_noise_in_training_alone_and_repeatable():
     assert abs(chance.mean() - 0.5) < 0.01 and abs(chance.std() - 12 ** -0.5) < 0.01
     edges = mv.chances(torch.tensor([24702298, 0, 2 ** 24]))         # the hash of the first one is all ones
     assert (-(-edges.log()).log()).isfinite().all()
+    assert mv.FrameSelector(36, n_head=4).blocks[0].attention.n_head == 2      # as many as divide it
     hard = picked(make(hard=True, **WAYS['bvllm']).eval())
     close(hard, F.one_hot(hard.argmax(-1), 4).float(), 1e-6)
 
@@ -1289,24 +1333,35 @@ SENTENCES = torch.tensor([[2, 3, 4, 1], [5, 6, 1, 0], [2, 3, 4, 1]])
 
 def test_lora_starts_as_the_model_and_merges_into_it():
     """Catches LoRA that changes the model at once, freezes too little, or is slower when merged; one name
-    that is read as letters, a model whose configuration is another library's."""
-    other = nn.ModuleDict(dict(w=nn.Linear(4, 4), view=nn.Linear(4, 4)))
+    that is read as letters, a model whose configuration is another library's, a layer that reads its weights,
+    a sum in half precision."""
+    other = nn.ModuleDict(dict(w=nn.Linear(4, 4), view=nn.Linear(4, 4), look=nn.MultiheadAttention(4, 2)))
     other.config = types.SimpleNamespace(name='x')
-    mv.add_lora(other, 2, names='view')
+    mv.add_lora(other, 2, names='view', learns='we')
     assert type(other['w']) is nn.Linear and type(other['view']) is mv.LoRA
+    assert not other['w'].bias.requires_grad
     mv.merge_lora(other)
     assert type(other['view']) is nn.Linear and other.config.name == 'x'
+    mv.add_lora(other, 2, names='out_proj')
+    x, p = torch.randn(3, 4), other['look'].out_proj.lora_b
+    other['look'](x, x, x)[0].sum().backward()
+    assert p.grad.abs().sum() > 0
+    nn.init.normal_(p)
+    with torch.autocast('cpu', torch.bfloat16):
+        merged = other['look'].out_proj.merged().weight
+    close(merged, other['look'].out_proj.weight)
     plain, lora, video = retriever(), retriever(1, lora_rank=2), sample(B=3)[0]
     told = lambda model: model(video, SENTENCES)[0]
     before = told(plain)
     mv.init_from(lora, plain)
     close(told(lora), before, 1e-6)
+    assert [*mv.Retriever(lora.config).state_dict()] == [*lora.state_dict()]   # its options say so
     frozen = {n: p.clone() for n, p in lora.named_parameters() if not p.requires_grad}
     learns = {n: p for n, p in lora.named_parameters() if p.requires_grad}
     assert all('lora_' in n or 'clip_place' in n for n in learns)
     assert sum(p.numel() for p in learns.values()) == 6 * 2 * (32 + 96) + (4 + 2) * 32
     for _ in range(3):
-        train_tiny.learn(lora, mv.configure_optimizer(lora), lora(video, SENTENCES)[1])
+        train_tiny.learn(mv.configure_optimizer(lora), lora(video, SENTENCES)[1])
     after, weights = told(lora), dict(lora.named_parameters())
     assert (after - before).abs().max() > 1e-5 and all(torch.equal(p, weights[n]) for n, p in frozen.items())
     assert lora.blocks[0].attention.qkv.merged().weight.requires_grad
@@ -1404,6 +1459,8 @@ def test_optimizers_do_what_their_docstrings_say():
         wanted = (1 - 0.1 * 0.5) * wanted - 0.1 * (6 / 3) ** 0.5 * step
     close(p.detach(), wanted)
     assert torch.equal(still, before)                                          # it has no gradient
+    with pytest.raises(ValueError, match='Muon is for matrices, got .*3, 3'):
+        mv.Muon([nn.Parameter(torch.randn(2, 4, 3, 3))])
 
 
 def test_checkpoints_are_exact_and_atomic_and_cannot_run_code():
@@ -1413,6 +1470,10 @@ def test_checkpoints_are_exact_and_atomic_and_cannot_run_code():
     for bad in (lambda: 0, np.float64(1)):                         # cannot be written, could not be read
         with pytest.raises(ValueError, match='m.pt is not written'):
             mv.save_checkpoint(path, model, bad=bad)
+    with pytest.raises(ValueError, match="m.pt is not written: .* 'config'"):
+        mv.save_checkpoint(path, model, config='mine')
+    with pytest.raises(RuntimeError):                          # of torch: the file is fine
+        mv.load_checkpoint(path, 'nowhere')
     compiled = torch.compile(model, backend='eager')
     with at_most(resource.RLIMIT_FSIZE, 5000), pytest.raises(OSError):         # a disk that is nearly full
         mv.save_checkpoint(path, compiled)
@@ -1435,6 +1496,10 @@ def test_checkpoints_are_exact_and_atomic_and_cannot_run_code():
             mv.load_checkpoint(path)
         assert str(error.value).isprintable()
     assert not Path('ran').exists()
+    other.config.vocab.append('one more')
+    mv.save_checkpoint(path, other)
+    with pytest.raises(ValueError, match='is not a checkpoint of .* size mismatch for embed'):
+        mv.load_checkpoint(path)
 
 
 @pytest.mark.parametrize('words', [0, 10])
@@ -1454,6 +1519,12 @@ def test_pictures_show_what_was_processed(words):
     assert value(picture, 0, 2) == value(picture, 1, 2) != value(picture, 0, 6) == (204, 204, 204)
     picture = mv.draw_tokens(video, mv.pack(torch.arange(32)[None] % 3 == 0), 0, 2, (4, 4))
     assert value(picture, 0, 0) == value(picture, 0, 3) == (204, 204, 204), 'dropped ones are no slot 0'
+    if not words:
+        with pytest.raises(ValueError, match='32 tokens are not 2 frames of 2 x 2 patches'):
+            mv.draw_tokens(video, route)                       # patches of 4 pixels
+    picture = mv.draw_tokens(torch.ones(1, 3, 30, 30), mv.pack(torch.ones(1, 16) > 0), 0, 1, (4, 4))
+    edges = (np.asarray(picture)[1, :, 0] < 255).nonzero()[0].tolist()
+    assert edges == [0, 8, 15, 23]                             # where patches begin
 
 
 def test_wrong_shapes_and_configurations_are_named():
@@ -1464,6 +1535,10 @@ def test_wrong_shapes_and_configurations_are_named():
         'float in .* got .* torch.uint8': lambda: model((255 * video).byte(), text),
         r'text must be \(B, Q, L\) with a word at least, got': lambda: model(video, text[0]),
         'with a word at least': lambda: model(video, text[:, :, :0]),
+        r'with a word at least, got \(1, 2, 5\)': lambda: model(video, text[:1]),
+        'with words for 2 clips': lambda: model.generate(video, text[:1], 2),
+        r'got \(2, 0, 3, 16, 16\)': lambda: model(video[:, :0], text),
+        'drop_ratio must be from 0 to 1': lambda: mv.holitom_inner(x[0], x[0, ..., 0], x[0, ..., 0] > 0, 1.5),
         'budget must be at least 1, or 0': lambda: make(reducer='pool', budget=-1)(video, text),
         'not made for streams': lambda: next(iter(model.stream([(video[:, 0], None)]))),
         'one line of text': lambda: streamer()(video, text),
@@ -1471,7 +1546,8 @@ def test_wrong_shapes_and_configurations_are_named():
         r'another reducer.*: \(4, 32\), wanted \(8': lambda: mv.init_from(
             make(reducer='vq', codes=8), make(reducer='vq', codes=4)),
         '7 tokens do not divide': lambda: mv.Router(4)(torch.randn(1, 7, 4), 2, 0.5),
-        'num_dense must be 0 to 2, got 3': lambda: mv.choose_mod_layers(torch.ones(3), 3),
+        'num_dense of 0 to 2 .* num_dense 3': lambda: mv.choose_mod_layers(torch.ones(3), 3),
+        'wanted one rank a layer, .* ranks .2, 3': lambda: mv.choose_mod_layers(torch.ones(2, 3), 1),
         'square grid of patches, such as 8 x 8, got 12': lambda: mv.VQToken(4)(torch.randn(1, 2, 12, 4)),
         'NaN': lambda: mv.holitom(x * float('nan'), x[..., 0]),
         'retain_ratio': lambda: mv.holitom(x, x[..., 0], -0.1),
@@ -1530,7 +1606,7 @@ def try_core(v):
     optimizers = v.get('configure_optimizer', lambda m: [torch.optim.AdamW(m.parameters(), 3e-3)])(model)
     for _ in range(3):
         _, loss, aux = model(video, text, text)
-        train_tiny.learn(model, optimizers, loss)
+        train_tiny.learn(optimizers, loss)
         losses.append(loss.item())
     assert losses[2] < losses[0] and not any(map(torch.equal, model.parameters(), before))
     assert model.generate(video, text, 2).shape == (2, 2, 2)
@@ -2156,6 +2232,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, monkeypatch):
         assert pasted(called('--steps 14 --lr 0.003 --resume', run)[2])[-4:] == [
             '--lr', '0.003', '--resume', str(run)]
     assert status == 130 and signal.getsignal(signal.SIGINT) is before
+    refused('begun with another --n-layer than 4', '--n-layer 4 --resume', run)
+    train_tiny.parse(['--n-layer', '3', '--resume', str(run)])         # as the preset says
     assert not (run / 'result.json').exists() and len(losses(run)) == 8
     assert train_tiny.main(pasted(said)) == 0
     assert same_weights(trained, run) and losses(trained) == losses(run)
@@ -2257,7 +2335,8 @@ def test_two_processes_train_one_model(capsys):
 
 def test_the_training_loop_takes_any_model_and_dataset():
     """Catches a loop that knows clips, questions or the configuration; a rate that is zero or never falls; a
-    step that Ctrl-C loses; of this project's model, a frozen one, targets that do not match the logits."""
+    step that Ctrl-C loses; of this project's model, a frozen one, targets that do not match the logits; steps
+    that shrink by gradients of weights that no optimizer has."""
     task, own = begun('--placement all')
     batch = task.draw('train', 0, 2)
     log = train_tiny.train(own.train(), lambda step: batch, task.loss, steps=50, lr=0.03)
@@ -2292,6 +2371,13 @@ def test_the_training_loop_takes_any_model_and_dataset():
     assert (before[-1]['step'], first['step']) == (103, 104)
     assert before[:-1] + after == whole[:51] + whole[52:]
     assert whole[51]['loss'] == pytest.approx((before[-1]['loss'] + first['loss']) / 2, abs=1e-4)
+    ends = []
+    for others_learn in (False, True):                         # the last layer's optimizer has no others
+        model.load_state_dict(start)
+        model['blocks'][0].requires_grad_(others_learn)
+        run(optimizers=[torch.optim.SGD(model['blocks'][2].parameters(), 0.3)])
+        ends.append(copy.deepcopy(model.state_dict()))
+    assert all(map(torch.equal, ends[0].values(), ends[1].values()))
     rates = [train_tiny.schedule(step, 1000) for step in range(1000)]          # up, level, down to zero
     assert rates[0] == 0.02 and rates[49] == 1 == rates[500] and rates[750] == 0.5 and 0 < rates[-1] < 0.01
 
@@ -2326,6 +2412,11 @@ def test_the_newest_model_of_a_kind_is_asked_and_watches(trained, streaming):
     assert re.findall(r'frame +(\d).* what shape is red\?', out) == ['2']
     strip = Image.open('out/1/stream-rocket_cut.png')
     assert strip.width > 500 and (np.asarray(strip.convert('L'))[-60:] < 100).any(), 'no words below'
+    told = torch.full((1, 24), shapes.ID['triangle'])          # a model that has much to say
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab=shapes.VOCAB))
+    model.stream = lambda frames, *_: (dict(silence=torch.zeros(1), said=told, answer=told) for _ in frames)
+    train_tiny.narrate(model, torch.rand(4, 3, 32, 32), Path('long.png'), 0.5, {2: 'describe'})
+    assert Image.open('long.png').height > 128 + 12 * 25, 'words are cut off'
     refused('was trained for streams', '--out out/1 --ask', ROCKET, 'describe')
     refused('are 1 to 4', '', *watch, '9', 'what shape is red')
 
@@ -2552,6 +2643,7 @@ def png(*size):
 GOOD, ROW = '{"file": "0.png", "qa": [["which way", "left"]]}', '{"file": "0.png", "caption": "a", '
 BAD_FOLDERS = [                                                # clips.jsonl, the sentence, 0.png if any
     ('', 'no clip is listed'), (GOOD + '\n{oops', 'line 2: not JSON'), ('[1]', 'got [1]'),
+    (GOOD + '\n' + GOOD, '0.png stands on 2 lines'),
     ('{"qa": []}', 'line 1: wanted an object with "file"'), (ROW + '"split": "tset"}', "got 'tset'"),
     ('{"file": "0.png"}', 'line 1: wanted "qa"'), (ROW + '"label": ' + '[' * 10 ** 5, 'not JSON'),
     (ROW[:9], 'not JSON'), (ROW + '"grid": ' + '[' * 500 + ']' * 500 + '}', 'grid must be'),
@@ -2564,7 +2656,7 @@ BAD_FOLDERS = [                                                # clips.jsonl, th
     (GOOD, 'not a readable image', b'hello'), (GOOD, 'does not divide into 4x4 frames', png(30, 31)),
     (GOOD, '0.png: not a readable image', png(32, 32)[:60]), (GOOD, 'no clip for the', png(32, 32))]
 BAD_FLAGS = {
-    '--compare --rows holitom --frames 2': 'at least 4 frames', '--compare --init-from x': 'begins by itself',
+    '--compare --rows holitom --frames 2': 'at least 4 frames', '--compare --init-from x': 'takes no --init',
     '--recipe mod-all --init-from nowhere': 'does not exist', '--recipe blind --batch 1': '--batch 2 or more',
     '--rows dense': '--rows goes with --compare or --bench', '--batch 2000000000': 'wanted at most 2**32',
     '--compare --rows mod-al': "'mod-al' is none of dense", '--compare --bench': 'not allowed with argument',
@@ -2573,11 +2665,17 @@ BAD_FLAGS = {
     '--stepz 3': 'unrecognized arguments: --stepz 3', '--seed 9999999999': '2**31', '--lr 0': '--lr above 0',
     '--coarse 1': 'from 0 to below 1', '--lr nan': '--lr must be finite', '--device cuda': 'has none',
     '--compare --budget 4': 'budget is no option', '--steps many': "invalid int value: 'many'",
-    '--bench --compile': 'leave --compile away', '--seeds 2': '--seeds goes with --compare',
-    '--bench --coarse 0.5': 'leave --coarse away', '--recipe best': "invalid choice: 'best'",
+    '--bench --compile': '--bench takes no --compile', '--seeds 2': '--seeds goes with --compare',
+    '--bench --coarse 0.5': 'takes no --coarse', '--recipe best': "invalid choice: 'best'",
     '--recipe holitom --coarse 0.5': 'would do nothing', '--recipe mod-all --coarse 0.5': '--coarse wants',
     '--recipe gamma-all --n-layer 1': 'routes no layer of 1', '--grid 4': '--grid wants COLUMNSxROWS',
-    '--bench --rows stream': 'none has the task',
+    '--bench --rows stream': 'none has the task', '--bench --out x': 'takes no --out',
+    '--bench --recipe holitom --init-from x --steps 3': 'takes no --init-from, --steps',
+    '--bench --recipe stream --theta 0.3': 'takes no --theta', '--resume run --out x': 'takes no --out',
+    '--compare --rows dense --theta 0.3': '--theta would do nothing',
+    '--compare --rows blind --batch 1': '--batch 2 or more', '--recipe frames --batch 1': 'wanted --batch 2',
+    '--find red --data x --seed 2': '--seed would do nothing',
+    '--compare --recipe retrieval --coarse 0.5': '--coarse would do nothing',
     '--question x how': 'number of a frame', '--theta 2': '--theta must be between',
     '--theta 0.9': '--theta would do nothing', '--grid 3x3': '--grid is of clips of your own',
     '--recipe lora --encoder-layers 2': 'would do nothing', '--reducer holitom --tau -2': 'at least -1',
@@ -2585,7 +2683,7 @@ BAD_FLAGS = {
     '--recipe dense --keep-ratio 0.5': '--keep-ratio would do nothing', '--keep-ratio nan': 'must be finite',
     '--stage drop --stage-layer 3': 'stage_layer must be from 1 to 2', '--window 2': 'frames for streaming',
     '--recipe dense --routing gamma': '--routing would do nothing', '--silence-weight 2': 'would do nothing',
-    '--reducer holitom --routing uniform': 'all tokens of a frame', '--placement 1,7': 'of the 3 ',
+    '--reducer holitom --routing uniform': 'all tokens of a frame', '--placement 1,2': 'of the 2 layers',
     '--recipe gamma --placement rank:9': 'from 1 to 2 layers', '--keep-ratio 0': 'keep_ratio must be above 0',
     '--recipe retrieval --merge-image 2': 'from 0 to below 1', '--recipe holitom --gate zero': 'do nothing',
     '--placement rank:1': 'chooses layers of a dense model', '--recipe uniform --budget 3': 'holds no frame',
@@ -2609,7 +2707,7 @@ BAD_FLAGS = {
     '--out run --stream c.webp': 'was trained for questions', '--data empty': 'holds no clips.jsonl',
     '--keep-ratio 0.5 --steps 14 --resume run': 'was begun with another --keep-ratio',
     '--steps 5 --resume run': 'already has 12 steps', '--resume run': 'already has 12 steps',
-    '--compare --resume run': 'leave --resume away', '--resume missing': 'does not exist',
+    '--compare --resume run': 'takes no --resume', '--resume missing': 'does not exist',
     '--resume broken': 'is not what a run wrote', '--out run': 'go on with it: --resume run',
     '--compare --out broken': 'no comparison was begun in it', '--out run --ask c.webp ?': 'has no words',
     '--steps 2 --n-head 2 --ask c.webp red': '--ask takes no --n-head, --steps',
@@ -2629,6 +2727,11 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, monkeypatch):
     for folder in ('broken', 'empty', 'clips'):
         Path(folder).mkdir()
     Path('broken/ckpt.pt').write_text('hello')
+    settings = json.loads(Path('run/config.json').read_text())['settings']
+    for odd in (dict(batch='8'), dict(device='tpu'), dict(theta=None), dict(grid=5),
+                dict(model=dict(frames='x'))):
+        Path('broken/config.json').write_text(json.dumps(dict(settings={**settings, **odd})))
+        refused('is not what this version wrote', '--steps 99 --resume broken')
     Path('broken/config.json').write_text('{}')
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     for flags, words in BAD_FLAGS.items():
@@ -2714,6 +2817,9 @@ def test_comparison_trains_what_is_missing_and_says_how(compared, monkeypatch):
     assert cells['here', 'HoliTom', 'FLOPs by its formula'] == f'{row["paper_share"]:.2%}'
     assert train_tiny.main([*shlex.split(row['command'])[2:], *TINY, '--out', 'again']) == 0
     assert result_of('again')['accuracy'] == row['accuracy']
+    s = train_tiny.parse([*TINY, '--compare', '--rows', 'dense,stream', '--theta', '0.2'])
+    asked = [train_tiny.command_of(train_tiny.row_of(s, name, 0, Path())) for name in ('dense', 'stream')]
+    assert ['--theta 0.2' in command for command in asked] == [False, True]
     refused('begun with another --lr', f'{flags} --lr 0.02')
     Path('compare/seed0/dense/result.json').write_text('{"accuracy": 1, "vision_tokens": 64}')
     refused('a result.json of row dense in', f'{flags} --rows mod-all --seeds 1')
@@ -2769,6 +2875,11 @@ def test_claims_compare_with_the_papers():
         missed = [line[:3] for line in train_tiny.claims(worse) if not line[-1]]
         assert missed == [[paper, what, figure]], (claim, missed)
     assert train_tiny.claims(dict(dense=base)) == []
+    nothing = train_tiny.claims({**rows, 'gaps': dict(accuracy=0.0)})          # of which nobody keeps a share
+    assert len(nothing) == len(made) - 1 and not any('kept' in line[1] for line in nothing)
+    result = dict(accuracy=0.5, vision_tokens=64, learns=1, parameters=2)
+    both = [dict(result, vision_by_layer=layers) for layers in ([64, 16, 16, 64], [16, 64, 16, 64])]
+    assert train_tiny.summarize(both)['converted'] == 0.5      # of each run, not of their mean
 
 
 # ---- a pretended GPU -----------------------------------------------------------------------------
@@ -2932,7 +3043,7 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
         batch = task.draw('train', step, s.batch)
         with s.autocast():
             loss, _ = task.loss(model, batch)
-        train_tiny.learn(model, optimizers, loss)
+        train_tiny.learn(optimizers, loss)
     waits = Counter(gpu.waits)
     task.timed(model.eval(), batch)[0][0]()                    # answers, streams, encodes
     assert math.isfinite(loss.item()) and waits.total() <= HOST_WAITS.get(recipe, 0), waits
@@ -2945,7 +3056,7 @@ def test_a_step_on_a_pretended_gpu(gpu, recipe):
     '--steps 1 --recipe frames', '--bench --rows dense', f'--steps 1 --data {ROOT}/data/natural'])
 def test_the_script_on_a_pretended_gpu(gpu, flags):
     """Catches pictures, scores, checkpoints, answers, measurements that work on a CPU alone."""
-    go(f'--device cuda {flags} --out run')
+    go(f'--device cuda {flags}' + ' --out run' * ('bench' not in flags))
 
 
 # ---- mutated inputs ------------------------------------------------------------------------------

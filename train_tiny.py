@@ -78,7 +78,7 @@ RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD
 
 def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optimizers: list = None,
           report=lambda row: None, stop: list = None, name: str = 'train') -> list:
-    """Train from step `first` to `steps` -> the log, a dict for every hundredth of the steps.
+    """Train from step `first` to `steps` -> the log, a dict for about every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; with several processes,
     parts that add up to both. report(row of the log) is called with each. optimizers: None: those of
@@ -90,12 +90,13 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optim
     for group in groups:
         group.setdefault('initial_lr', group['lr'])
     every, log, recent, tick = max(1, steps // 100), [], [], time.time()
-    bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True)
+    bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=1, dynamic_ncols=True,
+               disable=RANK > 0)
     for step in bar:
         for group in groups:
             group['lr'] = group['initial_lr'] * schedule(step, steps)
         value, right = loss(model, draw(step))
-        learn(model, optimizers, value)
+        learn(optimizers, value)
         recent.append(torch.stack([value.detach().float(), right.float()]))
         done, last = step + 1, bool(stop)                      # a later Ctrl-C stops after the next step
         if WORLD > 1 and stop is not None:                     # where one process stops, all do
@@ -115,11 +116,12 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optim
     return log
 
 
-def learn(model, optimizers: list, value):
+def learn(optimizers: list, value):
     """One step down the gradient of a loss, added up over the processes of torchrun, its norm at most 1."""
     value.backward()
-    add_up([p.grad for p in model.parameters() if p.grad is not None])
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    learned = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
+    add_up([p.grad for p in learned if p.grad is not None])
+    torch.nn.utils.clip_grad_norm_(learned, 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -182,13 +184,15 @@ def average(values: list):
 
 class Questions:
     """Several questions about each clip. Accuracy: a question is right if its whole answer is."""
-    kind, model, needs = 'questions', {}, ''       # name, options of the model, what only ShapeWorld has
+    kind, model, needs = 'questions', {}, ''       # key in RUNS, options of the model, what --data must have
     source, words = ('batch', 'batch'), 'vocab'    # of the dataset: methods (held-out, training), words
     without = 'window', 'silence_weight'           # options that would do nothing
     columns = 'accuracy step_ms memory_mb first_ms tokens_per_s decoder_gflops tok_density'.split()
 
     def __init__(self, s, data):
         check(not self.needs or s.data == 'shapes', f'--recipe {s.recipe} needs --data shapes: {self.needs}')
+        check(s.batch != 1 or s.eval or s.bench or not (RECIPES[s.recipe].blind or self.kind == 'retrieval'),
+              f'--recipe {s.recipe} learns from other clips of a batch; wanted --batch 2 or more')
         self.s, self.data, self.vocab = s, data, getattr(data, self.words)
         # Coarse clips first (Wu et al., arXiv 1912.00998): less to compute, and what moves is seen sooner.
         self.coarse = data.halved() if s.coarse_steps() else data
@@ -288,7 +292,8 @@ class Questions:
         return average(found)
 
     def timed(self, model, batch):
-        """Functions to be timed, here one word and an answer of WORDS more; what their medians then mean."""
+        """-> functions to time, and what makes columns of their median seconds. Here: an answer's first word;
+        then an answer of WORDS words more."""
         ends = torch.tensor([-math.inf] * 2 + [0.0] * (len(self.vocab) - 2))
         model.head.bias = torch.nn.Parameter(ends.to(model.head.weight))       # never ends
         answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
@@ -315,7 +320,7 @@ class Questions:
             question, truth, answer = (in_words(a, self.vocab) for a in ids)
             note = '' if answer == truth else f'   <- wrong, it is: {truth}'
             (wrong if note else right).append(f'  {question}? {answer}{note}')
-        # Five, a mistake among them if there is one.
+        # Up to five, at most one of them a mistake.
         print('', *right[::max(1, len(right) // 5)][:5 - len(wrong[:1])], *wrong[:1], sep='\n')
         video, asked, question, answer = self.liveliest()
         whole(run / 'clip.webp', lambda part: save_clip(video, part))
@@ -536,7 +541,7 @@ HOLITOM = dict(reducer='holitom', tau=0.97)                # chosen on validatio
 LATE = lambda preset: round(18 / 28 * preset['n_layer'])   # the stage's layer, as deep as HoliTom's
 LORA = dict(lora_rank=lambda preset: 2 if preset['dim'] < 256 else 4)     # at most 1 % of the weights
 GAMMA = dict(routing='gamma', keep_ratio=0.25)
-# Where frames have many patches, a frame's merge twice as fast, and clips with the paper's B/16 share.
+# In frames of many patches twice as many merge, and as many where clips are joined as in the paper's B/16.
 MANY = lambda many, few: lambda preset: many if preset['frame_size'] > 32 else few
 JOINED = dict(TEMPME, merge_image=MANY(0.15, 0.07), merge_cross=MANY(0.4, 0.3))
 RECIPES = {
@@ -657,7 +662,7 @@ def chosen_layers(s, task, dense, which: str, clips: int = 8) -> list:
           f'from 1 to {depth - 1} layers, such as rank:1')
     if way == 'random':
         return torch.randperm(depth - 1, generator=torch.Generator().manual_seed(s.seed))[:count].tolist()
-    batches = (task.draw('train', s.steps + step, 1) for step in range(clips))       # whole clips
+    batches = (task.draw('train', s.steps + step, 1) for step in range(clips))       # after the coarse ones
     ranks = sum(layer_ranks(dense.eval(), batch.video, batch.text[:, :1]).cpu() for batch in batches) / clips
     chosen = choose_mod_layers(ranks[0, :-1], depth - 1 - count)
     print(f'\nlayer  ARank  effective rank   over {clips} clips; the lowest {len(chosen)} are converted')
@@ -696,8 +701,13 @@ def read_json(path: Path, made=dict):
 def settings_of(run: Path):
     """Those that a run was made with. ValueError: they are something else."""
     s = read_json(run / 'config.json', lambda file: Settings(**file['settings']))
-    if type(s.model) is not dict or s.recipe not in [*RECIPES] or s.preset not in ['auto', *PRESETS]:
-        raise ValueError(f'{run / "config.json"} is not what this version wrote')
+    own = {f.name: (*get_args(f.type), type(f.default)) for f in fields(s)}
+    kinds = {**own, **model_flags(), 'model': [dict]}
+    for values in (vars(s), s.model):
+        for name, value in values.items():
+            fits = type(value) is not str or value in CHOICES.get(name, [value])
+            check(type(value) in kinds.get(name, ()) and fits, f'{run / "config.json"} is not what this '
+                  f'version wrote: {name} is {value!r}')
     return s
 
 
@@ -705,8 +715,9 @@ def must_agree(folder: Path, before: dict, asked: dict):
     """ValueError: what is asked of a folder is not what it was begun with."""
     for name, value in asked.items():
         wanted = 'the default' if value is None else value
-        check(name in before and before[name] == value, f'{folder} was begun with another {dashed(name)} '
-              f'than {wanted}, or by another version of this script; name another folder with --out')
+        flag = name if name == 'model' else dashed(name)
+        check(name in before and before[name] == value, f'{folder} was begun with another {flag} '
+              f'than {wanted}, or by another version of this script; leave that away, or begin elsewhere')
 
 
 class Run:
@@ -717,7 +728,7 @@ class Run:
 
     def __init__(self, s):
         self.s, self.log, self.before, self.optimizers, self.done = s, [], 0.0, None, 0    # before: seconds
-        name = f'out/{s.recipe}-{Path(s.data).name}-{s.preset}-seed{s.seed}'
+        name = f'out/{s.recipe}-{s.name_of_data()}-{s.preset}-seed{s.seed}'
         free = (Path(name + (f'-{i}' if i > 1 else '')) for i in itertools.count(1))
         self.path = Path(s.resume or s.out or next(path for path in free if not path.exists()))
         if RANK:                                               # the first process writes
@@ -796,7 +807,7 @@ class Run:
         write(self.path / 'log.csv', '\n'.join(map(','.join, lines)) + '\n')
 
     def train(self, model, task):
-        """The steps that are left, held-out accuracy ten times. KeyboardInterrupt: Ctrl-C; all is saved."""
+        """The steps left, held-out accuracy at each tenth. KeyboardInterrupt: Ctrl-C; all is saved."""
         s, start, stop = self.s, time.time(), []
         every, fast = 10 * max(1, s.steps // 100), torch.compile(model) if s.compile else model
 
@@ -830,8 +841,9 @@ class Run:
 
 
 def run_recipe(s, began: float = None):
-    """Train, evaluate and show a row. KeyboardInterrupt: Ctrl-C, with the flags that go on."""
-    began = began or time.time()
+    """Train, evaluate and show a row. began: when the script did, if this is all that it was asked for; then
+    KeyboardInterrupt, of Ctrl-C, comes with the flags that go on."""
+    start = began or time.time()
     set_up(s)
     task, run = RECIPES[s.recipe].task(s, load_data(s)), Run(s)
     model = run.begin(task)
@@ -868,10 +880,11 @@ def run_recipe(s, began: float = None):
         go_on = task.show(model.eval(), run.path)
         if run.log:
             draw_curve(run.log, run.path / 'curve.png')
-        result['seconds'] = round(run.before + time.time() - began, 1)
+        result['seconds'] = round(run.before + time.time() - start, 1)
         write(run.path / 'result.json', result)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(*['--resume', run.path] * (run.path / 'ckpt.pt').exists()) from None
+        alone = began and (run.path / 'ckpt.pt').exists()      # else what asked for this run goes on with it
+        raise KeyboardInterrupt(*['--resume', run.path] * bool(alone)) from None
     run.lock.close()
     (run.path / run.LOCK).unlink()
     print(f'\ngo on with: python train_tiny.py {as_typed(["--out", str(run.path)])} {go_on}\n'
@@ -893,10 +906,7 @@ def finish(s) -> dict:
     path = Path(s.out)
     if not (path / 'result.json').exists():
         resumes = (path / 'ckpt.pt').exists()
-        try:
-            run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt from None                  # what asked for this run goes on with it
+        run_recipe(replace(s, resume=s.out, out='') if resumes else replace(s))
     return read_json(path / 'result.json')
 
 
@@ -933,6 +943,7 @@ def table(lines: list, bar: str = '') -> str:
 
 def stack(rows: list) -> Image.Image:
     """Pairs of text and image, one below the other, each image below its text."""
+    rows = [(text[:200], image) for text, image in rows]       # a picture is as wide as its titles
     width = max(max(image.width, 8 * len(text)) for text, image in rows)
     out, y = Image.new('RGB', (width, sum(image.height + 16 for _, image in rows)), 'white'), 0
     for text, image in rows:
@@ -969,7 +980,9 @@ def draw_clip(model, video, text, path: Path, title: str):
     rows, captions = {'clip': draw_big(video)}, [title]
     for name, what in shown.items():
         rows[name], left = draw_big(video, what), what.assign[what.assign >= 0]
-        merged = f' in {len(left.unique())} tokens' if len(left.unique()) < len(left) else ''
+        groups = len(left.unique())                            # of VQ: patches of one code, not merged
+        made = 'groups' if name == 'kept' and groups != reduced.tokens.size(1) else 'tokens'
+        merged = f' in {groups} {made}' if groups < len(left) else ''
         captions.append(f'{name}: {len(left)} of {N} patches{merged}')
     whole(f'{path}.png', stack([*zip(captions, rows.values())]).save)
     step = (rows['clip'].width + 2) // T
@@ -985,17 +998,19 @@ def narrate(model, video, path: Path, theta: float, asked: dict):
     encode = lambda question: torch.tensor([encode_question(question, vocab)])
     ids, sheet = {t: encode(question) for t, question in asked.items()}, draw_big(video)
     frames = ((frame[None], ids.get(t)) for t, frame in enumerate(video, 1))
-    width = (sheet.width + 2) // len(video)
-    strip = Image.new('RGB', (sheet.width, sheet.height + 80), 'white')
-    strip.paste(sheet, (0, 0))
+    width, texts = (sheet.width + 2) // len(video), []
     for t, moment in enumerate(model.stream(frames, encode(PROMPT), theta), 1):
         lines = [] if moment['said'] is None else [in_words(moment['said'][0], vocab)]
         if t in asked:
             lines.append(f'{asked[t]}? {in_words(moment["answer"][0], vocab)}')
         silence = f'silence {moment["silence"].item():6.1%}'
         print('   '.join([f'  frame {t:3} of {len(video)}', silence, *lines]), flush=True)
-        text = '\n'.join(row for line in [f'{t}', *lines] for row in textwrap.wrap(line, width // 7))
-        ImageDraw.Draw(strip).text(((t - 1) * width + 2, sheet.height + 2), text, fill='black')
+        texts.append('\n'.join(row for line in [f'{t}', *lines] for row in textwrap.wrap(line, width // 7)))
+    below = 20 + 14 * max(text.count('\n') for text in texts)
+    strip = Image.new('RGB', (sheet.width, sheet.height + below), 'white')
+    strip.paste(sheet, (0, 0))
+    for t, text in enumerate(texts):
+        ImageDraw.Draw(strip).text((t * width + 2, sheet.height + 2), text, fill='black')
     whole(path, strip.save)
 
 
@@ -1087,7 +1102,7 @@ def measure(task, names: list, make) -> dict:
     def training(model):
         """A function that makes a step."""
         optimizers, loss = configure_optimizer(model.train(), s.rate()), s.autocast()(task.loss)
-        return lambda: learn(model, optimizers, loss(model, batch)[0])
+        return lambda: learn(optimizers, loss(model, batch)[0])
 
     rows = {name: dict(memory_mb=step_memory_mb(s.device, training(make(name)))) for name in names}
     for name in names:
@@ -1122,7 +1137,7 @@ def table_of(rows: dict, columns) -> str:
         if key.endswith(('_ms', '_mb', '_s', '_kb', 'gflops')) and first.get(key):
             share = f'({value / first[key]:.2f})'
             return f'{value:.0f} {share}' if value >= 999.5 else f'{value:.3g} {share}'
-        return f'{value:.4g}'
+        return f'{value:.4g}' if value < 1e4 else f'{value:,.0f}'
 
     return table([['recipe', *columns], *([name, *(cell(key, row.get(key)) for key in columns)]
                                           for name, row in rows.items())], '|')
@@ -1193,8 +1208,8 @@ def claims(rows: dict) -> list:
     made = []
     for paper, row, base, what, figure, how, key, bound in CLAIMS:
         a, b = (rows.get(name, {}).get(key) for name in (row, base))
-        if a is not None and (b is not None or how == 'value'):
-            ours, small = MEASURES[how][0](a, b or 1e-9), key in SMALL_IS_GOOD and how != 'faster'
+        if a is not None and (how == 'value' or (b is not None if how == 'points' else b)):    # no share of 0
+            ours, small = MEASURES[how][0](a, b), key in SMALL_IS_GOOD and how != 'faster'
             reached = ours <= bound if small else ours >= bound
             made.append([paper, what, figure, MEASURES[how][1].format(ours), reached])
     return made
@@ -1205,9 +1220,10 @@ def summarize(results: list) -> dict:
     row = {key: value for key, value in average(results).items() if key != 'seed' and type(value) is not str}
     accuracy = [result['accuracy'] for result in results]
     by_type, layers, N = row.pop('accuracy_by_type', {}), row['vision_by_layer'], row['vision_tokens']
+    fewer = [n < N for result in results for n in result['vision_by_layer']]     # of each run's own layers
     return dict(row, std=statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0, by_type=by_type,
                 moment=by_type.get('moment'), learning=row['learns'] / row['parameters'], tokens=layers[-1],
-                token_share=layers[0] / N, converted=sum(n < N for n in layers) / len(layers))
+                token_share=layers[0] / N, converted=statistics.mean(fewer))
 
 
 def row_of(s, name: str, seed: int, folder: Path):
@@ -1217,6 +1233,7 @@ def row_of(s, name: str, seed: int, folder: Path):
     return replace(s, recipe=name, seed=seed, steps=steps, out=str(here / name),
                    init_from=str(here / row.begins) if row.begins else '', compare=False, rows='', seeds=0,
                    coarse=None if row.begins or row.task is Frames else s.coarse,
+                   theta=s.theta if row.task is Streams else Settings.theta,
                    model={key: value for key, value in s.model.items() if key not in row.task.without})
 
 
@@ -1232,11 +1249,13 @@ def command_of(s) -> str:
 def run_compare(s):
     """--compare: train what is missing, time the rows of a task in turn, write tables and pictures."""
     set_up(s)
-    folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{Path(s.data).name}')
+    folder = Path(s.out or f'out/compare-{s.preset}' + (s.data != 'shapes') * f'-{s.name_of_data()}')
     data, asked, rows, curves = load_data(s), rows_of(s), {}, {}
     for name in asked:                                         # refuses what does not fit, before training
         if not (folder / f'seed{s.seed}/{name}/result.json').exists():
             untrained(row_of(s, name, s.seed, folder), data)
+    check(s.coarse is None or any(row_of(s, name, 0, folder).coarse is not None for name in asked),
+          '--coarse would do nothing: none of these rows trains with clips from scratch')
     note = folder / 'asked.json'
     fixed = asdict(replace(s, out='', rows='', recipe=Settings.recipe, seeds=0, ask=[], question=[]))
     if note.exists():
@@ -1294,11 +1313,10 @@ def write_report(report: dict) -> str:
     """In Markdown: a table for each task, the claims, the commands."""
     rows, out = report['rows'], []
     for kind in dict.fromkeys(RECIPES[name].task for name in rows):
-        own = {name: row for name, row in rows.items() if RECIPES[name].task is kind}
-        types = [*next(iter(own.values())).get('by_type', {})]
-        columns = ['accuracy', 'std', *(f'{name} %' for name in types), 'vision_by_layer', *kind.columns[1:]]
-        points = lambda row: {f'{name} %': 100 * row['by_type'][name] for name in types}
-        own = {name: dict(row, std=100 * row['std'], **points(row)) for name, row in own.items()}
+        types = lambda row: {f'{name} %': 100 * share for name, share in row.get('by_type', {}).items()}
+        own = {name: dict(row, std=100 * row['std'], **types(row)) for name, row in rows.items()
+               if RECIPES[name].task is kind}
+        columns = ['accuracy', 'std', *types([*own.values()][0]), 'vision_by_layer', *kind.columns[1:]]
         out += [table_of(own, [*columns, 'learns']), '']
     out += [table([['paper', 'claim', 'its figure', 'here', 'reached'],
                    *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])], '|'), '']
@@ -1349,14 +1367,15 @@ class Settings:
     batch: Annotated[int, "clips a step, 0 = the preset's"] = 0
     coarse: Annotated[float, 'share of the steps, the first ones, that see clips of half as many frames '
                       "[the preset's, in rows from scratch]"] = None
-    lr: Annotated[float, "of matrices, else the preset's, with LoRA 0.03; LoRA: 30 % of it, rest: 3 %"] = 0.0
+    lr: Annotated[float, "of matrices, also in what the row begins with [the preset's, with LoRA 0.03]; "
+                  "LoRA's weights learn with 30 % of it, all others with 3 %"] = 0.0
     seed: Annotated[int, 'decides the weights, the clips and their order'] = 0
     device: Annotated[str, 'auto: CUDA, else MPS, else the CPU'] = 'auto'
     dtype: Annotated[str, 'of the matrix products'] = 'auto'
-    compile: Annotated[bool, 'torch.compile the model: minutes of waiting first; in pieces where it '
-                       'reads numbers: gaps, holitom, vq, --codes 0, MoD on what a reducer left'] = False
+    compile: Annotated[bool, 'torch.compile the model: minutes of waiting first; with graph breaks in '
+                       'gaps, holitom, vq, --codes 0, and MoD on what a reducer left'] = False
     deterministic: Annotated[bool, 'the same numbers on every run, on CUDA too (slower)'] = False
-    out: Annotated[str, 'run folder, to write or to read the model from'] = ''
+    out: Annotated[str, 'folder of a run or comparison, to write or to read the model from'] = ''
     resume: Annotated[str, 'run folder to go on with, under its own settings'] = ''
     ask: Annotated[list, 'a question about a GIF, WebP, PNG, sheet or folder of images; on the CPU'] = ()
     stream: Annotated[str, 'a clip for a stream model to narrate, on the CPU'] = ''
@@ -1367,13 +1386,17 @@ class Settings:
     bench: Annotated[bool, "time and memory of all rows of the recipe's task, untrained"] = False
     compare: Annotated[bool, "a table of rows of the recipe's task, trained, next to what their papers say; "
                        'goes on where it stopped'] = False
-    rows: Annotated[str, "with --compare, --bench: rows such as dense,mod-all; '' = the task's"] = ''
+    rows: Annotated[str, "with --compare, --bench: rows such as dense,mod-all [those of the task]"] = ''
     seeds: Annotated[int, 'with --compare: how many, 0 = 3'] = 0
     model: dict = field(default_factory=dict)      # options of the model that were given
 
     def flags(self) -> dict:
         """All of them, and the options of the model, in one dict."""
         return {**vars(self), **self.model}
+
+    def name_of_data(self) -> str:
+        """'shapes', or the last part of a folder's path."""
+        return Path(os.path.abspath(self.data)).name
 
     def plan(self) -> Plan:
         """What the preset trains the recipe's task with."""
@@ -1404,10 +1427,8 @@ METAVARS = dict(ask=('CLIP', 'QUESTION'), question=('FRAME', 'QUESTION'), stream
 TOGETHER = dict(question=['stream'], seeds=['compare'], rows=['compare', 'bench'])      # wants one of these
 READS = dict(ask='grid out', stream='grid out question theta', find='grid out data seed',      # and no other
              eval='data grid device batch dtype')
-APART = [('resume', 'out', 'goes on in its own folder'), ('bench', 'compile', 'times models as they are'),
-         ('compare', 'init_from', 'begins by itself'), ('bench', 'coarse', 'times whole clips'),
-         ('compare', 'resume', 'goes on by itself'), ('bench', 'resume', 'times new models'),
-         ('rows', 'compare', 'recipe', 'says which rows')]     # given together, the last flag is refused
+REFUSES = dict(bench='coarse compile init_from lr out resume steps theta', resume='out',
+               compare='init_from resume')
 
 
 def model_flags() -> dict:
@@ -1450,7 +1471,7 @@ def parse(argv) -> Settings:
     if s.resume:
         saved = settings_of(Path(s.resume))
         fixed = {name: given[name] for name in ('recipe', 'preset', 'seed', 'init_from') if name in given}
-        must_agree(Path(s.resume), saved.flags(), {**fixed, **model})
+        must_agree(Path(s.resume), {**PRESETS.get(saved.preset, {}), **saved.flags()}, {**fixed, **model})
         s = replace(saved, **given)
     check_flags(s, {*given})
     return s
@@ -1479,22 +1500,22 @@ def check_flags(s: Settings, given: set):
     row = RECIPES[s.recipe]
     if s.coarse and (row.task is Frames or not (row.share or s.steps)):
         raise ValueError(f'--coarse would do nothing with --recipe {s.recipe}: single frames, or no steps')
-    if not 0 < s.theta < 1 or 'lr' in given and s.lr == 0:
-        raise ValueError(f'--theta must be between 0 and 1, --lr above 0, got {s.theta} and {s.lr}')
+    check(0 < s.theta < 1, f'--theta must be between 0 and 1, got {s.theta}')
+    check('lr' not in given or s.lr > 0, 'wanted --lr above 0, got 0')
     if s.question and not s.question[0].isdecimal():
         raise ValueError(f'--question wants the number of a frame first, got {s.question[0]!r}')
-    check(not row.blind or s.batch != 1, '--recipe blind shows another clip; wanted --batch 2 or more')
     for name in [name for name in TOGETHER if name in given and not given & {*TOGETHER[name]}]:
         raise ValueError(f'{dashed(name)} goes with {" or ".join(map(dashed, TOGETHER[name]))}')
-    for job in given & {*READS}:
-        if idle := (given | {*s.model}) - {job, *READS[job].split()}:
-            raise ValueError(f'--{job} takes no {", ".join(map(dashed, sorted(idle)))}')
-    check('theta' not in given or s.stream or s.rows or row.task is Streams, f'--theta would do nothing with '
-          f'--recipe {s.recipe}: it is no stream')
+    refused = {job: (given | {*s.model}) - {job, *reads.split()} for job, reads in READS.items()}
+    refused.update((job, given & {*flags.split()}) for job, flags in REFUSES.items())
+    for job in [job for job in refused if job in given and refused[job]]:
+        raise ValueError(f'--{job} takes no {", ".join(map(dashed, sorted(refused[job])))}')
+    check(not {'rows', 'compare', 'recipe'} <= given, '--rows says which rows; leave --recipe away')
+    check(not {'find', 'data', 'seed'} <= given, '--seed would do nothing: it is of the synthetic world')
+    check('theta' not in given or s.stream or 'stream' in s.rows or row.task is Streams, '--theta would do '
+          'nothing: no stream is asked for')
     check('grid' not in given or s.data != 'shapes' or s.ask or s.stream, '--grid is of clips of your own; '
           'name them with --data')
-    for name, *_, other, why in [rule for rule in APART if {*rule[:-1]} <= given]:
-        raise ValueError(f'{dashed(name)} {why}; leave {dashed(other)} away')
     check(not s.init_from or row.begins or s.resume, f'--recipe {s.recipe} begins from scratch; leave '
           '--init-from away, or name a row that begins with another, such as mod-all')
 
@@ -1532,7 +1553,7 @@ def set_up(s: Settings):
         if not distributed.is_initialized():
             distributed.init_process_group('nccl' if cuda else 'gloo')
         if RANK:
-            sys.stdout = sys.stderr = open(os.devnull, 'w')
+            sys.stdout = open(os.devnull, 'w')         # errors of any process are printed
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
@@ -1580,7 +1601,7 @@ def run_ask(s: Settings):
     others = [f'{vocab[i]} {chances[0, i].item():.1%}' for i in best if i != answer[0]]
     print(f'{title}\ninstead of {said.split()[0]}: ' + ', '.join(others[:3]))
     path = run / f'ask-{Path(s.ask[0]).stem[:60]}'
-    draw_clip(model, video, ids[None], path, title[:200])      # a picture is as wide as its title
+    draw_clip(model, video, ids[None], path, title)
     print(f'what was looked at: {path}.png, {path}.gif')
 
 
@@ -1625,8 +1646,8 @@ def run_eval(s: Settings):
         raise ValueError(f'{run} was trained on {saved.data}, it has other words; name clips with --data')
     result = dict(run=str(run), data=s.data, torch=torch.__version__, **scores_of(task, model))
     task.print_table(result)
-    write(run / f'eval-{Path(s.data).name}.json', result)
-    print(f'\nwritten: {run}/eval-{Path(s.data).name}.json')
+    write(run / f'eval-{s.name_of_data()}.json', result)
+    print(f'\nwritten: {run}/eval-{s.name_of_data()}.json')
 
 
 JOBS = dict(ask=run_ask, stream=run_stream, find=run_find, eval=run_eval, bench=run_bench,
@@ -1656,9 +1677,11 @@ def main(argv=None, began: float = None) -> int:
     except (ValueError, OSError) as error:
         message = error
     except KeyboardInterrupt as stop:
-        again = as_typed(['python', 'train_tiny.py', *map(str, stop.args or argv)])
+        python = ['torchrun', f'--nproc-per-node={WORLD}'] if WORLD > 1 else ['python']
+        again = as_typed([*python, 'train_tiny.py', *map(str, stop.args or argv)])
         status, message = 130, f'stopped; go on with: {again}'
-    print(f'train_tiny: {message}', file=sys.stderr)
+    if not RANK or status == 2:                                # another process has no folder to go on with
+        print(f'train_tiny: {message}', file=sys.stderr)
     return status
 
 

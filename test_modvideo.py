@@ -24,6 +24,7 @@ import typing
 from collections import Counter
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -221,7 +222,7 @@ def test_generate_equals_greedy_decoding_without_a_cache(way):
         best = model(video[b:b + 1], ids, asked=torch.tensor([[n]]))[0][0, 0, n - 1:-1].argmax(-1)
         ended = (best <= mv.EOS).cumsum(0) > (best <= mv.EOS).long()           # after the first end mark
         assert torch.equal(made[b, q], best.masked_fill(ended, 0))
-    assert len(made.unique()) >= 3
+    assert len(made.unique()) >= 3 and not model.generate(video, 0 * text, 2).any()
     word = int(made[0, 0, 0])                                  # where it is the end mark, nothing follows it
     model.head.weight.data[[mv.EOS, word]] = model.head.weight.data[[word, mv.EOS]]
     assert model.generate(video, text, 4)[0, 0].tolist() == [mv.EOS, 0, 0, 0]
@@ -260,7 +261,7 @@ def test_the_contract_of_every_way(way):
     for layer in model.blocks:
         layer.register_forward_hook(lambda _, args, out: dtypes.update([args[0].dtype, out.dtype]))
     with torch.autocast('cpu', torch.bfloat16):
-        model(video, text)
+        assert model(video, text)[0].dtype == torch.float32
         model.generate(video, text, 2)
     assert dtypes == {torch.float32}, 'the residual stream'
     picture, facts = model.reducer.picture(reduced), model.reducer.facts(reduced.info)
@@ -268,6 +269,7 @@ def test_the_contract_of_every_way(way):
     assert all(math.isfinite(number) for number in facts.values())
     with pytest.raises(ValueError, match='not finite'):
         model(video * float('nan'), text)
+    assert model(video, text, torch.full_like(text, -1))[1].isfinite()
     logits, loss, aux = model.train()(video, text, text)
     wanted = F.cross_entropy(logits.flatten(0, 2), text.flatten())
     close(loss, wanted + aux['reduced'].loss + aux['routing_loss'])
@@ -651,7 +653,9 @@ def test_stream_equals_the_whole(placement, routing, window, B):
     questions = [asked if t in (1, 4) else None for t in range(6)]
     theta = play(model, video, prompt, questions)[0].median().item()
     silence, ids, after, moments = play(model, video, prompt, questions, theta)
-    logits = decided(model, video, ids, after=after)[0]
+    logits, _, aux = decided(model, video, ids, after=after)
+    last = torch.arange(15, 96, 16)                                      # of each frame: it decides
+    assert routing == 'skip' or all(torch.isin(last, r.index[0]).all() for r in aux['routes'].values())
     close(logits[:, :6].softmax(-1)[..., mv.EOS], silence)
     assert B == 1 or (silence < theta).any() and (silence >= theta).any()
     best = logits.argmax(-1)                                             # (B, 6 + L)
@@ -708,6 +712,7 @@ def test_a_stream_never_looks_ahead(training):
     changed = decided(model, other, other_words(text, 4), after=after)[0]
     close(logits[:, [0, 1, 4, 5, 6, 7]], changed[:, [0, 1, 4, 5, 6, 7]], 1e-6)
     assert (logits[:, 2] - changed[:, 2]).abs().max() > 1e-3
+    close(model(video, text)[0], model(video, text, after=torch.full((2, 6), 3))[0], 0)
     position = aux['position'][0]                              # each word moves all after it by one
     assert position[15:64:16].tolist() == [16, 34, 51, 68]
     assert position[64:].tolist() == [0, 17, 18, 35, 52, 69]
@@ -774,6 +779,7 @@ def test_gaps_take_tokens_away_in_training_alone():
     made = [reducer(x) for _ in range(200)]
     sizes, counts = [one.tokens.size(1) for one in made], Counter(map(kind, made))
     assert min(sizes) >= 0.2 * 96 / 2.3 and sum(sizes) / 200 < 75
+    assert 0.3 < sum(n < 0.2 ** 0.5 * 96 for n in sizes) / sum(n < 96 for n in sizes) < 0.7
     assert len(counts) == 5 and min(counts.values()) > 20 and counts['whole'] < 60, counts
     for one in made:
         if one.reduction is None:
@@ -812,6 +818,12 @@ def test_baselines_keep_to_the_budget():
     model, (video, text) = make('none', reducer='prune', budget=20), sample()
     looked = model.encoder(video, None, True).info['saliency'].view(2, -1)
     assert torch.equal(model.encode_video(video).position, looked.topk(20).indices.sort(1).values)
+    assert make('none', reducer='tome').encode_video(video).tokens.size(1) == 16         # a quarter
+    assert mv.pool(torch.randn(1, 8, 16, 4), 16).reduction.position[0, 4] == 32   # finer in time
+    for name, cls in mv.REDUCERS.items():
+        if cls.untrained and cls.leaving:                                      # half of 64 tokens, about
+            few = make(reducer=name, **cls.leaving(0.5, 4, 16)).encode_video(video)
+            assert 28 <= few.tokens.size(1) <= 34, name
     position = make('none', reducer='uniform', budget=33).encode_video(video).position
     assert (position // 16).tolist() == [[1] * 16 + [3] * 16] * 2
 
@@ -911,7 +923,7 @@ def test_holitom_inner_equals_its_authors_choice_and_is_a_true_mean():
         h, (start, n, ratio) = g['hidden_in'], g['start_len_r'].tolist()
         place = torch.arange(h.size(1)).expand(h.shape[:2])
         vision = (place >= start) & (place < start + n)
-        reduction = mv.holitom_inner(h, g['attn'][:, :, -1].mean(1), vision, ratio)
+        reduction = mv.holitom_inner(h, g['attn'][:, :, -1].mean(1), vision, ratio, rows=5)
         assert torch.equal(reduction.position[0], g['keep'])
         home = reduction.position[0][reduction.assign[0]]                      # (S,) where each went
         assert torch.equal(home[g['non_topk']], g['topk'][g['target'][0]])
@@ -929,6 +941,8 @@ def test_decisions_are_float32_under_autocast():
         with mv.exact():
             assert matmul.fp32_precision == 'ieee'
         assert matmul.fp32_precision == way
+    with torch.no_grad(), mv.exact(grad=True):
+        assert not torch.is_grad_enabled()
     x = torch.randn(3, 1, 64, 32).repeat(1, 6, 1, 1)           # half of it stands still, two clips have a cut
     x[::2, 3:] = torch.randn(3, 1, 64, 32)[::2]
     x[:, :, 32:] += torch.randn(3, 6, 32, 32)
@@ -937,7 +951,7 @@ def test_decisions_are_float32_under_autocast():
     quantizer, noise = mv.VectorQuantizer(200, 32).eval(), torch.randn(20, 60, 16)
     for decide in (lambda: router(flat, 6, 0.25), lambda: router(flat, torch.arange(384) // 64, 0.25),
                    lambda: mv.bipartite_soft_matching(flat, 90), lambda: mv.kmeans(flat, 60),
-                   lambda: mv.holitom(x, saliency, 0.4), lambda: mv.dpc_knn(flat, 60),
+                   lambda: mv.holitom(x + 1, saliency, 0.4), lambda: mv.dpc_knn(flat, 60),
                    lambda: mv.holitom_inner(flat, saliency.flatten(1), vision),
                    lambda: mv.merge_duplicates(flat.softmax(-1)), lambda: mv.select_k(noise, 4, 32),
                    lambda: quantizer(flat[0])[:2],
@@ -988,13 +1002,22 @@ def test_every_pixel_is_seen(patch):
 
 
 def test_saliency_is_the_attention_received():
-    """Catches attention given in place of received, an encoder that saliency changes, its gradient."""
-    encoder, (video, _) = make(encoder_layers=1).encoder, sample()
-    made, plain, block = encoder(video, want_saliency=True), encoder(video), encoder.blocks[0]
+    """Catches attention given in place of received, an encoder that saliency changes, its gradient; a stage
+    that keeps what is looked at the least, by another layer or word."""
+    encoder, (video, text) = make().encoder, sample(Q=1)
+    made, plain, (first, block) = encoder(video, want_saliency=True), encoder(video), encoder.blocks
     assert torch.equal(made.tokens, plain.tokens) and not plain.info
     assert not made.info['saliency'].requires_grad
-    looks = block.attention.weights(block.norm1(encoder.embed(video) + encoder.place))
-    close(made.info['saliency'], looks.mean((1, 2)))
+    x = encoder.embed(video) + encoder.place
+    assert 0.5 < encoder.embed(video).std() < 2
+    close(made.info['saliency'], block.attention.weights(block.norm1(x + first(x))).mean((1, 2)))
+    for stage in ('drop', 'holitom'):                          # the last word's attention, a layer before
+        model = make('none', stage=stage, stage_layer=2)
+        x = torch.cat([model.encode_video(video, None, text[:, 0]).tokens, model.embed(text[:, 0])], 1)
+        x, block = model.blocks[0](x, None, torch.arange(69)), model.blocks[1].block
+        looks = block.attention.weights(block.norm1(x), torch.arange(69))[:, :, -1, :64].mean(1)
+        stays = model(video, text)[2]['stage'].position
+        assert torch.equal(stays, looks.topk(32).indices.sort(1).values)
 
 
 def test_kmeans_equals_vqtokens_code_and_finds_what_brute_force_finds():
@@ -1045,6 +1068,7 @@ def test_the_number_of_clusters_is_found_by_the_mean_silhouette():
     count, centers, assign = mv.select_k(x, 2, 32)
     assert ((count - wanted).abs() <= 1).float().mean() >= 0.9
     k = int(count[0])
+    assert mv.select_k(x[:1], 2, k)[0] == k
     fit = mv.kmeans(x[:1], k, init=mv.spread_centers(x[:1], 32)[:, :k], metric='cosine')
     assert torch.equal(assign[0], fit[1][0])
     close(centers[0, :k], fit[0][0])
@@ -1111,6 +1135,10 @@ def test_codes_start_at_clusters_and_dead_ones_revive():
     copy.load_state_dict(vq.state_dict())
     assert copy.calls == vq.calls > 30 and torch.equal(copy(x)[1], vq(x)[1])
     assert copy.half().codebook.dtype == torch.float32                         # codes stay float32
+    vq.cluster_size[3:] = 0
+    for bad in (torch.full((9, 4), math.nan), x.index_fill(0, torch.arange(9), math.nan)):
+        vq(bad)
+        assert vq.codebook.isfinite().all()
     with torch.device('meta'):
         empty = mv.VectorQuantizer(8, 4)
     empty.to_empty(device='cpu').load_state_dict(vq.state_dict())
@@ -1148,7 +1176,7 @@ def test_vqtoken_at_its_edges():
             n, alone = int(made.mask[b].sum()), vq(x[b:b + 1])
             close(tokens[b, :n], alone.tokens[0, :n])
             assert torch.equal(alone.reduction.assign[0], made.assign[b])
-    assert {vq(torch.randn(2, T, 16, 32)).tokens.shape for T in (1, 2, 11)} == {(2, 6, 32)}
+    assert {vq(clip).tokens.shape for clip in (x[2:], x[:1], x[:1, :1])} == {(1, 6, 32)}
     assert mv.VQToken(32, codes=500)(x).tokens.shape == (3, 80, 32)
     # Other ids for the same clusters are the same tokens in another order; shares of a cell sum to one.
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -1171,6 +1199,7 @@ def test_merging_of_duplicates_equals_bvllms_code_but_keeps_chains():
     for g, wanted in ((soft, soft['y']), (chain, torch.tensor([[37.0], [1000.0]]))):   # 37: of 1, 10 and 100
         step = mv.merge_duplicates(g['sel'][None])
         close(mv.reduce_tokens(g['x'].flatten(1)[None], step)[step.mask], wanted.flatten(1))
+    assert mv.FrameSelector(32).facts(dict(selector=torch.eye(4).expand(3, 4, 4))) == dict(frames=4)
 
 
 @pytest.mark.parametrize('budget', [1, 3, 7, 33, 64, 80, 99])
@@ -1182,6 +1211,8 @@ def test_the_budget_is_met_whatever_is_left(budget):
     tokens, position, *_, info = selector(x, None, words, known)
     assert tokens.shape == (6, min(budget, 80), 32) and tokens.isfinite().all() and (position < 80).all()
     assert (position.diff(dim=1) >= 0).all() and (position < 16).all()
+    likes = [selector.affinity(x[:, :1, 3], x[:, :, 0] + shared, torch.ones(1, 1), 5) for shared in (0, 9)]
+    close(*likes, 1e-4)
     assert mv.merge_duplicates(info['selector']).mask.sum() == 6
     nn.init.zeros_(selector.wish.weight)                           # nothing is wanted: all keep their places
     selector.sharpness.data[:] = 999.0
@@ -1228,7 +1259,13 @@ def test_gumbel_noise_in_training_alone_and_repeatable():
     edges = mv.chances(torch.tensor([24702298, 0, 2 ** 24]))         # the hash of the first one is all ones
     assert (-(-edges.log()).log()).isfinite().all()
     assert mv.FrameSelector(36, n_head=4).blocks[0].attention.n_head == 2      # as many as divide it
-    hard = picked(make(hard=True, **WAYS['bvllm']).eval())
+    model = make(hard=True, **WAYS['bvllm']).eval()
+    model(video, text, text)[1].backward()
+    assert model.reducer.sharpness.grad.all()
+    reduced = model(video, text)[2]['reduced']
+    hard, picture = reduced.info['selector'], model.reducer.picture(reduced)
+    assert torch.equal(picture.mask.sum(1), 16 * (hard.amax(1) > 0.5).sum(1))
+    assert (picture.position[:, 0] // 16 == (hard.amax(1) > 0.5).long().argmax(1)).all()
     close(hard, F.one_hot(hard.argmax(-1), 4).float(), 1e-6)
 
 
@@ -1382,6 +1419,7 @@ def test_contrastive_loss_and_embeddings():
     (similarity, loss), frames = model(video, text), mv.unit(model.see(model.encoder.summaries(video)))
     close(model.encode_text(text[1:2, :3]), model.encode_text(text[1:2]), 1e-6)
     close(similarity, model.encode_text(text) @ model.encode_video(video).T)
+    assert retriever(merge_cross=0.6).encoder.counts(4) != retriever().encoder.counts(4)
     with torch.autocast('cpu', torch.bfloat16):                             # what is alike is told in float32
         assert model(video, text)[0].dtype == torch.float32
     s = (10 * similarity).exp().double()
@@ -1446,19 +1484,20 @@ def test_optimizers_do_what_their_docstrings_say():
     held = [p for o in mv.configure_optimizer(model) for group in o.param_groups for p in group['params']]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))        # each once
     assert mv.num_params(model) == sum(p.numel() for p in held)
-    p, still = (nn.Parameter(torch.randn(6, 3)) for _ in range(2))
-    average, wanted, before = torch.zeros(6, 3), p.detach().clone(), still.detach().clone()
-    muon = mv.Muon([p, still], 0.1, momentum=0.9, weight_decay=0.5)
-    for g in torch.randn(2, 6, 3):
-        def closure():
-            p.grad = g.clone()
-            return 'loss'
-        assert muon.step(closure) == 'loss'
-        average = 0.9 * average + 0.1 * g
-        step = mv.orthogonalize((0.1 * g + 0.9 * average)[None])[0]
-        wanted = (1 - 0.1 * 0.5) * wanted - 0.1 * (6 / 3) ** 0.5 * step
-    close(p.detach(), wanted)
-    assert torch.equal(still, before)                                          # it has no gradient
+    for shape in ((6, 3), (3, 6)):
+        p, still = (nn.Parameter(torch.randn(shape)) for _ in range(2))
+        average, wanted, before = torch.zeros(shape), p.detach().clone(), still.detach().clone()
+        muon = mv.Muon([p, still], 0.1, momentum=0.9, weight_decay=0.5)
+        for g in torch.randn(2, *shape):
+            def closure():
+                p.grad = g.clone()
+                return 'loss'
+            assert muon.step(closure) == 'loss'
+            average = 0.9 * average + 0.1 * g
+            step = mv.orthogonalize((0.1 * g + 0.9 * average)[None])[0]
+            wanted = (1 - 0.1 * 0.5) * wanted - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * step
+        close(p.detach(), wanted)
+        assert torch.equal(still, before)                      # it has no gradient
     with pytest.raises(ValueError, match='Muon is for matrices, got .*3, 3'):
         mv.Muon([nn.Parameter(torch.randn(2, 4, 3, 3))])
 
@@ -1554,6 +1593,13 @@ def test_wrong_shapes_and_configurations_are_named():
         "got 'l1'": lambda: mv.kmeans(x[0], 2, metric='l1'),
         'select_frames must be at least 1': lambda: mv.FrameSelector(32, 2, select_frames=0),
         'no linear layer is named': lambda: mv.add_lora(model, 2, ['nowhere']),
+        'window is a number of frames': lambda: streamer(window=-1),
+        'wanted a mask': lambda: mv.mask_of(torch.ones(3, 3), torch.zeros(1, 2).long(), 4),
+        'is none; wanted at least 1': lambda: mv.tome(x[0], 0),
+        'another n_head': lambda: mv.init_from(make('all', n_head=4), model),
+        'another frame_size': lambda: mv.init_from(make('all', frame_size=32, patch_size=8), model),
+        'merge_lora first': lambda: mv.init_from(retriever(), retriever(lora_rank=2)),
+        'the rank is below 1': lambda: mv.add_lora(model, 0),
         'say grid=': lambda: mv.draw_tokens(video[0], mv.pack(torch.ones(1, 30, dtype=torch.bool))),
         'routing must be one of': lambda: make(routing='best'),
         'sizes must be at least 1, and a billion': lambda: make(n_layer=10 ** 6, dim=2, n_head=1),
@@ -1722,6 +1768,8 @@ def test_world_is_seeded_and_balanced_and_splits_share_nothing():
     world, generator = shapes.ShapeWorld(size=16), torch.Generator().manual_seed(0)
     a, b = world.batch('train', 3, 4), world.batch('train', 3, 4)
     assert all(torch.equal(x, y) for x, y in zip(a[:4], b))
+    quiet = dataclasses.replace(world, noise=0.0).batch('train', 3, 4)
+    assert 0.015 < (a.video - quiet.video).std() < 0.021
     assert not torch.equal(a.video, world.batch('train', 4, 4).video)
     axis, grounds = torch.arange(4) / 4, []
     for split in shapes.SPLITS:
@@ -1825,6 +1873,7 @@ def test_pixels_show_the_scene():
     scene = world.sample('test', 40, torch.Generator().manual_seed(2))
     video = world.draw(scene)
     assert video.shape == (40, 8, 3, 64, 64) and video.min() >= 0 and video.max() <= 1
+    outlines = set()
     for b, t in itertools.product(range(40), range(8)):
         when = {shapes.EVENTS[e]: int(at) for e, at in zip(scene.event[b], scene.time[b])}
         cells = scene.cell[b, int(t >= when.get('cut', 99))]
@@ -1833,12 +1882,18 @@ def test_pixels_show_the_scene():
         point[3, 0] -= world.radius                                     # of the ring the left edge
         colour = [*scene.colour[b, :, t], scene.flash[b]]
         there = [*(scene.start[b] <= t) & (t < scene.stop[b]), t == when.get('flash')]
+        is_shown = lambda o, x, y: (video[b, t, :, y, x] - shapes.PALETTE[colour[o]]).abs().max() < 0.01
         for o, (x, y) in enumerate((64 * point).int()):
-            shown = (video[b, t, :, y, x] - shapes.PALETTE[colour[o]]).abs().max() < 0.01
+            shown = is_shown(o, x, y)
+            edge = (64 * (point[o] + world.radius * torch.tensor([[.7, .7], [.7, -.7], [1, 0]]))).int()
+            if shown and o < 3 and edge.min() >= 0 and edge.max() < 64 and min(
+                    (point[o] - p).norm() for i, p in enumerate(point) if i != o) > 2.5 * world.radius:
+                outlines.add((int(scene.shape[b, o]), *(bool(is_shown(o, *place)) for place in edge)))
             apart = min((point[o] - point[p]).norm() for p in range(3) if p != o)
             assert shown == there[o] or apart <= 1.2 * world.radius, (b, t, o)     # something covers it
         change = (video[b, t] - video[b, t - 1]).abs()                  # the background, at a cut alone
         assert t == 0 or change[:, :2, :2].max() < 0.01 or t == when['cut'] and change.max() > 0.1
+    assert outlines == {(0, 0, 0, 0), (1, 1, 1, 0), (2, 1, 0, 0), (3, 0, 0, 1)}        # each has its own
     at = torch.arange(40)[:, None] % 8
     close(world.draw(scene, at=at)[:, 0], video[torch.arange(40), at[:, 0]])
 
@@ -1872,6 +1927,19 @@ def test_sentences_say_what_the_clips_show():
     assert not any(word in text for text in texts for word in ('moves', 'stays', 'then', 'cut', 'appears'))
     assert any('flash' in text for text in texts) and any(' and a ' in text for text in texts)
     assert all(not text or text.startswith('a ') for text in texts)
+    seed = shapes.seeded(0, 'train', 0, 'frames')
+    scene, at = world.sample('train', 300, seed), torch.randint(8, (300,), generator=seed).tolist()
+    for b, (text, t) in enumerate(zip(texts, at)):
+        happened = dict(zip(scene.event[b].tolist(), scene.time[b].tolist()))
+        cells = scene.cell[b, int(t >= happened.get(shapes.CUT, 99))]
+        for shape, *told in re.findall(r'(\w+)(?: (far|near))? (up|down)(?: (far|near))? (left|right)', text):
+            o = scene.shape[b].tolist().index(shapes.SHAPES.index(shape))
+            moved, side = (2 * t / 7 - 1) * shapes.STEPS[scene.direction[b, o]], divmod(int(cells[o]), 2)
+            for (off, way), ways, here, move in zip((told[:2], told[2:]), ('up down', 'left right'), side,
+                                                    moved.flip(0)):
+                out = move if here else -move                  # from the middle of the frame
+                assert way == ways.split()[here]
+                assert off == ('far' if out > 1 / 3 else 'near' if out < -1 / 3 else '')
 
 
 # ---- clip folders --------------------------------------------------------------------------------
@@ -1908,6 +1976,8 @@ def test_every_format_of_a_clip_gives_the_same_frames():
         assert np.array_equal(clips.read_clip(name).permute(0, 2, 3, 1), frames), name
     small = clips.read_clip('sheet.png', (2, 4), 5, 4)
     assert small.shape == (5, 3, 4, 4) and small.dtype == torch.uint8
+    middle = clips.fit(Image.fromarray(frames[0][:4]), 4)
+    assert np.array_equal(middle.permute(1, 2, 0), frames[0][:4, 2:6])
     for T, kept in ((1, 1), (7, 7), (8, 8), (600, 600), (1373, 1372)):         # 1373 is a prime
         video = torch.from_numpy(noise_frames(1, 12)).permute(0, 3, 1, 2).repeat(T, 1, 1, 1)
         video[T // 2:] = 255 - video[T // 2:]
@@ -2007,7 +2077,7 @@ def test_texts_are_read_as_they_stand():
             clips.check_texts(Path('clips'), pair)
     text = 'a\u2028b\x85c\u2029'
     lines = ['{"file":\r"y", "caption": "d"}\r', '', f'{{"file": "x", "caption": "{text}"}}']
-    Path('clips.jsonl').write_bytes('\n'.join(lines).encode())
+    Path('clips.jsonl').write_bytes('\n'.join(lines).encode('utf-8-sig'))
     y, x = clips.read_rows(Path())
     assert y['file'] == 'y' and x['qa'] == [['describe', text]]
 
@@ -2015,8 +2085,9 @@ def test_texts_are_read_as_they_stand():
 def test_clip_folder_batches(tmp_path, capsys):
     """Catches validation clips of the test split, augmented test clips, another clip's answers; frames that
     are augmented apart, so that a still clip moves; clips that are changed alike."""
-    write_folder(tmp_path, LEFT_OR_RIGHT)
+    write_folder(tmp_path, [dict(row, label=f'{i % 8 == 0}') for i, row in enumerate(LEFT_OR_RIGHT)])
     data = clips.ClipFolder(tmp_path, frames=4, size=16)
+    close(data.weight[:17], torch.tensor([1 / 14 if i % 8 else 1 / 3 for i in range(17)]))
     assert '20 clips, resampled to 4 frames of 16x16' in capsys.readouterr().out
     train, val, test = (set(data.members(s).tolist()) for s in ('train', 'val', 'test'))
     assert test == {18, 19} and val == {17} and not train & {17, 18, 19} and data.kinds == ['which way']
@@ -2028,24 +2099,28 @@ def test_clip_folder_batches(tmp_path, capsys):
         assert [data.vocab[w] for w in target[0] if w >= 0] == [['left', 'right'][i % 2], '<eos>']
     a, b = data.batch('train', 5, 8), data.batch('train', 5, 8)
     assert torch.equal(a.video, b.video) and a.video.min() >= 0 and a.video.max() <= 1
-    still = data.video[:3, :1].repeat(1, 4, 1, 1, 1)
+    still = data.video[:1, :1].repeat(3, 4, 1, 1, 1)
     made, again = (clips.augmented(still, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(made, again) and made.shape == still.shape and 0 <= made.min() < made.max() <= 1
     close(made, made[:, :1].expand_as(made), 1e-6)
-    assert (made[0] - made[1]).abs().max() > 0.1 and (made - still / 255).abs().mean() > 0.02
+    still[..., :8], still[..., 8:] = 200, 50                   # bright on the left, and so it stays
+    bright = clips.augmented(still, torch.Generator())
+    assert (bright[..., :4].mean((1, 2, 3, 4)) > bright[..., 12:].mean((1, 2, 3, 4))).all()
+    assert (made[0] - made[1]).abs().max() > 0.1 and (made - data.video[:1, :1] / 255).abs().mean() > 0.02
 
 
 def test_all_questions_about_a_clip_are_measured_once():
     """Catches a ninth question that nobody asks, one that counts twice where another clip has more; training
     that draws some of them twice and others half as often."""
     rows = [dict(row, split='test', qa=[[f'what is {i}', f'{i}'] for i in range(n)])
-            for row, n in zip(LEFT_OR_RIGHT, (2, 11, 9))]
+            for row, n in zip(LEFT_OR_RIGHT, (2, 12, 9))]
     write_folder(Path('clips'), [*rows, *LEFT_OR_RIGHT[3:7]])
     data = clips.ClipFolder('clips', frames=4, size=16)
     batch = data.batch('test', 0, 2)
     asked = [[data.vocab[i] for i in ids[targets > 1]] for ids, targets in zip(batch.text, batch.targets)]
-    assert asked == [[*map(str, [0, 1] * 5 + [0])]] + [[*map(str, range(11))]] and data.questions == 8
-    assert (batch.kind >= 0).sum(1).tolist() == [2, 11] and data.batch('test', 0, 1).text.size(1) == 2
+    assert asked == [[*map(str, [0, 1] * 6)], [*map(str, range(12))]] and data.questions == 8
+    assert data.kinds == ['question']                          # more than twelve are one kind
+    assert (batch.kind >= 0).sum(1).tolist() == [2, 12] and data.batch('test', 0, 1).text.size(1) == 2
     data.split[2] = shapes.SPLITS.index('train')
     data.weight = (torch.arange(len(data.split)) == 2).float()         # training draws this clip alone
     drawn = data.batch('train', 0, 400).targets.amax(-1)       # (400, 8) a word tells the question
@@ -2057,21 +2132,28 @@ def test_donkeycar_import(capsys):
     """Catches mirrored clips with the original's label, clips across a gap, unsorted catalogs."""
     run, lines = lambda words: donkeycar.main(words.split()), []
     Path('tub/images').mkdir(parents=True)
-    for i, angle in enumerate([0.0] * 16 + [-0.5] * 16 + [0.6] * 8 + [-0.6] * 8):
-        Image.new('RGB', (16, 12), (i, 0, 0)).save(f'tub/images/{i}.jpg')
-        when = 50 * 2 * i + 60000 * (i // 16)                                  # a pause every 16 frames
-        lines.append(json.dumps({'_timestamp_ms': when, 'cam/image_array': f'{i}.jpg', 'user/angle': angle}))
+    for i, angle in enumerate([0.0] * 16 + [-0.5] * 16 + [0.6] * 8 + [-0.6] * 8 + [0.0] * 8):
+        image = Image.new('RGB', (16, 12), (i, 0, 0))
+        image.paste((i, 0, 255), (0, 0, 8, 12))                                # blue on the left
+        image.save(f'tub/images/{i}.jpg')
+        when = 100 * i + 60000 * min(i // 16, 2)                               # two pauses
+        for later in (0, 50):                                                  # twice as fast as it is read
+            lines.append(json.dumps({'_timestamp_ms': when + later, 'cam/image_array': f'{i}.jpg',
+                                     'user/angle': angle, '_index': len(lines)}))
+    lines.append(json.dumps({**json.loads(lines[0]), '_timestamp_ms': 123490, '_index': 999}))
+    Path('tub/manifest.json').write_text('{"deleted_indexes": [999]}')
     for name, part in enumerate((lines[30:], lines[:30])):
         Path(f'tub/catalog_{name}.catalog').write_text('\n'.join(part))
-    assert run('tub out --test-from 0.6') == 0
+    assert run('tub out --test-from 0.53') == 0
     rows = clips.read_rows(Path('out'))
     assert [(r['label'], r['split']) for r in rows] == [
         ('straight', 'train'), ('straight', 'train'), ('left', 'train'), ('right', 'train'),
-        ('right-then-left', 'test'), ('left-then-right', 'test')]
-    first = clips.read_clip(Path('out', rows[4]['file']))
+        ('right-then-left', 'val'), ('left-then-right', 'val'), ('left', 'test'), ('right', 'test')]
+    first, mirrored = (clips.read_clip(Path('out', row['file'])) for row in rows[4:6])
+    assert min(first[:, 2, :, :32].float().mean(), mirrored[:, 2, :, 32:].float().mean()) > 200
     assert first.shape == (16, 3, 64, 64) and first[:, 0].float().mean((1, 2)).diff().gt(-2).all()
-    assert run('tub late --test-from 0.7') == 0
-    assert [r['split'] for r in clips.read_rows(Path('late'))] == ['train'] * 4 + ['val'] * 2
+    assert run('tub late --test-from 0.7') == 0                    # no test clip shares frames with another
+    assert {row['split'] for row in clips.read_rows(Path('late'))} == {'train'}
     for flags in ('--test-from 80', '--test-from nan', '--threshold -1'):
         assert run(f'tub odd {flags}') == 2 and not Path('odd').exists()
     assert run('tub out') == 2                                     # never over an existing folder
@@ -2179,13 +2261,15 @@ def pasted(printed):
 
 def test_coarse_clips_come_first(monkeypatch):
     """Catches coarse clips in every step or in none, held-out clips that are coarse, a base without them."""
-    drawn, draw = [], shapes.ShapeWorld.batch
+    drawn, draw, splits, evaluate = [], shapes.ShapeWorld.batch, [], train_tiny.Questions.evaluate
+    monkeypatch.setattr(train_tiny.Questions, 'evaluate', lambda task, model, split, *more, **how: (
+        splits.append(split) or evaluate(task, model, split, *more, **how)))
     monkeypatch.setattr(shapes.ShapeWorld, 'batch', lambda world, split, step, *more: drawn.append(
         (split, step, world.frames)) or draw(world, split, step, *more))
     go('--frames 8 --recipe dense --steps 5 --coarse 0.5 --out run')
     assert {(step, frames) for split, step, frames in drawn if split == 'train'} == {
         (0, 4), (1, 4), (2, 4), (3, 8), (4, 8)}
-    assert {frames for split, _, frames in drawn if split != 'train'} == {8}
+    assert {frames for split, _, frames in drawn if split != 'train'} == {8} and splits == ['val', 'test']
     monkeypatch.setitem(train_tiny.RUNS['tiny'], 'questions', Plan(4, 4, coarse=0.5, lr=0.02))
     for flags, steps, rate in (('dense', 2, 0.02), ('mod-all', 0, 0.02), ('dense --frames 6', 0, 0.02),
                                ('stream', 0, 0.01), ('mod --lr 0.5', 2, 0.5)):
@@ -2213,7 +2297,8 @@ def test_a_run_writes_everything(trained, streaming):
     assert Image.open(trained / 'tokens.gif').n_frames == 4
     assert clips.read_clip(trained / 'clip.webp').shape == (4, 3, 32, 32)
     rows = list(csv.DictReader(open(trained / 'log.csv')))
-    assert [int(r['step']) for r in rows] == list(range(1, 13)) and rows[-1]['val_accuracy'] != ''
+    assert [int(r['step']) for r in rows] == list(range(1, 13))
+    assert [r['step'] for r in rows if r['val_accuracy']] == ['10', '12']
 
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, monkeypatch):
@@ -2239,6 +2324,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, monkeypatch):
     assert same_weights(trained, run) and losses(trained) == losses(run)
     a, b = result_of(trained), result_of(run)
     assert all(a[k] == b[k] for k in ('accuracy', 'blind_accuracy', 'accuracy_by_type', 'steps', 'recipe'))
+    with monkeypatch.context() as patch:
+        in_step(patch, 1, press_ctrl_c)
+        assert called('--steps 15 --resume', run)[0] == 130 and not (run / 'result.json').exists()
     saved = torch.load(run / 'ckpt.pt', weights_only=True)
     adam = copy.deepcopy(saved['optimizers'])
     next(iter(adam[1]['state'].values()))['exp_avg'] = [1.0]
@@ -2276,7 +2364,7 @@ def test_a_run_is_written_by_one_process_and_whole(monkeypatch):
     for name in ('train_tiny.part1.log.csv', 'ckpt.pt.part1'):
         (run / name).write_text('cut')
     go('--steps 1 --out', run)
-    assert not (run / 'train_tiny.lock').exists() and result_of(run)['steps'] == 1
+    assert not [*run.glob('*.lock'), *run.glob('*part*')] and result_of(run)['steps'] == 1
     before = {path: path.read_bytes() for path in run.iterdir()}
     log = [dict.fromkeys(train_tiny.Run.COLUMNS, 1)]
     for write in (lambda: train_tiny.write(run / 'result.json', {}),
@@ -2301,11 +2389,12 @@ def train_together(name):
 def in_one_of_two(name):
     """What each of two processes does that train one model."""
     train_together(name)
-    vq, books = mv.VectorQuantizer(8, 4).train(), [torch.empty(8, 4) for _ in range(2)]
+    vq, books = mv.VectorQuantizer(8, 4, revive=4.0).train(), [torch.empty(8, 4) for _ in range(2)]
     for step in range(3):
         vq(torch.randn(20 + train_tiny.RANK, 4, generator=torch.Generator().manual_seed(train_tiny.RANK)))
-    torch.distributed.all_gather(books, vq.codebook)
-    assert torch.equal(*books) and vq.cluster_size.sum() > 38
+        for own in (vq.before, vq.codebook):                   # as the codes were placed, and as they became
+            torch.distributed.all_gather(books, own)
+            assert torch.equal(*books) and vq.cluster_size.sum() > 38
     stop, total = [True] * train_tiny.RANK, lambda model, _: (model.weight.sum(),) * 2     # Ctrl-C in one
     with redirect_stderr(open(os.devnull, 'w')):
         log = train_tiny.train(nn.Linear(2, 2), lambda step: None, total, 5, stop=stop)
@@ -2398,6 +2487,8 @@ def test_the_newest_model_of_a_kind_is_asked_and_watches(trained, streaming):
     model, another folder's trouble."""
     for i, run in enumerate((trained, streaming)):
         shutil.copytree(run, f'out/{i}')
+    shutil.copytree(trained, 'out/old')
+    os.utime('out/old/ckpt.pt', (0, 0))
     Path('out/broken').mkdir()
     Path('out/broken/ckpt.pt').write_text('hello')
     name = Path('電' * 80 + '.webp')                            # as long as a file's name may be
@@ -2409,9 +2500,11 @@ def test_the_newest_model_of_a_kind_is_asked_and_watches(trained, streaming):
     watch = ['--stream', ROCKET, '--question']
     out = go('--theta 0.9999', *watch, '2', 'what shape is red')
     assert re.findall(r'frame +(\d) of 4', out) == ['1', '2', '3', '4']
+    assert re.search('frame +1 .*%   [a-z]', out)
     assert re.findall(r'frame +(\d).* what shape is red\?', out) == ['2']
     strip = Image.open('out/1/stream-rocket_cut.png')
     assert strip.width > 500 and (np.asarray(strip.convert('L'))[-60:] < 100).any(), 'no words below'
+    assert not re.search('frame +1 .*%   [a-z]', go('--theta 1e-9', *watch[:2]))
     told = torch.full((1, 24), shapes.ID['triangle'])          # a model that has much to say
     model = types.SimpleNamespace(config=types.SimpleNamespace(vocab=shapes.VOCAB))
     model.stream = lambda frames, *_: (dict(silence=torch.zeros(1), said=told, answer=told) for _ in frames)
@@ -2428,6 +2521,8 @@ def test_bench_prints_ratios():
     for column in ('step_ms', 'memory_mb', 'first_ms', 'tokens_per_s', 'decoder_gflops'):
         assert '(1.00)' in cells[column, 'dense']
         assert re.search(r'\d \(\d+\.\d\d\)', cells[column, 'holitom']), column
+    x = torch.ones(2 ** 18, requires_grad=True)                                # 1 MB
+    assert train_tiny.step_memory_mb('cpu', lambda: (x * x).sum().backward()) == 1
     cells = table_rows(go('--bench --recipe stream'))                          # what skips leaves no keys
     assert float(cells['cache_kb', 'stream'].split()[0]) < float(cells['cache_kb', 'stream-dense'].split()[0])
 
@@ -2476,13 +2571,16 @@ def test_evaluation_by_hand():
     data.batch = lambda *_: batch
 
     def seer(video, text, targets, asked):                     # colours it sees, counts are always 4
+        sizes.append(len(video))
         words = F.pad(video.flatten(1).long(), (0, 2), value=4)
         logits = F.one_hot(words, 6)[:, :, None].expand(-1, -1, 2, -1).float()
         return logits, None, dict(reduced=mv.Reduced(None, info=dict(seen=video.flatten())))
 
+    sizes = []
     seer.reducer = types.SimpleNamespace(steady=True, facts=lambda info: dict(seen=info['seen'].tolist()))
     task = train_tiny.Questions(train_tiny.Settings(batch=3, device='cpu'), data)
     scores = task.evaluate(seer, 'test', 4)
+    assert {*sizes} == {2}                                     # 3 clips of 2 questions are 2 of 3
     assert scores['seen'] == [2, 2, 3, 3]                      # of all parts, of their own clips
     assert scores['accuracy_by_type'] == {'colour': 0.75, 'count': 0.25} and scores['accuracy'] == 0.5
     assert scores['balanced_accuracy_by_type'] == pytest.approx({'colour': (2 / 3 + 1) / 2, 'count': 0.5})
@@ -2499,6 +2597,7 @@ def test_recall_and_twins_by_hand():
     similarity = torch.tensor([[.9, .1, .2], [.8, .5, .1], [.3, .2, .1]])
     found, other, flat = map(train_tiny.recall, (similarity, similarity.T, torch.zeros(4, 4)))
     assert found['R@1'] == pytest.approx(100 / 3) and found['median rank'] == 2 and other['median rank'] == 1
+    assert train_tiny.recall(torch.tensor([[math.nan, .1], [.2, math.nan]]))['R@1'] == 0     # they come last
     assert flat['R@1'] == 25 and flat['R@5'] == 100 and flat['median rank'] == 2.5
     turned = torch.arange(32) % 2 == 0                                       # pair i is rows i and i + 32
 
@@ -2542,6 +2641,9 @@ def test_every_row_of_the_table_builds_and_costs_what_it_says():
     task, model = begun('--placement all --keep-ratio 0.25')
     cost = task.cost(model)
     assert cost['decoder_tokens'] == 64 and cost['vision_by_layer'] == [16, 16, 64]
+    assert cost['cache_kb'] == pytest.approx(8 * 64 * 96 / 1000) and cost['decoder_gflops'] < cost['gflops']
+    moves = lambda video: (video[1:] - video[:-1]).abs().mean((1, 2, 3)).median()
+    assert moves(task.liveliest()[0]) == max(map(moves, task.draw('test', 0, 8).video))
     paper = lambda n: 4 * n * 64 * 64 + 2 * n * n * 64 + 2 * n * 64 * 256      # the formula of merging papers
     assert cost['paper_share'] == pytest.approx((2 * paper(16) + paper(64)) / (3 * paper(64)), abs=1e-4)
     rows = lambda flags: train_tiny.rows_of(train_tiny.parse(['--preset', 'wide', *flags.split()]))
@@ -2552,22 +2654,25 @@ def test_every_row_of_the_table_builds_and_costs_what_it_says():
     assert {'blind', 'mod', 'gamma-all'} <= {*rows('--bench')} - {*asked}
 
 
-def test_gamma_recipe_converts_a_dense_run():
+def test_gamma_recipe_converts_a_dense_run(monkeypatch):
     """Catches a conversion from random weights, ranks that nothing reads, a resume that ranks anew."""
-    go('--n-layer 4 --steps 2 --recipe dense --out dense')
     flags = '--n-layer 4 --steps 2 --recipe gamma --placement rank:2 --keep-ratio 0.25 --init-from dense'
-    found = re.findall(r'(?m)^ +(\d) +(\d+\.\d) +\d+\.\d +(MoD|dense)$', go(f'{flags} --out gamma'))
-    ranks, model = [float(rank) for _, rank, _ in found], mv.load_checkpoint('gamma/ckpt.pt')[0]
-    converted = [int(i) for i, _, what in found if what == 'MoD']
-    assert converted == model.mod_layers and len(converted) == 2 and len(found) == 4 and 3 not in converted
-    assert max(ranks[i] for i in converted) <= min(ranks[i] for i in range(3) if i not in converted)
-    assert result_of('gamma')['vision_by_layer'] == [16 if i in converted else 64 for i in range(4)]
-    go('--steps 3 --resume gamma')
+    row = r'(?m)^ +(\d) +(\d+\.\d) +\d+\.\d +(MoD|dense)$'
+    table = lambda out: re.findall(row, go(f'{flags} --out {out}'))
+    ranks = torch.tensor([[3.0, 1.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0]])         # ARank, effective rank
+    go('--n-layer 4 --steps 2 --recipe dense --seed 1 --out dense')
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tiny, 'layer_ranks', lambda *_: ranks)
+        assert [what for *_, what in table('gamma')] == ['dense', 'MoD', 'MoD', 'dense']
+    model = mv.load_checkpoint('gamma/ckpt.pt')[0]
+    assert model.mod_layers == [1, 2] and result_of('gamma')['vision_by_layer'] == [64, 16, 16, 64]
+    close(*(weights_of(name)['embed.weight'] for name in ('gamma', 'dense')), 0.1)         # of another seed
+    assert 'ARank' not in go('--steps 3 --resume gamma')
     assert mv.load_checkpoint('gamma/ckpt.pt')[0].config == model.config and len(losses('gamma')) == 3
-    model = mv.load_checkpoint('dense/ckpt.pt')[0]
+    model, found = mv.load_checkpoint('dense/ckpt.pt')[0], table('again')
     model.reducer, model.config.reducer = mv.Gaps(64), 'gaps'                  # the same weights
     mv.save_checkpoint('dense/ckpt.pt', model)
-    assert found == re.findall(r'(?m)^ +(\d) +(\d+\.\d) +\d+\.\d +(MoD|dense)$', go(f'{flags} --out again'))
+    assert len(found) == 4 and found == table('more')
 
 
 def test_a_row_first_trains_what_it_begins_with():
@@ -2612,6 +2717,7 @@ def test_retrieval_trains_is_found_and_is_refused_elsewhere():
     full, both, base = map(result_of, ('full', 'run', 'run-frames'))
     (task, lora), (other, merging) = map(begun, ('--recipe lora', '--recipe retrieval'))
     assert both['learns'] < 0.05 * both['parameters'] and full['learns'] == full['parameters']
+    assert task.s.rate() == 0.03                               # of LoRA
     assert both['gflops'] < task.cost(lora)['gflops'] and base['steps'] == 4
     assert full['vision_by_layer'][-1] > 1.5 * other.cost(merging)['vision_by_layer'][-1]
     for name, p in lora.named_parameters():
@@ -2622,8 +2728,10 @@ def test_retrieval_trains_is_found_and_is_refused_elsewhere():
     close(plain.encode_video(video), lora.encode_video(video))
     began, frozen, learned = (weights_of(name)['embed.weight'] for name in ('run-frames', 'run', 'full'))
     assert torch.equal(began, frozen) and not torch.equal(began, learned)
-    found = re.findall(r'(?m)^ +(-?\d\.\d{3}) ', go('--out run --find', 'a red circle moves left'))
+    find = lambda flags: re.findall(r'(?m)^ +(-?\d\.\d{3}) ', go(flags, '--find', 'a red circle moves left'))
+    found = find('--out run')
     ranks = [float(number) for number in found]
+    assert found != find('--out run --seed 5')                 # other clips
     assert len(ranks) == 5 and ranks == sorted(ranks, reverse=True)
     assert Image.open('run/find.png').width > 200 and Path('run/tokens.png').exists()
     natural = ROOT / 'data/natural'
@@ -2748,6 +2856,13 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, monkeypatch):
         Path(name).mkdir()                                     # as if of a killed run
         Path(name, name).write_text('mine')
         refused('exists; name another folder', f'--out {name}')
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tiny, 'WORLD', 2)
+        for flags in ('--compare', '--bench', '--recipe gaps', '--recipe frames', '--eval run', '--batch 1'):
+            refused('needs one process with these flags', flags)
+    full = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 MiB.')
+    monkeypatch.setattr(train_tiny, 'set_up', mock.Mock(side_effect=full))
+    refused('there is not enough memory', '')
 
 
 def whole_precision(batch):
@@ -2767,7 +2882,13 @@ def test_clip_folders_train(monkeypatch):
     assert f'describe? {story} ' in go('--out long --ask clips/0.png describe')
     write_folder(Path('clips'), LEFT_OR_RIGHT)
     monkeypatch.setattr(train_tiny.ClipFolder, 'batch', whole_precision(train_tiny.ClipFolder.batch))
-    go('--steps 2 --recipe dense --deterministic --dtype bfloat16 --data clips --out run')
+    loss, cast = train_tiny.Questions.loss, []
+    monkeypatch.setattr(train_tiny.Questions, 'loss', lambda *args: (
+        cast.append(torch.is_autocast_enabled('cpu')) or loss(*args)))
+    monkeypatch.setattr(torch, 'compile', lambda model: cast.append('compiled') or model)
+    go('--steps 2 --recipe dense --deterministic --dtype bfloat16 --compile --data clips --out run')
+    assert cast == ['compiled', True, True] and torch.are_deterministic_algorithms_enabled()
+    assert torch.get_float32_matmul_precision() == 'highest'
     result = result_of('run')
     assert list(result['accuracy_by_type']) == ['which way'] and result['placement'] == 'none'
     assert result['vision_tokens'] == 8 * 16                   # twice the preset's frames, not all 16
@@ -2775,6 +2896,7 @@ def test_clip_folders_train(monkeypatch):
     go('--steps 2 --resume merged')
     before, rows = Path('run/ckpt.pt').read_bytes(), [dict(row, split='test') for row in LEFT_OR_RIGHT[:6]]
     rows[1]['qa'] = rows[1]['qa'] * 9
+    monkeypatch.setattr(train_tiny, 'EVAL_CLIPS', 2)           # of the synthetic world; of one's own all
     write_folder(Path('clips'), rows)                          # nothing to train on
     go('--eval run --data clips')
     found = result_of('run', 'eval-clips.json')
@@ -2797,6 +2919,8 @@ def test_comparison_trains_what_is_missing_and_says_how(compared, monkeypatch):
         assert row['std'] == pytest.approx(abs(runs[0]['accuracy'] - runs[1]['accuracy']) / 2 ** 0.5)
         assert runs[0]['steps'] == {'dense': 5, 'gaps': 5, 'mod-all': 1}[name]
         assert all(row[key] > 0 for key in ('step_ms', 'first_ms', 'tokens_per_s', 'memory_mb'))
+        first, few = row['vision_by_layer'][0], sum(n < 64 for n in row['vision_by_layer'])
+        assert (row['token_share'], row['converted'], row['learning']) == (first / 64, few / 3, 1)
     assert Image.open('compare/results.png').width == 720 and Path('compare/mod-all.png').exists()
     before = {path: path.stat().st_mtime_ns for path in Path('compare').glob('seed*/*/ckpt.pt')}
     monkeypatch.setattr(train_tiny, 'SHARES', (0.5, 0.25))

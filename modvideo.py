@@ -1184,7 +1184,8 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int 
 
     x (B, N, C), num_clusters int or (B,), mask (B, N): who takes part -> centers (B, K), ascending, N at
     padding; assign (B, N): the nearest centre's place in the list, -1 outside the mask. density =
-    exp(-mean squared distance to the k nearest that take part, itself included). most: K, if it is known.
+    exp(-mean squared distance to the k nearest that take part, itself included); of equal ones the earlier is
+    the denser (HoliTom's code: neither). most: K, if it is known.
     """
     B, N, C = x.shape
     mask = torch.ones(B, N, dtype=torch.bool, device=x.device) if mask is None else mask
@@ -1240,7 +1241,7 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
 
     x (B, T, P, C), saliency (B, T, P): attention that each token receives. Of the tokens that merging over
     time leaves, as many stay as make up retain_ratio of all T * P. tau, max_len: as in temporal_segments;
-    beta: as in merge_static; k: as in dpc_knn.
+    beta: as in merge_static; k: as in dpc_knn (the authors' code: no more than there are peaks).
     """
     (B, T, P, _), u = x.shape, unit(x)
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
@@ -1483,7 +1484,8 @@ class VQToken(Reducer):
 
     VQ-Attention takes queries and keys from the codes, values from an MLP over the map of a code. The paper
     flattens the map of ids, whose order is arbitrary. Here a code's map is its share of every cell of a grid
-    of time and space, so ids do not matter, and a clip of any length has K tokens.
+    of time and space, so ids do not matter, and a clip of any length has K tokens. Here the result is added
+    to the codes, which the paper replaces with it, and adaptive K begins at 4, the paper's at 12.
     """
     untrained = False
 
@@ -1628,8 +1630,8 @@ class LearnedCodes(Reducer):
 REDUCERS.update(vqtoken=VQToken, vq=LearnedCodes)
 
 # ---- 11. B-VLLM --------------------------------------------------------------------------------------------
-# Of many frames a question needs few (Lu et al., arXiv 2412.09919): learned queries read the question and the
-# mean of each frame, mix the frames that matter, drop mixtures that repeat each other, and sample tokens from
+# Of many frames a question needs few (Lu et al., arXiv 2412.09919): learned queries read the question, mix
+# the frames whose mean resembles what they want, drop mixtures that repeat each other, and sample tokens from
 # each, as many as a budget says. It looks at the whole clip: for offline use only.
 # needs sections 1, 2, 4, 5, 7
 
@@ -1649,9 +1651,10 @@ def merge_duplicates(selector: Tensor, threshold: float = 0.75) -> Reduction:
 class FrameSelector(Budgeted):
     """B-VLLM: a clip and a question -> `budget` tokens of the frames that matter, neither more nor fewer.
 
-    Two departures from the paper. Each query leans towards a place of its own in time or in a frame, as new
-    queries are alike, and alike ones become one; the question outweighs that. And each frame is asked for
-    as many tokens as the budget leaves it, means of patches, where the paper merges what is too many.
+    Smaller than the paper's two Q-Formers: queries read the question, not each other nor the frames; a cosine
+    takes the place of q·k. Each leans towards a place of its own in time or in a frame, as new queries are
+    alike, and alike ones become one; the question outweighs that. Each frame is asked for as many tokens as
+    the budget leaves it, means of patches, where the paper merges what is too many. No noise in evaluation.
     """
     by_question, untrained, in_place = True, False, False
 
@@ -1758,7 +1761,7 @@ class MergeStep(NamedTuple):
     tokens: int     # of each clip in attention
 
 
-def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.04, cross: float = 0.3,
+def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.041, cross: float = 0.3,
                    intra: float = 0.1) -> list:
     """A MergeStep for each layer, for any number of frames (TempMe, section 3; its shares are defaults).
 

@@ -920,7 +920,7 @@ def test_holitom_equals_its_authors_code(monkeypatch):
 def test_holitom_inner_equals_its_authors_choice_and_is_a_true_mean():
     """Catches dropped tokens joined to dropped ones, and the released halving in place of a mean."""
     for g in golden('holitom', 'inner/').values():
-        h, (start, n, ratio) = g['hidden_in'], g['start_len_r'].tolist()
+        h, (start, n, ratio) = g['hidden_in'].clone(), g['start_len_r'].tolist()
         place = torch.arange(h.size(1)).expand(h.shape[:2])
         vision = (place >= start) & (place < start + n)
         reduction = mv.holitom_inner(h, g['attn'][:, :, -1].mean(1), vision, ratio, rows=5)
@@ -928,6 +928,9 @@ def test_holitom_inner_equals_its_authors_choice_and_is_a_true_mean():
         home = reduction.position[0][reduction.assign[0]]                      # (S,) where each went
         assert torch.equal(home[g['non_topk']], g['topk'][g['target'][0]])
         close(mv.reduce_tokens(h, reduction)[0], members_mean(h[0], reduction.assign[0]))
+        for j in g['non_topk'].tolist():                       # the released rule, in place of the mean
+            h[0, home[j]] = (h[0, home[j]] + h[0, j]) / 2
+        close(h[:, g['keep']], g['hidden'])
     few = mv.holitom_inner(torch.randn(1, 4, 8), torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool))
     assert few.position.shape == (1, 2)                                        # no word beside vision
 
@@ -2537,10 +2540,10 @@ def test_scores_of_streams_by_hand():
     logits = F.one_hot(torch.tensor([[1, 3, 0, 7, 1, 5, 1], [1, 6, 0, 0, 0, 0, 0]]), 8).float() * 20
     scores = train_tiny.turn_scores(logits, wanted, after, 2, 0.5)
     assert abs(scores['lm_correctness'] - (1 / 3 + 1) / 2) < 1e-6              # the second word is wrong
-    assert scores['accuracy'] == 0.5 and abs(scores['fluency'] - (2 + 2 + 1) / (6 + 2)) < 1e-6
-    assert abs(scores['nll'] - 20 / 5) < 1e-3
+    assert scores['accuracy'] == 0.5 and abs(scores['fluency'] - (2 / 4 + 1) / 2) < 1e-6
+    assert abs(scores['lm_ppl'] / ((math.exp(20 / 3) + 1) / 2) - 1) < 1e-3
     quiet = train_tiny.turn_scores(logits * 0, wanted, after, 2, 0.1)       # P(silence) 1/8: silent
-    assert quiet['fluency'] == 3 / 8
+    assert quiet['fluency'] == 1 / 8
     spoke = torch.tensor([[0, 1, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()
     should = torch.tensor([[0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 0]]).bool()
     scores = train_tiny.timing_scores(spoke, should)
@@ -2976,12 +2979,13 @@ def test_a_comparison_goes_on_where_it_stopped(compared, monkeypatch):
 
 EDGES = {     # row: key: as good as the paper, and not; next to what its base has
     'mod-all-deep': dict(step_ms=(58, 59), memory_mb=(70, 71), accuracy=(.8951, .8949)),
-    'gamma': dict(step_ms=(69, 70), first_ms=(65, 66), accuracy=(.8851, .8849), converted=(.875, .87)),
+    'gamma': dict(step_ms=(69, 70), first_ms=(65, 66), accuracy=(.8866, .8864), converted=(.875, .87)),
     'holitom-inner': dict(paper_share=(.069, .07), accuracy=(.892, .8915), first_ms=(43, 44),
                           tokens_per_s=(13.3, 13.1)),
-    'vqtoken': dict(token_share=(.0007, .00071), accuracy=(.8935, .8933)), 'bvllm': dict(moment=(.91, .89)),
-    'lora-merging': dict(tokens=(50, 51), gflops=(.49, .5), r_sum=(418, 417), learning=(.01, .011)),
-    'retrieval': dict(r_sum=(432, 431), encode_ms=(1.0, 1.01), step_ms=(100, 101), memory_mb=(75, 76))}
+    'vqtoken': dict(token_share=(.0007, .00071), accuracy=(.8935, .8933)), 'bvllm': dict(accuracy=(.91, .89)),
+    'lora-merging': dict(tokens=(50, 51), gflops=(.49, .5), r_sum=(418, 417), learning=(.0033, .0034),
+                         encode_ms=(1.0, 1.01)),
+    'retrieval': dict(r_sum=(432, 431), step_ms=(100, 101), memory_mb=(75, 76))}
 
 
 def test_claims_compare_with_the_papers():
@@ -2989,7 +2993,7 @@ def test_claims_compare_with_the_papers():
     base = dict(step_ms=100, memory_mb=100, first_ms=100, tokens_per_s=10)
     found = dict(tokens=1000, gflops=1, r_sum=400, encode_ms=1.8, step_ms=157, memory_mb=100)
     rows = dict({name: {key: good for key, (good, _) in keys.items()} for name, keys in EDGES.items()},
-                dense=base, gaps=dict(accuracy=.9), uniform=dict(moment=.8), lora=found, full=found)
+                dense=base, gaps=dict(accuracy=.9), uniform=dict(accuracy=.8), lora=found, full=found)
     made = train_tiny.claims(rows)
     assert len(made) == len(train_tiny.CLAIMS) == sum(map(len, EDGES.values()))
     assert all(line[-1] for line in made), made
@@ -3000,7 +3004,7 @@ def test_claims_compare_with_the_papers():
         assert missed == [[paper, what, figure]], (claim, missed)
     assert train_tiny.claims(dict(dense=base)) == []
     nothing = train_tiny.claims({**rows, 'gaps': dict(accuracy=0.0)})          # of which nobody keeps a share
-    assert len(nothing) == len(made) - 1 and not any('kept' in line[1] for line in nothing)
+    assert len(nothing) == len(made) - 2 and not any('kept' in line[1] for line in nothing)
     result = dict(accuracy=0.5, vision_tokens=64, learns=1, parameters=2)
     both = [dict(result, vision_by_layer=layers) for layers in ([64, 16, 16, 64], [16, 64, 16, 64])]
     assert train_tiny.summarize(both)['converted'] == 0.5      # of each run, not of their mean

@@ -262,7 +262,7 @@ class Attention(nn.Module):
             past = look(first, k[:, :, :n], v[:, :, :n], is_causal=True)               # (B, H, n, D)
             y = torch.cat([past, look(last, k, v, mask)], 2)                           # (B, H, S, D)
         else:
-            y = look(q, k, v, mask, is_causal=n > 0)
+            y = look(q, k, v, mask, is_causal=self.causal and mask is None)
         return self.out(y.transpose(1, 2).flatten(2))                          # (B, S, C)
 
 
@@ -362,7 +362,7 @@ class Route(NamedTuple):
 
 def tokens_at(x: Tensor, index: Tensor):
     """x (B, S, ...) at index (B, K): (B, K, ...), and which rows of x.flatten(0, 1) these are."""
-    row = (index + x.size(1) * torch.arange(len(x), device=x.device)[:, None]).flatten()   # (B*K,)
+    row = (index + x.size(1) * torch.arange(x.size(0), device=x.device)[:, None]).flatten()   # (B*K,)
     return x.flatten(0, 1).index_select(0, row).view(*index.shape, *x.shape[2:]), row  # gather would keep x
 
 
@@ -381,7 +381,7 @@ class MoDBlock(nn.Module):
         if route is None:
             return x + self.block(x, position, mask, cache)
         chosen, row = tokens_at(x, route.index)                                            # (B, K, C), (B*K,)
-        place = position.expand(x.shape[:2]).gather(1, route.index)                        # (B, K)
+        place = None if position is None else position.expand(x.shape[:2]).gather(1, route.index)   # (B, K)
         update = self.update(chosen, route, place, mask_of(mask, route.index, x.size(1)), cache)
         return x.flatten(0, 1).index_add(0, row, update.to(x.dtype).flatten(0, 1)).view_as(x)
 
@@ -394,7 +394,7 @@ def mask_of(mask: Tensor, index: Tensor, S: int):
     """Mask (R, S) or (B, 1, R, S), of all S rows or the words, at tokens index (B, K): (B, 1, R or K, K)."""
     if mask is None:
         return None
-    B, R, last = len(index), mask.size(-2), min(mask.size(-2), index.size(1))
+    B, R, last = index.size(0), mask.size(-2), min(mask.size(-2), index.size(1))
     if R > S or mask.size(-1) != S or mask.numel() not in (R * S, B * R * S):
         raise ValueError(f'wanted a mask ({S}, {S}) or (B, 1, {S}, {S}), or a cache; got {tuple(mask.shape)}')
     sample, row = torch.arange(B, device=index.device)[:, None, None], index[:, -last:] - (S - R)
@@ -445,7 +445,7 @@ def best_route(score: Tensor, N: int, group: int, k: int, forced: Tensor = None)
     vision = vision if forced is None else vision.masked_fill(forced, math.inf)
     rank = vision.unflatten(1, (group, -1)).argsort(dim=-1, descending=True, stable=True)  # (B, group, n)
     index = (rank[..., :k].sort(-1).values + first[:, None]).flatten(1)        # (B, group * k) ascending
-    words = torch.arange(N, score.size(1), device=score.device).expand(len(score), -1)     # (B, words)
+    words = torch.arange(N, score.size(1), device=score.device).expand(score.size(0), -1)  # (B, words)
     index = torch.cat([index, words], 1)
     return Route(index, torch.ones_like(index, dtype=score.dtype), score)
 
@@ -589,7 +589,7 @@ class ModVideo(nn.Module):
         decisions (B, T), with targets: what follows each frame; aux['decisions'] (B, T, V), their logits.
         """
         c, shape, T, L = self.config, text.shape, video.size(1), text.size(-1)
-        if len(shape) != 3 or len(text) != len(video) or not text.numel() or c.streaming and shape[1] > 1:
+        if len(shape) != 3 or shape[0] != video.size(0) or not text.numel() or c.streaming and shape[1] > 1:
             raise ValueError(f'text must be (B, Q, L) with a word at least, got {tuple(shape)}; a stream has '
                              'one line of text')
         asked = (text != PAD).sum(-1) if asked is None else asked              # (B, Q)
@@ -864,8 +864,8 @@ def best_of(score: Tensor, count, among: Tensor) -> Tensor:
 
 def slot_sums(x: Tensor, assign: Tensor, M: int) -> Tensor:
     """The sum of what each of M slots gets: x (B, N, C) or (B, N), assign (B, N) -> (B, M, C) or (B, M)."""
-    slot = assign % (M + 1) + (M + 1) * torch.arange(len(x), device=x.device)[:, None]     # (B, N) M: none
-    table = x.new_zeros(len(x) * (M + 1), *x.shape[2:])
+    slot = assign % (M + 1) + (M + 1) * torch.arange(x.size(0), device=x.device)[:, None]  # (B, N) M: none
+    table = x.new_zeros(x.size(0) * (M + 1), *x.shape[2:])
     return table.index_add(0, slot.flatten(), x.flatten(0, 1)).unflatten(0, (-1, M + 1))[:, :M]
 
 
@@ -984,7 +984,7 @@ def pool(x: Tensor, budget: int, b: int = None) -> Reduced:
     T, P = x.shape[1:3]
     b = b or max(range(1, math.isqrt(P) + 1), key=lambda b: (min(T, budget // b ** 2) * b * b, -b))
     a = min(T, budget // b ** 2)
-    return reduced_by(x, from_clusters(grid_cells(T, P, a, b, x.device).expand(len(x), -1), a * b * b))
+    return reduced_by(x, from_clusters(grid_cells(T, P, a, b, x.device).expand(x.size(0), -1), a * b * b))
 
 
 def grid_cells(T: int, P: int, a: int, b: int, device) -> Tensor:
@@ -1039,7 +1039,7 @@ class Gaps(Reducer):
             change = (x - F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]).detach().float().norm(dim=-1)  # (B, T, P)
             score = score.log() / change.flatten(1).clamp(min=1e-6)            # (B, N)
         position = score.topk(max(1, n // group) * group).indices.sort().values        # (M,) or (B, M)
-        return Reduced(tokens_at(x.flatten(1, 2), position.expand(len(x), -1))[0], position)
+        return Reduced(tokens_at(x.flatten(1, 2), position.expand(x.size(0), -1))[0], position)
 
 
 class RaggedRouter(Router):
@@ -1070,7 +1070,10 @@ class RaggedRouter(Router):
 
 
 class RaggedBlock(MoDBlock):
-    """A MoDBlock that takes the routes of a RaggedRouter: padding is seen by none and changes nothing."""
+    """A MoDBlock that takes the routes of a RaggedRouter: padding is seen by none and changes nothing.
+
+    mask None: each token sees the past. An encoder's sees all: give torch.ones(S, S, dtype=torch.bool).
+    """
 
     def update(self, x: Tensor, route: Route, position: Tensor, mask: Tensor, cache) -> Tensor:
         if route.mask is not None:
@@ -1080,7 +1083,7 @@ class RaggedBlock(MoDBlock):
                 raise ValueError(f'wanted a mask of all {x.size(1)} rows, got {mask.size(-2)}')
             least = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
             mask = mask.where(route.mask[:, None, None] | eye, least)  # (B, 1, K, K); an empty row gives NaN
-            if cache is not None:
+            if cache is not None and position is not None:
                 position = torch.where(route.mask, position, NEVER)            # no later query sees padding
         return super().update(x, route, position, mask, cache)
 
@@ -1157,7 +1160,7 @@ def tome(x: Tensor, budget: int) -> Reduction:
     """ToMe until `budget` of x (B, N, C) remain: rounds in which at most half of the tokens merge."""
     if budget < 1:
         raise ValueError(f'a budget of {budget} tokens is none; wanted at least 1')
-    size, slot = None, torch.arange(x.size(1), device=x.device).expand(len(x), -1)     # (B, N)
+    size, slot = None, torch.arange(x.size(1), device=x.device).expand(x.size(0), -1)      # (B, N)
     while x.size(1) > budget:
         x, size, slot = merge_tokens(x, size, x, x.size(1) - budget, 0, slot=slot)
     return from_clusters(slot, x.size(1))
@@ -1194,8 +1197,8 @@ def dpc_knn(x: Tensor, num_clusters, k: int = 7, mask: Tensor = None, most: int 
     square = y.square().sum(-1)                                                # (B, N)
     # |a - b|² / C by a matrix product, which is fast; a rest that is rounding alone becomes zero.
     least = 8 * C * torch.finfo(y.dtype).eps * square[:, None]                 # (B, 1, N)
-    far = torch.baddbmm(square[:, None], y, y.mT, alpha=-2) + square[..., None]        # (B, N, N)
-    far = (far.where(far > least, 0) / C).sqrt().float().masked_fill(~both, math.inf)
+    far = torch.baddbmm(square[:, None], y, y.mT, alpha=-2).add_(square[..., None])    # (B, N, N)
+    far = far.masked_fill_(far <= least, 0).div_(C).sqrt_().float().masked_fill_(~both, math.inf)
     near = far.square().topk(min(k, N), largest=False).values                  # (B, N, k)
     density = -near.where(near < math.inf, 0).sum(-1) / count.clamp(1, near.size(-1))  # (B, N) its logarithm
     rank = density.argsort(dim=1, descending=True, stable=True).argsort(1)     # (B, N) ties: the earlier one
@@ -1245,6 +1248,7 @@ def holitom(x: Tensor, saliency: Tensor, retain_ratio: float = 0.10, tau: float 
     """
     (B, T, P, _), u = x.shape, unit(x)
     similarity = (u[:, 1:] * u[:, :-1]).sum(-1)                                # (B, T - 1, P)
+    del u                                                                      # as large as x
     segment, gain = temporal_segments(similarity, tau, max_len)                # (B, T), (B,)
     ratio = (retain_ratio / (precise(T * P - gain) / (T * P))).clamp(max=1)[:, None]   # (B, 1)
     # 1. Which patches stand still all through their segment. There are S = T segments at most, some empty.
@@ -1410,7 +1414,7 @@ def spread_centers(x: Tensor, K: int, trials: int = 8) -> Tensor:
     batch use the same random numbers, and the first k centres are what K = k would give.
     """
     luck = precise(chances(torch.arange(K * trials, device=x.device).view(K, trials)))
-    square, rows = x.square().sum(-1), torch.arange(len(x), device=x.device)   # (B, N), (B,)
+    square, rows = x.square().sum(-1), torch.arange(x.size(0), device=x.device)            # (B, N), (B,)
     far, chosen = torch.ones_like(square), []              # (B, N) squared distance; at first any token
     for k in range(K):
         # Whole numbers: a sum of floats is not the same each time on a GPU.
@@ -1475,7 +1479,7 @@ def select_k(x: Tensor, least: int = 4, most: int = 32, iters: int = 3):
         centers, assign = kmeans(u, k, iters, init[:, :k], 'cosine')
         fits.append((silhouette(u, assign, k), F.pad(centers, (0, 0, 0, most - k)), assign))
     score, centers, assign = (torch.stack(a, 1) for a in zip(*fits))           # (B, fits), ...
-    sample, best = torch.arange(len(x), device=x.device), score.argmax(1)      # of equals the fewest
+    sample, best = torch.arange(x.size(0), device=x.device), score.argmax(1)   # of equals the fewest
     return best + least, centers[sample, best], assign[sample, best]
 
 
@@ -1566,7 +1570,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, x: Tensor):
         """x (..., C) -> quantized (..., C), indices (...), commitment * mean (x - sg(code))²."""
         flat = x.reshape(-1, x.size(-1)).float()                               # (n, C)
-        if not len(flat):
+        if not flat.size(0):
             raise ValueError(f'wanted at least one vector, got {tuple(x.shape)}')
         # Checkpointing computes the last forward again in backward, and wants what it had before.
         learns = self.training and not ModuleTracker().is_bw
@@ -1921,7 +1925,7 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
     merge_lora comes before save_checkpoint, which knows the LoRA of a configuration alone.
     """
     names, learns = ((a,) if isinstance(a, str) else tuple(a) for a in (names, learns))
-    found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
+    found = [(parent, name) for parent in model.modules() for name, child in parent._modules.items()
              if name.endswith(names) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
     if rank < 1 or not found and not any(isinstance(module, LoRA) for module in model.modules()):
         raise ValueError(f'no linear layer is named {" or ".join(names)}, or the rank is below 1: {rank}')
@@ -1975,7 +1979,7 @@ class Retriever(nn.Module):
         for block in self.blocks:
             x = x + block(x, position)
         last = ((text != PAD).sum(1) - 1).clamp(min=0)                         # (B,)
-        return unit(self.read(self.final_norm(x[torch.arange(len(x), device=x.device), last])))
+        return unit(self.read(self.final_norm(x[torch.arange(x.size(0), device=x.device), last])))
 
     def forward(self, video: Tensor, text: Tensor):
         """Similarity (B, B), rows are sentences, and InfoNCE loss (van den Oord et al., arXiv 1807.03748)."""
@@ -2156,8 +2160,8 @@ def count_flops(model: nn.Module, run):
 def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, grid=None):
     """Draw what became of the patches of a clip: a PIL image, the frames in a row.
 
-    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route of all N vision tokens (skipped
-    patches are dimmed) or a Reduction (dropped ones are dimmed, ones merged into a slot share a colour).
+    video (T, 3, height, width) in [0, 1]; tokens: of `sample`, a Route of all N vision tokens, before all
+    words (skipped patches are dimmed), or a Reduction (dropped ones too; merged ones share a colour).
     grid: rows, columns of patches in a frame; None: 8 pixels a side. ValueError: no fit.
     """
     from PIL import Image
@@ -2240,8 +2244,8 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def configure_optimizer(model: nn.Module, lr: float = 0.01, weight_decay: float = 0.05) -> list:
-    """Muon at lr, with weight_decay, for matrices of blocks; AdamW, without, at 30 % of lr for LoRA and for
-    places of clips, at 3 % for the rest."""
+    """Muon at lr, with weight_decay, for matrices with 'blocks' in their names; AdamW, without, at 30 % of lr
+    for LoRA and places of clips, at 3 % for all else."""
     # The small share matters: at 10 % the stem outruns the attention that reads it, and training stalls.
     learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in learns if 'blocks' in name and p.dim() == 2 and 'lora_' not in name]

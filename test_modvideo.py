@@ -316,7 +316,16 @@ def test_a_training_step_is_one_graph(way):
         answer = fast(video, text, text, decisions=text[:, 0, :4])
         close(answer[1], model(video, text, text, decisions=text[:, 0, :4])[1])
     assert len(graphs) == 1
-    torch.compile(model.eval(), backend='eager', fullgraph=True)(video, text)
+
+
+def test_inference_compiles_and_exports():
+    """Catches a check or a length that breaks the graph, a batch size that is frozen in it."""
+    model, (video, text), B = make('all').eval(), sample(), torch.export.Dim('B', min=2, max=64)
+    fast = torch.compile(model, backend='eager', fullgraph=True)
+    for n in (5, 4):                                           # the second length becomes a symbol
+        close(fast(video, text[:, :1, :n])[0], model(video, text[:, :1, :n])[0])
+    program = torch.export.export(model, sample(), dynamic_shapes=[{0: B}, {0: B}])
+    close(program.module()(*sample(B=5))[0], model(*sample(B=5))[0])
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
@@ -427,6 +436,9 @@ def test_a_routed_block_is_raposos_equation(frame, ratio):
         losses.append(F.binary_cross_entropy_with_logits(single.logits[0], target, reduction='none'))
         close(mv.routing_loss(single), losses[-1].mean(), 1e-6)
     close(mv.routing_loss(route), torch.cat(losses).mean(), 1e-6)
+    if even:                                                   # positions are for rotary alone
+        plain = mv.MoDBlock(block.block)
+        close(plain(x, route, None), plain(x, route, torch.zeros(13).long()))
     wide = route._replace(gate=route.gate.double(), logits=route.logits.double())
     close(mv.routing_loss(wide).float(), mv.routing_loss(route), 1e-6)
 
@@ -435,7 +447,7 @@ class LibraryLayer(mv.Block):
     """A decoder layer as common libraries call it. Its rotary tables are the positions themselves."""
 
     def forward(self, x, attention_mask, position_ids, past_key_values, position_embeddings):
-        q, k, v = self.attention.project(self.norm1(x), position_embeddings)
+        q, k, v = self.attention.project(self.norm1(x), position_embeddings[0][..., 0])
         if past_key_values is not None:
             held = past_key_values.get(self, (k[:, :, :0], v[:, :, :0]))
             k, v = past_key_values[self] = [torch.cat(pair, 2) for pair in zip(held, (k, v))]
@@ -448,7 +460,7 @@ def test_the_readmes_layer_of_a_library():
     space, frame = {}, F.pad(FRAMES, (0, 3), value=-1)
     exec(next(block for block in BLOCKS if 'Routed' in block), space)
     dense = [LibraryLayer(32, 2) for _ in range(4)]
-    wrapped = [space['Routed'](layer, lambda x, position: position, 32, 0.5) for layer in dense[1:3]]
+    wrapped = [space['Routed'](layer, 32, 0.5) for layer in dense[1:3]]
     layers = [dense[0], *wrapped, dense[3]]
     for layer in wrapped:
         nn.init.normal_(layer.router.weight)
@@ -460,7 +472,7 @@ def test_the_readmes_layer_of_a_library():
         mask = torch.where(past & real[:, None, None], 0.0, torch.finfo(torch.float32).min)
         for layer in layers:
             layer.frame = frame
-            made = layer(x, mask, position, cache, position_embeddings=position)
+            made = layer(x, mask, position, past_key_values=cache, position_embeddings=[position[..., None]])
             x = made[0] if isinstance(made, tuple) else made
         return x
 
@@ -1382,6 +1394,10 @@ def test_lora_starts_as_the_model_and_merges_into_it():
     assert not other['w'].bias.requires_grad
     mv.merge_lora(other)
     assert type(other['view']) is nn.Linear and other.config.name == 'x'
+    twice = nn.ModuleDict(dict(q=nn.Linear(4, 4)))             # one layer by two names
+    twice['k'] = twice['q']
+    mv.add_lora(twice, 2, names=('q', 'k'))
+    assert all(type(part) is mv.LoRA for part in twice.values())
     mv.add_lora(other, 2, names='out_proj')
     x, p = torch.randn(3, 4), other['look'].out_proj.lora_b
     other['look'](x, x, x)[0].sum().backward()
@@ -2398,6 +2414,13 @@ def in_one_of_two(name):
         for own in (vq.before, vq.codebook):                   # as the codes were placed, and as they became
             torch.distributed.all_gather(books, own)
             assert torch.equal(*books) and vq.cluster_size.sum() > 38
+    torch.manual_seed(0)
+    own = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])    # a part for each process
+    train_tiny.train(own, lambda step: None, lambda model, _: (model[train_tiny.RANK].weight.sum(),) * 2, 3)
+    for p in own.parameters():
+        books = [torch.empty_like(p) for _ in range(2)]
+        torch.distributed.all_gather(books, p.detach())
+        assert torch.equal(*books)
     stop, total = [True] * train_tiny.RANK, lambda model, _: (model.weight.sum(),) * 2     # Ctrl-C in one
     with redirect_stderr(open(os.devnull, 'w')):
         log = train_tiny.train(nn.Linear(2, 2), lambda step: None, total, 5, stop=stop)
@@ -2407,8 +2430,8 @@ def in_one_of_two(name):
 
 
 def test_two_processes_train_one_model(capsys):
-    """Catches a gradient of one half, unequal parts weighted alike, two writers, two codebooks, one that
-    goes on when the other was stopped."""
+    """Catches a gradient of one half, unequal parts weighted alike, two writers, two codebooks, gradients
+    that only one has, one that goes on when the other was stopped."""
     with socket.create_server(('localhost', 0)) as free:
         env = dict(os.environ, PYTHONPATH=str(ROOT), MASTER_ADDR='localhost', OMP_NUM_THREADS='1',
                    MASTER_PORT=f'{free.getsockname()[1]}', WORLD_SIZE='2')

@@ -81,9 +81,10 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optim
     """Train from step `first` to `steps` -> the log, a dict for about every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; with several processes,
-    parts that add up to both. report(row of the log) is called with each. optimizers: None: those of
-    configure_optimizer at lr. stop: a list; once something is in it, training ends with a row. Without
-    torchrun only a row waits for the GPU.
+    parts that add up to both. report(row of the log) is called with each; if it calls model.eval(), it calls
+    model.train() after it. optimizers: None: those of configure_optimizer at lr; of others lr is not used.
+    The rate of each is what it was, times `schedule`, in place of any scheduler. stop: a list; once something
+    is in it, training ends with a row. Without torchrun only a row waits for the GPU.
     """
     optimizers = optimizers or configure_optimizer(model, lr)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -120,6 +121,8 @@ def learn(optimizers: list, value):
     """One step down the gradient of a loss, added up over the processes of torchrun, its norm at most 1."""
     value.backward()
     learned = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
+    for p in [p for p in learned if WORLD > 1 and p.requires_grad and p.grad is None]:
+        p.grad = torch.zeros_like(p)                           # another process may have a gradient of it
     add_up([p.grad for p in learned if p.grad is not None])
     torch.nn.utils.clip_grad_norm_(learned, 1.0)
     for optimizer in optimizers:

@@ -51,7 +51,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 # ---- 1. Configuration --------------------------------------------------------------------------------------
 # All that decides the model's shape, so that a checkpoint explains itself. Five parts are classes that enter
-# themselves here by name; options are keyword-only arguments, `name: Annotated[type, 'a line of help'] = 1`.
+# themselves here by name; options are keyword-only arguments, `name: Annotated[type, 'help'] = default`.
 # stands alone
 
 PAD, EOS, IGNORE = 0, 1, -1     # '<pad>', '<eos>' in every vocabulary; the target that the loss skips
@@ -83,7 +83,7 @@ def options_of(part) -> dict:
 class ModVideoConfig:
     """The shape of a model. Raises ValueError where fields contradict each other."""
     vocab: list           # the words; id = place in the list; the first two are '<pad>' and '<eos>'
-    frames: Annotated[int, 'frames of a clip; the model itself takes any number'] = 8
+    frames: Annotated[int, 'frames of a clip; encoder tempme takes no other number'] = 8
     frame_size: Annotated[int, 'height and width of a frame in pixels'] = 32
     patch_size: Annotated[int, 'pixels of a side of a patch'] = 8
     encoder: Annotated[str, 'how frames become tokens'] = 'plain'
@@ -93,7 +93,7 @@ class ModVideoConfig:
     n_layer: Annotated[int, 'layers of the decoder; of retrieval, of both towers'] = 4
     dim: Annotated[int, 'channels of the decoder'] = 96
     n_head: Annotated[int, 'attention heads of the decoder'] = 3
-    placement: Annotated[str, 'which layers route: (interleaved, all)[-deep], none, or such as 1,2'] = 'none'
+    placement: Annotated[str, 'layers that route: all, interleaved, each [-deep], none, or 1,2'] = 'none'
     keep_ratio: Annotated[float, 'share of the vision tokens that a routed layer takes, rounded up'] = 0.2
     routing: Annotated[str, 'who selects: a router for each frame (frame), or another way'] = 'frame'
     reducer: Annotated[str, 'what makes vision tokens fewer before the decoder'] = 'none'
@@ -127,9 +127,9 @@ class ModVideoConfig:
         parts = ('encoder', self.encoder), ('reducer', self.reducer), ('stage', self.stage)    # may merge
         merges = [f'{part} {name!r}' for part, name in parts if name not in ('plain', 'none')]
         if self.streaming and (merges or ROUTINGS[self.routing].whole_clip):
-            raise ValueError(f'{[*merges, "routing"][0]} looks at the whole clip, a stream has none')
+            raise ValueError(f'{[*merges, f"routing {self.routing!r}"][0]} sees the whole clip, not a stream')
         if merges and not ROUTINGS[self.routing].ragged:
-            raise ValueError(f'routing {self.routing!r} wants all tokens of a frame, {merges[0]} leaves less')
+            raise ValueError(f'routing {self.routing!r} wants all tokens of a frame, not {merges[0]}')
         if ENCODERS[self.encoder].merges and self.reducer != 'none':
             raise ValueError(f'{merges[0]} merges already and goes with reducer none, got {merges[1]}')
 
@@ -164,9 +164,9 @@ NEVER = 2 ** 40     # position of padding: later than any query, so no query see
 
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     """Turn pairs 2i, 2i + 1 of x (B, S, H, D) by position * base**(-2i/D); position (S,) or (B, S)."""
-    half, wide = x.size(-1) // 2, torch.float if x.device.type == 'mps' else torch.double     # beyond 2**24
+    half, wide = x.size(-1) // 2, torch.float if x.device.type == 'mps' else torch.double
     turns = base ** (-torch.arange(half, dtype=wide, device=x.device) / half) / (2 * math.pi)
-    angle = 2 * math.pi * (position[..., None, None] * turns).frac().float()
+    angle = 2 * math.pi * (position[..., None, None] * turns).frac().float()   # float32 counts to 2**24 alone
     turn = torch.polar(torch.ones_like(angle), angle)                # (S, 1, D/2) or (B, S, 1, D/2) complex
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (half, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)     # (B, S, H, D)
@@ -191,7 +191,7 @@ class KVCache:
     k = v = position = None                        # (B, H, S, D), (B, H, S, D), (B, S)
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor, mask: Tensor = None):
-        """Append k, v (B, H, new, D) -> all keys, values, who sees whom (B, 1, new, all); at first, mask."""
+        """Append k, v (B, H, new, D) -> all k, v, a mask (B, 1, new, all); the given one, if empty before."""
         position = position.expand(k.size(0), -1)
         if self.k is None:
             self.k, self.v, self.position = k, v, position
@@ -213,7 +213,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. `causal`: tokens before the mask's rows see themselves and the past."""
+    """Multi-head self-attention. `causal`: a row that the mask does not cover sees itself and the past."""
 
     def __init__(self, dim: int, n_head: int, causal: bool = True):
         super().__init__()
@@ -288,7 +288,7 @@ class Reduced(NamedTuple):
     position: Tensor = None    # (B, M) or (M,) int64, ascending: t*P + p; NEVER at padding; None: in place
     reduction: tuple = None    # a Reduction of all N tokens; None: those at `position` stayed, no other
     loss: Tensor = 0.0         # added to the model's
-    info: dict = {}            # what else a reader would look at
+    info: dict = {}            # what else a reader would look at; the default is shared: replace it
 
 # ---- 3. Vision encoder -------------------------------------------------------------------------------------
 # A vision transformer (Dosovitskiy et al., arXiv 2010.11929) on each frame alone. Its stem is convolutional
@@ -354,7 +354,7 @@ GATES = {'raposo': lambda r: r, 'zero': lambda r: 1 + 0.2 * r.tanh()}
 
 class Route(NamedTuple):
     """Which tokens a routed layer processes."""
-    index: Tensor           # (B, K) int64, ascending: the selected tokens, and those that always go through
+    index: Tensor           # (B, K) int64, ascending; here K counts the selected tokens and all words
     gate: Tensor            # (B, K) float32: factor of each one's update
     logits: Tensor          # (B, S) float32: the score of every token; a Router's without gradient
     mask: Tensor = None     # (B, K) bool: False at padding, where a sample selects fewer; None = all are real
@@ -396,7 +396,7 @@ def mask_of(mask: Tensor, index: Tensor, S: int):
         return None
     B, R, last = index.size(0), mask.size(-2), min(mask.size(-2), index.size(1))
     if R > S or mask.size(-1) != S or mask.numel() not in (R * S, B * R * S):
-        raise ValueError(f'wanted a mask ({S}, {S}) or (B, 1, {S}, {S}), or a cache; got {tuple(mask.shape)}')
+        raise ValueError(f'wanted a mask (R, {S}) or (B, 1, R, {S}), R at most {S}; got {tuple(mask.shape)}')
     sample, row = torch.arange(B, device=index.device)[:, None, None], index[:, -last:] - (S - R)
     return mask.reshape(-1, R, S).expand(B, R, S)[sample, row[..., None], index[:, None]][:, None]
 
@@ -502,12 +502,12 @@ ROUTINGS['frame'] = FrameRouting      # section 7 puts one in its place that tak
 class Reducer(nn.Module):
     """Hands the decoder every vision token as it is. The base of methods that hand it fewer, or others."""
     by_question = False        # True: each question has vision tokens of its own; forward is given its words
-    wants_saliency = False     # True: forward is given the attention that each patch receives
+    wants_saliency = False     # True: forward is given the attention of each patch, unless by_question
     untrained = True           # False: a trained dense model must first learn to read what it returns
     steady = True              # False: how many tokens it returns changes from batch to batch
     in_place = True            # False: its tokens stand for no patches, so no picture shows which are routed
     leaving = None             # or a function (share, T, P) -> options that leave this share of the tokens
-    picture = staticmethod(lambda reduced: reduced.reduction)      # of all patches, to draw; None: in place
+    picture = staticmethod(lambda reduced: reduced.reduction)      # to draw; None: as `position` says
     facts = staticmethod(lambda info: {})      # what to report of the info of all clips: name -> number
 
     def __init__(self, dim: int):
@@ -584,9 +584,9 @@ class ModVideo(nn.Module):
 
         video (B, T, 3, height, width) float, text, targets (B, Q, L) int64, -1 where nothing is to learn ->
         logits (B, Q, L, V), loss (mean cross-entropy and the methods' own, or None), aux: 'routes' by layer,
-        how many 'tokens' each layer processed, 'position', Reduced as 'reduced', 'stage'. asked (B, Q): how
-        many words each question has without its answer, None: all. Streams: after (B, L): see place_stream;
-        decisions (B, T), with targets: what follows each frame; aux['decisions'] (B, T, V), their logits.
+        'tokens' each layer processed, 'position', 'reduced', 'stage' (Reduced), 'routing_loss'. asked (B, Q):
+        words of each question without its answer, None: all. Streams: after (B, L): see place_stream;
+        decisions (B, T), needed with targets: what follows each frame; aux['decisions'] (B, T, V): logits.
         """
         c, shape, T, L = self.config, text.shape, video.size(1), text.size(-1)
         if len(shape) != 3 or shape[0] != video.size(0) or not text.numel() or c.streaming and shape[1] > 1:
@@ -648,8 +648,8 @@ class ModVideo(nn.Module):
 
     def decode(self, x: Tensor, position: Tensor, N: int, mask: Tensor = None, caches: list = None,
                last: Tensor = None):
-        """All layers on x (B, S, C), its first N tokens vision -> x, aux. last (B,): place in x of each
-        question's last word, for a stage."""
+        """All layers on x (B, S, C), its first N tokens vision (M at first, fewer after a stage) -> x, aux.
+        last (B,): place in x of each question's last word, for a stage."""
         aux, before, mask = {'routes': {}, 'tokens': []}, x, additive(mask, x)     # once for all layers
         for i, layer in enumerate(self.blocks):
             if self.stage is not None and N and i == self.stage.layer:
@@ -700,7 +700,7 @@ class ModVideo(nn.Module):
 
     @torch.no_grad()
     def generate(self, video: Tensor, text: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy answers: text (B, Q, L), with 0 after its end -> (B, Q, max_new_tokens), 0 after the end."""
+        """Greedy answers, in eval mode: text (B, Q, L) -> (B, Q, max_new_tokens); 0 pads both at the end."""
         if text.dim() != 3 or len(text) != len(video) or not text.numel():
             raise ValueError(f'wanted text (B, Q, L) with words for {len(video)} clips, got {text.shape}')
         (B, Q, _), caches, words = text.shape, [KVCache() for _ in self.blocks], text.flatten(0, 1)
@@ -782,7 +782,7 @@ def reason_of(error: Exception) -> str:
 
 
 def load_checkpoint(path, device='cpu'):
-    """Read what save_checkpoint wrote -> model, extra (on the CPU). ValueError: it is something else."""
+    """Read what save_checkpoint wrote -> model in eval mode, extra (on the CPU). ValueError: another file."""
     content = Path(path).read_bytes()
     try:
         if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():          # torch checks no sums
@@ -792,9 +792,9 @@ def load_checkpoint(path, device='cpu'):
         model = config.build('model', config).to(weights['embed.weight'].dtype)
         model.load_state_dict(weights)
     except Exception as error:      # torch.load raises a dozen types for a damaged file
-        raise ValueError(f'{path} is not a checkpoint of this model, or of an earlier version: '
+        raise ValueError(f'{path} is not a checkpoint of this version of the model: '
                          f'{reason_of(error)}') from None
-    return model.to(device), data
+    return model.to(device).eval(), data
 
 
 # ==== the core ends here ====================================================================================
@@ -863,10 +863,10 @@ def best_of(score: Tensor, count, among: Tensor) -> Tensor:
 
 
 def slot_sums(x: Tensor, assign: Tensor, M: int) -> Tensor:
-    """The sum of what each of M slots gets: x (B, N, C) or (B, N), assign (B, N) -> (B, M, C) or (B, M)."""
-    slot = assign % (M + 1) + (M + 1) * torch.arange(x.size(0), device=x.device)[:, None]  # (B, N) M: none
+    """What each of M slots gets, summed: x (B, N[, C]), assign (B, N), -1 or M: no slot -> (B, M[, C])."""
+    row = assign % (M + 1) + (M + 1) * torch.arange(x.size(0), device=x.device)[:, None]   # (B, N) in table
     table = x.new_zeros(x.size(0) * (M + 1), *x.shape[2:])
-    return table.index_add(0, slot.flatten(), x.flatten(0, 1)).unflatten(0, (-1, M + 1))[:, :M]
+    return table.index_add(0, row.flatten(), x.flatten(0, 1)).unflatten(0, (-1, M + 1))[:, :M]
 
 
 def look_up(table: Tensor, index: Tensor, missing) -> Tensor:
@@ -1021,7 +1021,7 @@ class Gaps(Reducer):
     def forward(self, x, saliency=None, words=None, known=None) -> Reduced:
         if not self.training:
             return super().forward(x)
-        self.calls += not ModuleTracker().is_bw          # in backward, checkpointing repeats the last one
+        self.calls += not ModuleTracker().is_bw          # not in backward, where checkpointing repeats a call
         generator, (_, T, P, _) = torch.Generator().manual_seed(int(self.calls)), x.shape
         rand = lambda n: torch.rand(n, generator=generator, device='cpu', dtype=torch.float)
         luck, share, kind, finer = rand(4).tolist()
@@ -1091,10 +1091,10 @@ class RaggedBlock(MoDBlock):
 class RaggedRouting(FrameRouting):
     """FrameRouting that also takes clips whose frames have unequal numbers of tokens left."""
     layer, kind, ragged = RaggedBlock, RaggedRouter, True
-    seen = None, None, None     # what the layer before had: positions, what else decides K, K, read once
+    seen = None, None, None     # of the last call: position, (N, keep_ratio), the K that these gave
 
     def forward(self, i: int, block: nn.Module, x: Tensor, position: Tensor, N: int):
-        if N == 0 or self.streaming or position.dim() == 1:                    # whole frames
+        if N == 0 or self.streaming or position.dim() == 1:                    # words alone, or whole frames
             return super().forward(i, block, x, position, N)
         frame = torch.where(position < NEVER, position // self.patches, -2)[:, :N]     # (B, N)
         frame, (place, same, most) = F.pad(frame, (0, x.size(1) - N), value=-1), self.seen     # (B, S)
@@ -1680,13 +1680,13 @@ class FrameSelector(Budgeted):
 
     def ask(self, words: Tensor, known: Tensor) -> Tensor:
         """What the queries want, having read words (B, L, C): (B, K + n, C) float32."""
-        (B, L, _), n = words.shape, len(self.queries)
+        (B, L, _), ahead = words.shape, len(self.queries)                      # K + n
         both = torch.cat([self.queries.expand(B, -1, -1).to(words.dtype), words], 1)   # (B, K + n + L, C)
-        position = F.pad(torch.arange(L, device=words.device), (n, 0))                 # queries at 0
-        seen = F.pad(known, (n, 0), value=False)[:, None, None]                # words alone are read
+        position = F.pad(torch.arange(L, device=words.device), (ahead, 0))             # queries at 0
+        seen = F.pad(known, (ahead, 0), value=False)[:, None, None]                # words alone are read
         both = both + self.blocks[0](both, position, seen)
         with exact(grad=True):
-            return F.linear(self.norm(both[:, :n]).float(), self.wish.weight.float())
+            return F.linear(self.norm(both[:, :ahead]).float(), self.wish.weight.float())
 
     def affinity(self, wish: Tensor, x: Tensor, own: Tensor, width) -> Tensor:
         """How much wish (..., K, C) wants each of x (..., S, C) -> (..., K, S): 1.5 * cosine with x less its
@@ -1707,7 +1707,7 @@ class FrameSelector(Budgeted):
         own = (torch.arange(K, device=device)[:, None] + 0.5) / K
         logits = self.sharpness[0] * self.affinity(wish[:, :K], frames, own, K)                # (B, K, T)
         if self.training:
-            self.calls += not ModuleTracker().is_bw      # in backward, checkpointing repeats the last one
+            self.calls += not ModuleTracker().is_bw      # not in backward, where checkpointing repeats a call
             index = torch.arange(logits.numel(), device=device).view_as(logits)
             noise = -(-chances(index + self.calls * index.numel()).log()).log()
             logits = logits + noise.to(logits.dtype)
@@ -1769,7 +1769,7 @@ def merge_schedule(n_layer: int, frames: int, patches: int, image: float = 0.041
                    intra: float = 0.1) -> list:
     """A MergeStep for each layer, for any number of frames (TempMe, section 3; its shares are defaults).
 
-    The prime factors of `frames` are dealt to at most three layers, the last but one and those before it:
+    The prime factors of `frames` are dealt to at most three layers, the last of them the last but one:
     12 -> 2, 2, 3. Earlier layers merge `image` of a frame's patches; these `cross` of all tokens at each join
     and `intra` of the rest inside; the last `intra`. At most half of the patches merge at once.
     """
@@ -2080,7 +2080,7 @@ def attention_rank(attention: Tensor):
     """gamma-MoD's ARank, and the effective rank: attention (B, H, S, S) -> two of (H,), mean over B.
 
     ARank: how many singular values of the map below its diagonal are above S * 2**-23 * the largest. A
-    *uniform* map has S - 1, the most, so ARank is no redundancy: it tells how far sinks stretch the values.
+    *uniform* map has S - 1, the most: ARank tells how far sinks stretch the values, not redundancy.
     Effective rank: exp(entropy of the normalized singular values).
     """
     values = torch.linalg.svdvals(attention.float().tril(-1))                  # (B, H, S)
@@ -2167,7 +2167,7 @@ def draw_tokens(video: Tensor, tokens, sample: int = 0, scale: int = 3, grid=Non
     from PIL import Image
     (T, _, height, width), slot = video.shape, getattr(tokens, 'assign', None)
     (rows, columns), route = grid or (height // 8, width // 8), slot is None
-    if route:                                                                  # (B, N + words) -1 = skipped
+    if route:                                                          # slot (B, N + words): its own, or -1
         chosen = tokens.index if tokens.mask is None else tokens.index.where(tokens.mask, -1)
         slot = torch.full_like(tokens.logits, -1).long().scatter_reduce(1, tokens.index, chosen, 'amax')
     N, slot = T * rows * columns, slot[sample]

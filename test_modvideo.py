@@ -1537,6 +1537,7 @@ def test_checkpoints_are_exact_and_atomic_and_cannot_run_code():
         mv.save_checkpoint(path, compiled)
     assert [p.name for p in Path().iterdir()] == ['m.pt']
     other, extra = mv.load_checkpoint(path)
+    assert not other.training                                  # or gaps, noise, codes go on
     assert torch.equal(model(video, SENTENCES)[0], other(video, SENTENCES)[0]) and extra == {'step': 7}
     assert other.config == model.config and type(other) is mv.Retriever
     mv.save_checkpoint(path, copy.deepcopy(model).bfloat16())
@@ -1550,7 +1551,7 @@ def test_checkpoints_are_exact_and_atomic_and_cannot_run_code():
             path.write_bytes(content)
         else:
             torch.save(content, path)
-        with pytest.raises(ValueError, match='is not a checkpoint of this model') as error:
+        with pytest.raises(ValueError, match='is not a checkpoint of this version') as error:
             mv.load_checkpoint(path)
         assert str(error.value).isprintable()
     assert not Path('ran').exists()
@@ -2795,7 +2796,7 @@ BAD_FLAGS = {
     '--rows dense': '--rows goes with --compare or --bench', '--batch 2000000000': 'wanted at most 2**32',
     '--compare --rows mod-al': "'mod-al' is none of dense", '--compare --bench': 'not allowed with argument',
     '--recipe dense --init-from x': 'begins from scratch', '--steps -1': '--steps must be finite, at least 0',
-    '--compare --rows vq --recipe vq': 'leave --recipe away', '--question 2 how': 'goes with --stream',
+    '--compare --rows vq --recipe vq': 'leave --recipe out', '--question 2 how': 'goes with --stream',
     '--stepz 3': 'unrecognized arguments: --stepz 3', '--seed 9999999999': '2**31', '--lr 0': '--lr above 0',
     '--coarse 1': 'from 0 to below 1', '--lr nan': '--lr must be finite', '--device cuda': 'has none',
     '--compare --budget 4': 'budget is no option', '--steps many': "invalid int value: 'many'",
@@ -2849,7 +2850,7 @@ BAD_FLAGS = {
     '--out run --ask empty red': 'the folder holds no image', '--n-head 5': 'must be even',
     '--out run --ask none.gif red': 'no such file', '--out missing --ask c.webp red': 'does not exist',
     '--grid 3x3 --out run --ask still.png red': 'does not divide into 3x3', '--patch-size 0': 'at least 1',
-    '--out broken --ask c.webp red': 'is not a checkpoint of this model'
+    '--out broken --ask c.webp red': 'is not a checkpoint of this version'
 }
 
 
@@ -2884,11 +2885,15 @@ def test_bad_input_is_one_sentence_and_exit_2(trained, monkeypatch):
         refused('exists; name another folder', f'--out {name}')
     with monkeypatch.context() as patch:
         patch.setattr(train_tiny, 'WORLD', 2)
-        for flags in ('--compare', '--bench', '--recipe gaps', '--recipe frames', '--eval run', '--batch 1'):
+        for flags in ('--compare', '--bench', '--recipe gaps', '--recipe frames', '--eval run'):
             refused('needs one process with these flags', flags)
+        refused('--batch 1 is less than 2 processes', '--batch 1')
     full = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 MiB.')
     monkeypatch.setattr(train_tiny, 'set_up', mock.Mock(side_effect=full))
     refused('there is not enough memory', '')
+    monkeypatch.setattr(train_tiny, 'set_up', mock.Mock(side_effect=RuntimeError('an illegal memory access')))
+    with pytest.raises(RuntimeError):                          # a fault, with its traceback
+        train_tiny.main([])
 
 
 def whole_precision(batch):

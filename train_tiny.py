@@ -81,10 +81,10 @@ def train(model, draw, loss, steps: int, lr: float = 0.01, first: int = 0, optim
     """Train from step `first` to `steps` -> the log, a dict for about every hundredth of the steps.
 
     draw(step) -> a batch. loss(model, batch) -> loss and accuracy, 0-dim tensors; with several processes,
-    parts that add up to both. report(row of the log) is called with each; if it calls model.eval(), it calls
+    parts that add up to them. report(row of the log) is called with each; if it calls model.eval(), it calls
     model.train() after it. optimizers: None: those of configure_optimizer at lr; of others lr is not used.
-    The rate of each is what it was, times `schedule`, in place of any scheduler. stop: a list; once something
-    is in it, training ends with a row. Without torchrun only a row waits for the GPU.
+    The rate of each is what it was, times `schedule`: bring no scheduler. stop: a list; once something is in
+    it, training ends with a row. Without torchrun the GPU is waited for once a row.
     """
     optimizers = optimizers or configure_optimizer(model, lr)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -188,7 +188,7 @@ def average(values: list):
 class Questions:
     """Several questions about each clip. Accuracy: a question is right if its whole answer is."""
     kind, model, needs = 'questions', {}, ''       # key in RUNS, options of the model, what --data must have
-    source, words = ('batch', 'batch'), 'vocab'    # of the dataset: methods (held-out, training), words
+    source, vocab_name = ('batch', 'batch'), 'vocab'   # of the dataset: methods (held-out, training), words
     without = 'window', 'silence_weight'           # options that would do nothing
     columns = 'accuracy step_ms memory_mb first_ms tokens_per_s decoder_gflops tok_density'.split()
 
@@ -196,7 +196,7 @@ class Questions:
         check(not self.needs or s.data == 'shapes', f'--recipe {s.recipe} needs --data shapes: {self.needs}')
         check(s.batch != 1 or s.eval or s.bench or not (RECIPES[s.recipe].blind or self.kind == 'retrieval'),
               f'--recipe {s.recipe} learns from other clips of a batch; wanted --batch 2 or more')
-        self.s, self.data, self.vocab = s, data, getattr(data, self.words)
+        self.s, self.data, self.vocab = s, data, getattr(data, self.vocab_name)
         # Coarse clips first (Wu et al., arXiv 1912.00998): less to compute, and what moves is seen sooner.
         self.coarse = data.halved() if s.coarse_steps() else data
 
@@ -242,8 +242,8 @@ class Questions:
         own = Batch(*(a.tensor_split(WORLD)[RANK] for a in batch if a is not None))
         logits, loss, _ = self.forward(model, own, own.targets)
         right = is_right(logits, self.wanted(own)).float().mean()
-        words, all_words = ((self.wanted(a) != IGNORE).sum() for a in (own, batch))
-        return loss * (words / all_words.clamp(min=1)), right * len(own.text) / len(batch.text)
+        mine, all_words = ((self.wanted(a) != IGNORE).sum() for a in (own, batch))
+        return loss * (mine / all_words.clamp(min=1)), right * len(own.text) / len(batch.text)
 
     @torch.no_grad()
     def evaluate(self, model, split: str, clips: int, blind: bool = True) -> dict:
@@ -258,11 +258,11 @@ class Questions:
             asked = self.data.questions
             size = max(1, self.s.batch * asked // max(asked, batch.text.size(1)))
             for video, found in shown:
-                for part in zip(*(a.split(size) for a in (video, *batch[1:4]))):
+                for part in map(Batch, *(a.split(size) for a in (video, *batch[1:4]))):
                     with self.s.autocast():
-                        logits, _, aux = self.forward(model, Batch(*part))
-                    found += is_right(logits, part[2])[part[3] >= 0].float().tolist()
-                    infos += [aux['reduced'].info] * (found is right)
+                        logits, _, aux = self.forward(model, part)
+                    found += is_right(logits, part.targets)[part.kind >= 0].float().tolist()
+                    infos += [aux['reduced'].info] if found is right else []
             rows += [(kind, *answer[answer != IGNORE].tolist()) for kind, answer in
                      zip(batch.kind.flatten().tolist(), batch.targets.flatten(0, 1).cpu()) if kind >= 0]
         kinds, by_answer, counts = [kind for kind, *_ in rows], means(right, rows), Counter(rows)
@@ -295,8 +295,8 @@ class Questions:
         return average(found)
 
     def timed(self, model, batch):
-        """-> functions to time, and what makes columns of their median seconds. Here: an answer's first word;
-        then an answer of WORDS words more."""
+        """-> functions to time, and what makes columns of their median seconds. Here: all that comes before
+        an answer's first word; the same and WORDS words."""
         ends = torch.tensor([-math.inf] * 2 + [0.0] * (len(self.vocab) - 2))
         model.head.bias = torch.nn.Parameter(ends.to(model.head.weight))       # never ends
         answer = lambda n: model.generate(batch.video, batch.text[:, :1], n)
@@ -414,8 +414,8 @@ def turn_scores(logits, wanted, after, T: int, theta: float) -> dict:
 
 def timing_scores(spoke, should) -> dict:
     """How a model that runs freely times its narration: spoke, should (B, T) bool. spoken: in the very frame.
-    time_diff (TimeDiff): mean |frame at which it first speaks - frame at which it should|, between the
-    narrations before and after, or the end of that stretch."""
+    time_diff (TimeDiff): mean |frame due - first frame spoken between the narrations before and after it|;
+    where it stays silent there, the frame of the next one counts."""
     T, off = should.size(1), []
     for said, due in zip(spoke.tolist(), should.tolist()):
         times = [t for t in range(T) if due[t]]
@@ -429,7 +429,7 @@ def timing_scores(spoke, should) -> dict:
 class Retrieval(Questions):
     """Clips and sentences find each other. Accuracy: sentences whose clip is found first (R@1)."""
     kind, model, needs = 'retrieval', dict(model='retriever'), 'a sentence for every clip'
-    source, words, single = ('captions', 'captions'), 'caption_vocab', False
+    source, vocab_name, single = ('captions', 'captions'), 'caption_vocab', False
     without = ('dim n_head encoder_layers placement keep_ratio routing reducer stage window silence_weight '
                'gate').split()
     columns = 'accuracy r_sum direction_pairs order_pairs step_ms memory_mb encode_ms gflops'.split()
@@ -518,7 +518,7 @@ def recall(similarity) -> dict:
 
 # ---- 3. Recipes --------------------------------------------------------------------------------------------
 # One table. A row says what it begins with, what it changes, how long it trains; --recipe runs one, and first
-# what it begins with; --compare and --bench walk all of them. Every reducer of modvideo.py has a row.
+# what it begins with; --compare and --bench walk those of a task. Every reducer of modvideo.py has a row.
 
 class Recipe(NamedTuple):
     """A row. A value of `changes` may be a function of the preset."""
@@ -544,7 +544,7 @@ HOLITOM = dict(reducer='holitom', tau=0.97)                # chosen on validatio
 LATE = lambda preset: round(18 / 28 * preset['n_layer'])   # the stage's layer, as deep as HoliTom's
 LORA = dict(lora_rank=lambda preset: 2 if preset['dim'] < 256 else 4)     # at most 1 % of the weights
 GAMMA = dict(routing='gamma', keep_ratio=0.25)
-# In frames of many patches twice as many merge, and as many where clips are joined as in the paper's B/16.
+# Shares that merge: in frames of many patches twice as many, and across clips 0.4, as in the paper's B/16.
 MANY = lambda many, few: lambda preset: many if preset['frame_size'] > 32 else few
 JOINED = dict(TEMPME, merge_image=MANY(0.15, 0.07), merge_cross=MANY(0.4, 0.3))
 RECIPES = {
@@ -556,8 +556,8 @@ RECIPES = {
     'mod-all': Recipe(dict(placement='all', gate='zero'), 'gaps', 0.2),
     # 0.45 of 1,024 vision tokens: half of all tokens skip, as in the paper.
     'gamma': Recipe(dict(GAMMA, placement='rank', keep_ratio=0.45), 'gaps', 0.2),
-    # Which layers? Half of them skip three quarters, or all of them as many tokens together: 3 to
-    # 16 % fewer FLOPs, as attention is quadratic.
+    # Which layers? Half of them skip three quarters, or all of them as many tokens together, which costs
+    # 3 to 15 % fewer FLOPs, as attention is quadratic.
     'gamma-ranked': Recipe(dict(GAMMA, placement=RANKED), 'gaps', 0.2, aside=True),
     'gamma-random': Recipe(dict(GAMMA, placement=RANDOM), 'gaps', 0.2, aside=True),
     'gamma-second': Recipe(dict(GAMMA, placement=SECOND), 'gaps', 0.2, aside=True),
@@ -688,7 +688,7 @@ def whole(path, make):
 
 
 def write(path, what):
-    """A whole file of text, or of JSON, in which what is not finite is no number: it becomes null."""
+    """Write text, or a dict as JSON, in which NaN and infinity become null, as a whole file."""
     if isinstance(what, dict):
         what = json.dumps(json.loads(json.dumps(what), parse_constant=lambda _: None), indent=1)
     whole(path, lambda part: part.write_text(what, encoding='utf-8'))
@@ -703,7 +703,7 @@ def read_json(path: Path, made=dict):
 
 
 def settings_of(run: Path):
-    """Those that a run was made with. ValueError: they are something else."""
+    """The Settings in a run's config.json. ValueError: it is not what this version wrote."""
     s = read_json(run / 'config.json', lambda file: Settings(**file['settings']))
     own = {f.name: (*get_args(f.type), type(f.default)) for f in fields(s)}
     kinds = {**own, **model_flags(), 'model': [dict]}
@@ -721,7 +721,7 @@ def must_agree(folder: Path, before: dict, asked: dict):
         wanted = 'the default' if value is None else value
         flag = name if name == 'model' else dashed(name)
         check(name in before and before[name] == value, f'{folder} was begun with another {flag} '
-              f'than {wanted}, or by another version of this script; leave that away, or begin elsewhere')
+              f'than {wanted}, or by another version of this script; leave that out, or begin elsewhere')
 
 
 class Run:
@@ -888,7 +888,7 @@ def run_recipe(s, began: float = None):
         write(run.path / 'result.json', result)
     except KeyboardInterrupt:
         alone = began and (run.path / 'ckpt.pt').exists()      # else what asked for this run goes on with it
-        raise KeyboardInterrupt(*['--resume', run.path] * bool(alone)) from None
+        raise KeyboardInterrupt(*(['--resume', run.path] if alone else [])) from None
     run.lock.close()
     (run.path / run.LOCK).unlink()
     print(f'\ngo on with: python train_tiny.py {as_typed(["--out", str(run.path)])} {go_on}\n'
@@ -958,9 +958,9 @@ def stack(rows: list) -> Image.Image:
 
 
 def draw_big(video, what=None):
-    """Frames (T, 3, height, width), at least 128 pixels high, with what became of their patches."""
+    """Frames (T, 3, height, width), enlarged to some 128 pixels, with what became of their patches."""
     T, size = len(video), video.size(-1)
-    what = what or pack(torch.ones(1, T * (size // 8) ** 2, dtype=torch.bool))     # all, of 8 x 8 pixels
+    what = what or pack(torch.ones(1, T * max(1, size // 8) ** 2, dtype=torch.bool))     # all, of 8 x 8
     side = math.isqrt(what.assign.size(1) // T)
     return draw_tokens(video.cpu(), what, scale=max(1, 128 // size), grid=(side, side))
 
@@ -1162,15 +1162,15 @@ def rows_of(s) -> list:
 def run_bench(s):
     """The rows of one task, untrained, by the same measurement that --compare makes after training."""
     set_up(s)
-    kind = RECIPES[s.recipe].task
-    names = [name for name in rows_of(s) if RECIPES[name].task is kind and not RECIPES[name].blind]
+    task_type = RECIPES[s.recipe].task
+    names = [name for name in rows_of(s) if RECIPES[name].task is task_type and not RECIPES[name].blind]
     check(names, f'--rows {s.rows}: none has the task of --recipe {s.recipe}')
     s.coarse = 0.0                                             # whole clips are tried and timed
-    task = kind(s, load_data(s))
+    task = task_type(s, load_data(s))
     models = {name: untrained(replace(s, recipe=name), task.data).cpu() for name in names}
     make = lambda name: copy.deepcopy(models[name]).to(s.device)
     rows = {name: {**task.cost(make(name)), **found} for name, found in measure(task, names, make).items()}
-    columns = ['vision_by_layer', *(key for key in kind.columns if key in rows[names[0]])]
+    columns = ['vision_by_layer', *(key for key in task_type.columns if key in rows[names[0]])]
     print(f'\n{table_of(rows, columns)}\n\n{s.batch} clips a step, untrained weights, medians of {ROUNDS} '
           'rounds in turn; in brackets: of the first row')
 
@@ -1278,13 +1278,14 @@ def run_compare(s):
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ValueError(f'a result.json of row {name} in {folder} is not what a run wrote '
                              f'({type(error).__name__})') from None
-    for kind in dict.fromkeys(RECIPES[name].task for name in rows):
-        names = [name for name in rows if RECIPES[name].task is kind]
+    for task_type in dict.fromkeys(RECIPES[name].task for name in rows):
+        names = [name for name in rows if RECIPES[name].task is task_type]
         load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
-        task = kind(replace(s, recipe=names[0], batch=s.batch or RUNS[s.preset][kind.kind].batch), data)
+        batch = s.batch or RUNS[s.preset][task_type.kind].batch
+        task = task_type(replace(s, recipe=names[0], batch=batch), data)
         for name, found in measure(task, names, load).items():
             rows[name] |= found
-        if kind is Questions:
+        if task_type is Questions:
             curves = {base: untrained_curves(task, load(base)) for base in ('dense', 'gaps') if base in names}
             video, ids, question, _ = task.liveliest()
             for name in names:
@@ -1316,11 +1317,11 @@ def untrained_curves(task, model) -> dict:
 def write_report(report: dict) -> str:
     """In Markdown: a table for each task, the claims, the commands."""
     rows, out = report['rows'], []
-    for kind in dict.fromkeys(RECIPES[name].task for name in rows):
+    for task_type in dict.fromkeys(RECIPES[name].task for name in rows):
         types = lambda row: {f'{name} %': 100 * share for name, share in row.get('by_type', {}).items()}
         own = {name: dict(row, std=100 * row['std'], **types(row)) for name, row in rows.items()
-               if RECIPES[name].task is kind}
-        columns = ['accuracy', 'std', *types([*own.values()][0]), 'vision_by_layer', *kind.columns[1:]]
+               if RECIPES[name].task is task_type}
+        columns = ['accuracy', 'std', *types([*own.values()][0]), 'vision_by_layer', *task_type.columns[1:]]
         out += [table_of(own, [*columns, 'learns']), '']
     out += [table([['paper', 'claim', 'its figure', 'here', 'reached'],
                    *([*line, 'yes' if reached else 'no'] for *line, reached in report['claims'])], '|'), '']
@@ -1361,13 +1362,13 @@ def draw_results(rows: dict, curves: dict, path: Path):
 
 @dataclass
 class Settings:
-    """The script's own flags. 0, None, '' and 'auto': as preset, recipe or machine say."""
+    """The script's own flags. None, '', 'auto' and 0 (but of seed): as preset, recipe or machine say."""
     recipe: Annotated[str, 'what to train: a row of RECIPES, and first what it begins with'] = 'mod'
     data: Annotated[str, "'shapes', the synthetic world, or a folder with clips.jsonl"] = 'shapes'
     preset: Annotated[str, 'size of model and video'] = 'auto'
     init_from: Annotated[str, 'run folder whose weights to begin with'] = ''
     grid: Annotated[str, 'columns x rows of a clip that is a sheet of frames'] = '4x4'
-    steps: Annotated[int, "optimizer steps, 0 = the recipe's share of the preset's"] = 0
+    steps: Annotated[int, "optimizer steps of this row alone, 0 = its share of the preset's"] = 0
     batch: Annotated[int, "clips a step, 0 = the preset's"] = 0
     coarse: Annotated[float, 'share of the steps, the first ones, that see clips of half as many frames '
                       "[the preset's, in rows from scratch]"] = None
@@ -1380,7 +1381,8 @@ class Settings:
                        'gaps, holitom, vq, --codes 0, and MoD on what a reducer left'] = False
     deterministic: Annotated[bool, 'the same numbers on every run, on CUDA too (slower)'] = False
     out: Annotated[str, 'folder of a run or comparison, to write or to read the model from'] = ''
-    resume: Annotated[str, 'run folder to go on with, under its own settings'] = ''
+    resume: Annotated[str, 'run folder to go on with, under its own settings; more --steps stretch '
+                      'its schedule'] = ''
     ask: Annotated[list, 'a question about a GIF, WebP, PNG, sheet or folder of images; on the CPU'] = ()
     stream: Annotated[str, 'a clip for a stream model to narrate, on the CPU'] = ''
     question: Annotated[list, 'with --stream: asked after a frame, from 1 on'] = ()
@@ -1497,7 +1499,7 @@ def check_flags(s: Settings, given: set):
     """ValueError: values out of range, and flags that would do nothing."""
     parse_grid(s.grid)
     for name, value in s.flags().items():
-        least = -1 if name == 'tau' else int(name in (*PRESETS['tiny'], 'patch_size'))
+        least = -1 if name == 'tau' else int(name in (*PRESETS['tiny'], 'patch_size'))     # sizes: 1
         if type(value) in (int, float) and not least <= value < 2 ** 31:       # NaN, too
             raise ValueError(f'{dashed(name)} must be finite, at least {least}, below 2**31, got {value}')
     check((s.coarse or 0) < 1, f'--coarse is a share of the steps, from 0 to below 1, got {s.coarse}')
@@ -1514,8 +1516,8 @@ def check_flags(s: Settings, given: set):
     refused.update((job, given & {*flags.split()}) for job, flags in REFUSES.items())
     for job in [job for job in refused if job in given and refused[job]]:
         raise ValueError(f'--{job} takes no {", ".join(map(dashed, sorted(refused[job])))}')
-    check(not {'rows', 'compare', 'recipe'} <= given, '--rows says which rows; leave --recipe away')
-    check(not {'find', 'data', 'seed'} <= given, '--seed would do nothing: it is of the synthetic world')
+    check(not {'rows', 'compare', 'recipe'} <= given, '--rows says which rows; leave --recipe out')
+    check(s.data == 'shapes' or not {'find', 'seed'} <= given, '--seed would do nothing: it is of shapes')
     check('theta' not in given or s.stream or 'stream' in s.rows or row.task is Streams, '--theta would do '
           'nothing: no stream is asked for')
     check('grid' not in given or s.data != 'shapes' or s.ask or s.stream, '--grid is of clips of your own; '
@@ -1547,8 +1549,9 @@ def set_up(s: Settings):
     check(pixels <= 2 ** 32, f'a step of --batch {s.batch} has {pixels:,} pixels, wanted at most 2**32')
     if WORLD > 1:                                              # torchrun: the first process alone speaks
         base = recipe.begins and not (s.init_from or s.resume)                 # which it would train first
-        if s.bench or s.compare or s.eval or base or recipe.task.kind == 'retrieval' or s.batch < WORLD:
-            raise ValueError(f'--recipe {s.recipe} needs one process with these flags; leave torchrun away')
+        if s.bench or s.compare or s.eval or base or recipe.task.kind == 'retrieval':
+            raise ValueError(f'--recipe {s.recipe} needs one process with these flags; use no torchrun')
+        check(s.batch >= WORLD, f'--batch {s.batch} is less than {WORLD} processes')
         local = int(os.environ.get('LOCAL_RANK', RANK))
         check(s.device == 'cpu' or cuda and local < torch.cuda.device_count(), f'process {local} has no '
               f'{s.device} device of its own; start fewer processes, or say --device cpu')
@@ -1673,7 +1676,8 @@ def main(argv=None, began: float = None) -> int:
         job(s) if job else run_recipe(s, began)
         return 0
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and 'memory' not in str(error):
+        full = isinstance(error, MemoryError) or re.search('(out of|enough|allocate) memory', str(error))
+        if not full:
             raise
         message = 'there is not enough memory; try a smaller --batch, --frames or --preset'
     except FileNotFoundError as error:

@@ -165,7 +165,7 @@ NEVER = 2 ** 40     # position of padding: later than any query, so no query see
 def rotary(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
     """Turn pairs 2i, 2i + 1 of x (B, S, H, D) by position * base**(-2i/D); position (S,) or (B, S)."""
     half, wide = x.size(-1) // 2, torch.float if x.device.type == 'mps' else torch.double
-    turns = base ** (-torch.arange(half, dtype=wide, device=x.device) / half) / (2 * math.pi)
+    turns = base ** (-torch.arange(half, dtype=wide, device=x.device) / half) / (2 * math.pi)      # (D/2,)
     angle = 2 * math.pi * (position[..., None, None] * turns).frac().float()   # float32 counts to 2**24 alone
     turn = torch.polar(torch.ones_like(angle), angle)                # (S, 1, D/2) or (B, S, 1, D/2) complex
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (half, 2))
@@ -542,7 +542,7 @@ class ModVideo(nn.Module):
         self.reducer, self.stage = c.build('reducer', c.dim), c.build('stage', c.n_layer)
         routing = ROUTINGS[c.routing]
         last = c.streaming or routing.last_layer       # else no loss reads vision there: no router learns
-        self.mod_layers = mod_layers(c.placement, c.n_layer - (not last))
+        self.mod_layers = mod_layers(c.placement, c.n_layer - (0 if last else 1))
         self.blocks = nn.ModuleList(routing.layer(Block(c.dim, c.n_head)) for _ in range(c.n_layer))
         self.routing = c.build('routing', c.dim, self.mod_layers, c.keep_ratio, c.patches, c.streaming)
         self.final_norm = nn.LayerNorm(c.dim, bias=False)
@@ -858,7 +858,7 @@ def chances(index: Tensor) -> Tensor:
 
 def best_of(score: Tensor, count, among: Tensor) -> Tensor:
     """(..., n) bool: the `count` highest of score (..., n) where `among` is True. Ties: the earlier one."""
-    score = score.float().clamp(min=-3e38).masked_fill(~among, -math.inf)
+    score = score.float().clamp(min=-3e38).masked_fill(~among, -math.inf)      # a score may be -inf, too
     return among & (score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count)
 
 
@@ -1564,8 +1564,10 @@ class VectorQuantizer(nn.Module):
 
     def _apply(self, fn, *args, **more):
         """Moves as every module does, but codes and averages stay float32 in a half-precision model."""
-        same = lambda b: new if (new := fn(b)).dtype == b.dtype else b.to(new.device)
-        return super()._apply(same, *args, **more)
+        def moved(buffer):
+            new = fn(buffer)                                                   # may make it anew, as on meta
+            return new if new.dtype == buffer.dtype else buffer.to(new.device)
+        return super()._apply(moved, *args, **more)
 
     def forward(self, x: Tensor):
         """x (..., C) -> quantized (..., C), indices (...), commitment * mean (x - sg(code))²."""
@@ -1925,6 +1927,7 @@ def add_lora(model: nn.Module, rank: int, names=('qkv',), learns=('clip_place',)
     merge_lora comes before save_checkpoint, which knows the LoRA of a configuration alone.
     """
     names, learns = ((a,) if isinstance(a, str) else tuple(a) for a in (names, learns))
+    # In _modules a layer of two names stands twice; named_children would tell one of them.
     found = [(parent, name) for parent in model.modules() for name, child in parent._modules.items()
              if name.endswith(names) and isinstance(child, nn.Linear) and not isinstance(parent, LoRA)]
     if rank < 1 or not found and not any(isinstance(module, LoRA) for module in model.modules()):

@@ -2146,6 +2146,8 @@ def test_all_questions_about_a_clip_are_measured_once():
     drawn = data.batch('train', 0, 400).targets.amax(-1)       # (400, 8) a word tells the question
     assert all(len(row.unique()) == 8 for row in drawn)
     assert drawn.flatten().unique(return_counts=True)[1].float().sub(400 * 8 / 9).abs().max() < 60
+    data.split[0], data.weight = data.split[2], (torch.arange(len(data.split)) == 0).float()
+    assert ((data.batch('train', 0, 4).kind >= 0).sum(1) == 2).all()           # the others are asked again
 
 
 def test_donkeycar_import(capsys):

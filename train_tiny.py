@@ -1233,7 +1233,7 @@ def summarize(results: list) -> dict:
 def row_of(s, name: str, seed: int, folder: Path):
     """Settings of a row of a comparison: of the model's options those that mean something to its task."""
     row, here = RECIPES[name], folder / f'seed{seed}'
-    steps = row.steps(s.steps or RUNS[s.preset][row.task.kind].steps)
+    steps = row.steps(s.steps or replace(s, recipe=name).plan().steps)
     return replace(s, recipe=name, seed=seed, steps=steps, out=str(here / name),
                    init_from=str(here / row.begins) if row.begins else '', compare=False, rows='', seeds=0,
                    coarse=None if row.begins or row.task is Frames else s.coarse,
@@ -1281,8 +1281,8 @@ def run_compare(s):
     for task_type in dict.fromkeys(RECIPES[name].task for name in rows):
         names = [name for name in rows if RECIPES[name].task is task_type]
         load = lambda name: load_checkpoint(folder / f'seed{seeds[0]}/{name}/ckpt.pt', s.device)[0]
-        batch = s.batch or RUNS[s.preset][task_type.kind].batch
-        task = task_type(replace(s, recipe=names[0], batch=batch), data)
+        own = replace(s, recipe=names[0])
+        task = task_type(replace(own, batch=s.batch or own.plan().batch), data)
         for name, found in measure(task, names, load).items():
             rows[name] |= found
         if task_type is Questions:
@@ -1523,7 +1523,7 @@ def check_flags(s: Settings, given: set):
     check('grid' not in given or s.data != 'shapes' or s.ask or s.stream, '--grid is of clips of your own; '
           'name them with --data')
     check(not s.init_from or row.begins or s.resume, f'--recipe {s.recipe} begins from scratch; leave '
-          '--init-from away, or name a row that begins with another, such as mod-all')
+          '--init-from out, or name a row that begins with another, such as mod-all')
 
 
 def machine_name(device: str) -> str:

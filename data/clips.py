@@ -218,20 +218,19 @@ class ClipFolder:
 
     def batch(self, split: str, step: int, batch_size: int, device='cpu') -> Batch:
         """Training: seeded random clips, augmented. val and test: in order, each once, then none."""
-        generator, pick = seeded(self.seed, split, step), self.members(split)
-        if split == 'train':
-            pick = pick[torch.multinomial(self.weight[pick], batch_size, True, generator=generator)]
-            each, count = torch.arange(self.most), self.count[pick, None]     # (most,), (B, 1)
+        generator, pick, trains = seeded(self.seed, split, step), self.members(split), split == 'train'
+        pick = (pick[torch.multinomial(self.weight[pick], batch_size, True, generator=generator)] if trains
+                else pick[step * batch_size:(step + 1) * batch_size])     # (B,)
+        count = self.count[pick, None]                            # (B, 1)
+        each = torch.arange(self.most if trains else max(self.count[pick].tolist(), default=0))
+        order = each % count                                      # (B, Q) a short list is asked again,
+        if trains:                                                # in an order of its own
             luck = torch.rand(batch_size, self.most, generator=generator) + (each >= count)
-            order = luck.argsort(-1).gather(1, each % count)[:, :self.questions]      # its own, in turn
-        else:
-            pick = pick[step * batch_size:(step + 1) * batch_size]        # (B,)
-            order = torch.arange(max(self.count[pick].tolist(), default=0))       # (Q,)
-        count = self.count[pick, None]
-        row = self.first[pick, None] + order % count              # (B, Q) a short list is asked again,
-        kind = self.kind[row].masked_fill(order >= count, -1)     # which is not measured
+            order = luck.argsort(-1).gather(1, order)[:, :self.questions]
+        row = self.first[pick, None] + order
+        kind = self.kind[row].masked_fill(each[:order.size(1)] >= count, -1)      # which is not measured
         video, *texts = send(device, self.video[pick], self.text[row], self.targets[row], kind)
-        video = augmented(video, generator) if split == 'train' else video.float() / 255
+        video = augmented(video, generator) if trains else video.float() / 255
         return Batch(video, *texts)
 
 

@@ -192,10 +192,9 @@ class ShapeWorld:
         scene = Scene(*(a[alone] for a in scene))
         turned = torch.rand(len(alone), generator=generator) < 0.5
         scene = Scene(*(torch.cat(a)[:batch_size] for a in zip(scene, twin_of(scene, turned, self.frames))))
-        colour, shape, way = ID['red'] + scene.colour[:, 0, 0], ID['circle'] + scene.shape, scene.direction
-        first, second = (ID['appears'] + scene.event).unbind(1)   # (B,)
-        text = side_by_side('a', colour, shape[:, 0], 'moves', ID['left'] + way[:, 0], 'then', first,
-                            'then', second, '<eos>')              # (B, 10)
+        colour, shape = ID['red'] + scene.colour[:, 0, 0], ID['circle'] + scene.shape[:, 0]       # (B,) each
+        way, (first, second) = ID['left'] + scene.direction[:, 0], (ID['appears'] + scene.event).unbind(1)
+        text = side_by_side('a', colour, shape, 'moves', way, 'then', first, 'then', second, '<eos>')
         words = send(device, text, torch.cat([turned, turned])[:batch_size])
         return Captions(self.draw(scene, device, generator.initial_seed()), *words)
 
